@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make` lists the targets. Each one starts from an empty clone: the environment is made on first use and then reused.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help env test lint types demo bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+env: ## create or update .venv (EVS_BACKEND=cpu|gpu overrides the detected one)
+	@$(PYTHON) .ci/bootstrap.py
+
+lint: env ## check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: env ## check types
+	@$(BIN)/mypy
+
+test: lint types ## lint, types and the test suite (ARGS="-k name" goes to pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
+demo: env ## show what is kept of a video, and what it saves (MODEL=, VIDEO=, RATE=)
+	@$(BIN)/evs-vllm demo $(if $(MODEL),--model "$(MODEL)") $(if $(VIDEO),--video "$(VIDEO)") $(if $(RATE),--rate "$(RATE)")
+
+bench: env ## measure the kernels (ARGS= goes to the script)
+	@$(BIN)/python bench/kernels.py $(ARGS)
+
+clean: ## remove the environment, caches and build output
+	rm -rf .venv .venv.lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
