@@ -35,8 +35,8 @@ from transformers import AutoProcessor
 import evs_kernels, evs_vllm
 from importlib.metadata import entry_points
 assert any(e.name == "evs" for e in entry_points(group="vllm.general_plugins")), "entry point evs is not installed"
-print(f"evs-vllm {evs_vllm.__version__}, vllm {vllm.__version__}, torch {torch.__version__}, "
-      f"torchvision {torchvision.__version__}, transformers {transformers.__version__}")
+print(f"vllm {vllm.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+      f"transformers {transformers.__version__}")
 """
 
 
@@ -115,11 +115,9 @@ class Bootstrap:
         """True when the stamp fits and ``EVS_BACKEND``, if given, asks for what is installed."""
         stamp = self.read_stamp()
         asked = environ.get("EVS_BACKEND", "").strip().lower()
-        return (
-            stamp.get("digest") == self.digest()
-            and asked in ("", stamp.get("backend"))
-            and os.path.exists(self.python)
-        )
+        if stamp.get("digest") != self.digest() or asked not in ("", stamp.get("backend")):
+            return False
+        return os.path.exists(self.python)
 
     def write_stamp(self, backend):
         with open(os.path.join(self.venv, STAMP), "w", encoding="utf-8") as file:
@@ -128,11 +126,11 @@ class Bootstrap:
     # --- steps -----------------------------------------------------------------------------------------------------
 
     def step(self, name, action, *args):
-        """Runs one step and prints its line: name, what it did, seconds. A step that returns None had nothing to do."""
+        """Runs one step and prints its line: name, seconds, what it did. A step that returns None had nothing to do."""
         start = time.monotonic()
         done = action(*args)
         if done is not None:
-            self.say(f"[env] {name:<9} {done:<62} {time.monotonic() - start:6.1f} s")
+            self.say(f"[env] {name:<8} {time.monotonic() - start:6.1f} s  {done}")
 
     def check(self, command, failure):
         code, output = self.run(command, cwd=self.root)
@@ -168,9 +166,10 @@ class Bootstrap:
     def uv_commands(self, backend):
         """The second way: uv knows the PyTorch project's own indexes by name, so none is written down here.
 
-        NOT RUN by the authors against the real PyTorch index, which could not be reached from where this was
-        developed: there, pip finds torch+cpu by its own configuration. Its commands and the decision to take it are
-        tested with a fake runner. `cpu` picks the +cpu builds, `auto` those that fit the driver.
+        `cpu` picks the +cpu builds, `auto` those that fit the driver. NOT RUN to its end by the authors: where this was
+        developed pip finds torch+cpu by its own configuration and the PyTorch index is out of reach. What was seen
+        there: pip without that configuration fails in seconds, uv is taken, and asks the CPU index for torch. The
+        commands and the decisions are tested with a fake runner.
         """
         uv = [self.python, "-m", "uv", "pip", "install", "--quiet", "--python", self.python]
         torch_backend = {"cpu": "cpu", "gpu": "auto"}[backend]
@@ -181,6 +180,7 @@ class Bootstrap:
 
     def install(self, backend):
         """pip as the user has configured it; where that cannot find the packages, uv; else say why for both."""
+        self.say(f"[env] install            .[{backend},dev]; the first time takes minutes and gigabytes")
         reports = []
         for tool, commands in (("pip", self.pip_commands(backend)), ("uv", self.uv_commands(backend))):
             for command in commands:
@@ -191,7 +191,7 @@ class Bootstrap:
             else:
                 return f".[{backend},dev] with {tool}"
             if tool == "pip":
-                self.say(f"[env] install   pip could not ({last_line(output)}); trying uv")
+                self.say(f"[env] install            not with pip ({last_line(output)}); trying uv")
         raise BootstrapError(
             f"Neither pip nor uv could install .[{backend},dev].\n" + "\n".join(reports) + "\n  What to do:\n"
             "  - Behind a proxy or mirror: configure pip (pip config, PIP_* variables) or uv (UV_* variables).\n"
@@ -301,7 +301,7 @@ class Bootstrap:
     def build(self, environ):
         start = time.monotonic()
         backend, why = detect_backend(self.run, environ)
-        self.say(f"[env] backend   {backend} ({why}; EVS_BACKEND=cpu|gpu overrides)")
+        self.say(f"[env] backend            {backend} ({why}; EVS_BACKEND=cpu|gpu overrides)")
         self.step("venv", self.create_venv, backend)
         self.step("install", self.install, backend)
         if backend == "cpu":
@@ -309,7 +309,7 @@ class Bootstrap:
         self.step("verify", self.verify, backend)
         self.step("verify", self.verify_command)
         self.write_stamp(backend)
-        self.say(f"[env] ready in {time.monotonic() - start:.0f} s")
+        self.say(f"[env] ready    {time.monotonic() - start:6.1f} s")
 
 
 def last_line(output):
