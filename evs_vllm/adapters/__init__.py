@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model families: one table, read by the plugin, the tests, ``evs-vllm families`` and the README.
+
+A new family is one small adapter file plus one row here (CONTRIBUTING.md, "Add a family"). This module imports neither
+torch nor vLLM.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evs_vllm.adapters.base import FamilyAdapter
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+        name: Short name, also the test id.
+        architectures: Values of ``architectures`` in config.json that it serves.
+        adapter: "module:Class" of its `FamilyAdapter`.
+        positions: The position scheme of the language model.
+        layout: How the clip lies in the prompt.
+        proof: What its end-to-end tests compare with.
+        limits: What does not work, or "".
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    adapter: str
+    positions: str
+    layout: str
+    proof: str
+    limits: str = ""
+
+    def load_adapter(self) -> "FamilyAdapter":
+        module, name = self.adapter.split(":")
+        adapter: FamilyAdapter = getattr(import_module(module), name)()
+        return adapter
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "Qwen2.5-VL",
+        ("Qwen2_5_VLForConditionalGeneration",),
+        "evs_vllm.adapters.qwen2_vl:Qwen2VL",
+        "M-RoPE (t, h, w), t in real time",
+        "contiguous",
+        "Hugging Face reference",
+    ),
+    Family(
+        "Qwen2-VL",
+        ("Qwen2VLForConditionalGeneration",),
+        "evs_vllm.adapters.qwen2_vl:Qwen2VL",
+        "M-RoPE (t, h, w)",
+        "contiguous",
+        "Hugging Face reference",
+    ),
+)
+
+
+def family_of(architecture: str) -> Family | None:
+    """The row that serves `architecture`, if any."""
+    return next((family for family in FAMILIES if architecture in family.architectures), None)
+
+
+def supported_architectures() -> tuple[str, ...]:
+    """Every architecture of the table, in its order."""
+    return tuple(arch for family in FAMILIES for arch in family.architectures)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model family has to say about itself: where its pixels are, how the clip lies in the prompt.
+
+An adapter is stateless and knows nothing of budgets, plans' making, caches or vLLM's runners.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from evs_vllm.plan import BoolArray, Layout, RetentionPlan
+
+
+@dataclass(frozen=True)
+class PixelStats:
+    """How the processor normalised pixels: ``(x / 255 - mean) / std`` per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip's pixels, one row per language-model token.
+
+    Attributes:
+        tokens: (T, P, D) uint8, contiguous.
+        grid: (T, H, W) with H*W == P.
+    """
+
+    tokens: torch.Tensor
+    grid: tuple[int, int, int]
+
+
+class FamilyAdapter(ABC):
+    """The contract of one model family. `item` is always one video's processed fields, name -> tensor."""
+
+    @abstractmethod
+    def clip(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> Clip | None:
+        """The clip's pixels as one row per token, or None if the item has none (precomputed embeddings)."""
+
+    @abstractmethod
+    def frames(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> np.ndarray:
+        """The frames as the model sees them: (T * frames per unit, height, width, 3) uint8. For pictures only."""
+
+    @abstractmethod
+    def select_clips(self, batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+        """The keyword arguments of ``embed_multimodal`` for clips `start` to `stop` of a batch."""
+
+    @abstractmethod
+    def max_position(self, hf_config: Any) -> int:
+        """Number of position IDs that the language model's cos/sin cache holds."""
+
+    def layout(self, token_ids: Sequence[int], is_embed: BoolArray | None, clip: Clip) -> Layout:
+        """The unpruned layout of the clip's prompt.
+
+        Args:
+            token_ids: The placeholder sequence that vLLM's processor made.
+            is_embed: Which of them take an embedding row; None means all.
+            clip: The clip.
+
+        Returns:
+            By default, every embedding row is a token of the grid. Families with extra rows override this.
+        """
+        ids = np.asarray(token_ids, dtype=np.int64)
+        embeds = np.ones(len(ids), dtype=np.bool_) if is_embed is None else np.asarray(is_embed, dtype=np.bool_)
+        return Layout(ids, embeds, np.ones(int(embeds.sum()), dtype=np.bool_))
+
+    def tower_rows(self, plan: RetentionPlan) -> int:
+        """Embedding rows that the vision tower computes for the clip."""
+        return len(plan.layout.is_visual) if plan.layout is not None else plan.num_tokens
+
+
+def to_uint8(rows: torch.Tensor, channels: int, stats: PixelStats) -> torch.Tensor:
+    """Pixel values 0..255 of patch rows, whether or not the processor normalised them.
+
+    Args:
+        rows: (N, channels * values) patch rows, channels outermost: uint8, or floating point and normalised.
+        channels: Number of colour channels.
+        stats: How they were normalised, if they are floating point.
+
+    Returns:
+        (N, channels * values) uint8. From float32 exactly the original values; from bf16 to within its rounding.
+    """
+    if rows.dtype == torch.uint8:
+        return rows
+    mean = torch.tensor(stats.mean, dtype=torch.float32, device=rows.device).view(1, channels, 1)
+    std = torch.tensor(stats.std, dtype=torch.float32, device=rows.device).view(1, channels, 1)
+    values = rows.view(rows.shape[0], channels, -1).float() * std + mean
+    return (values * 255).round_().clamp_(0, 255).to(torch.uint8).view(rows.shape)

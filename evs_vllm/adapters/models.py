@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model side, for any family: gather position IDs, keep embedding rows.
+
+``getattr(this module, "<architecture>@<vLLM version>")`` makes the class; vLLM's registry holds such strings.
+"""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from vllm.multimodal.inputs import PlaceholderRange
+
+from evs_vllm.adapters import Family, family_of
+from evs_vllm.adapters.base import FamilyAdapter
+from evs_vllm.adapters.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
+from evs_vllm.apply import encoder_batches, keep_rows
+from evs_vllm.compat import stamped, stock_model_class
+from evs_vllm.config import CONFIG_KEY
+from evs_vllm.errors import UnsupportedError
+from evs_vllm.plan import RetentionPlan
+from evs_vllm.positions import PositionRequest, pruned_positions
+from evs_vllm.prompt import ClipSpan
+
+
+class EVSModelMixin:
+    """Goes before a family's model class. What carries no plan takes the stock path."""
+
+    _evs: FamilyAdapter
+    _evs_stock: type
+
+    def __new__(cls, *args: Any, vllm_config: Any, **kwargs: Any) -> Any:
+        wanted = CONFIG_KEY in (vllm_config.additional_config or {})
+        if wanted and stamped(vllm_config.model_config) is None:
+            raise UnsupportedError(
+                "EVS is on, but its settings did not reach the model config, so clips would be served unpruned. "
+                "Please report how this engine was started."
+            )
+        if not wanted and cls.__dict__.get("_evs_stock") is not None:
+            # Built whole and not an instance of cls, so Python does not call __init__ again.
+            return cls._evs_stock(*args, vllm_config=vllm_config, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self._evs_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        stock = super().embed_multimodal  # type: ignore[misc]
+        arrays = kwargs.pop(PLAN_FIELD, None)
+        if arrays is None:
+            return stock(**kwargs)
+        plans = [RetentionPlan.from_array(array.numpy()) for array in arrays]
+        kept: list[torch.Tensor] = []
+        for start, stop in encoder_batches(plans, self._evs_encoder_tokens):
+            embeds = stock(**self._evs.select_clips(kwargs, start, stop))
+            kept += [keep_rows(rows, plan) for rows, plan in zip(embeds, plans[start:stop], strict=True)]
+        return tuple(kept)
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
+        stock = super().get_mrope_input_positions  # type: ignore[misc]
+        plans = [plan_of(feature.data) for feature in mm_features]
+        if all(plan is None for plan in plans):
+            return stock(input_tokens, mm_features)  # type: ignore[no-any-return]
+        items = []
+        for feature, plan in zip(mm_features, plans, strict=True):
+            offset = feature.mm_position.offset
+            items.append(PositionRequest(feature, offset, None if plan is None else ClipSpan(offset, plan)))
+        return pruned_positions(input_tokens, items, _moved, stock)
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        # A captured encoder bypasses embed_multimodal, so clips would come out unpruned; images keep their graph.
+        config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
+        return replace(config, modalities=[m for m in config.modalities if m != MODALITY])
+
+    def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> Any:
+        # The runner passes the rows that stay; adapters of the tower and the connector run over all of them.
+        if (plan := plan_of(mm_kwargs)) is not None:
+            num_mm_embeds = self._evs.tower_rows(plan)
+        return super().get_mm_lora_token_counts(  # type: ignore[misc]
+            modality=modality, mm_kwargs=mm_kwargs, num_mm_embeds=num_mm_embeds
+        )
+
+
+def _moved(item: PositionRequest, offset: int) -> Any:
+    """The engine's description of `item` as it would be in the unpruned prompt."""
+    feature: Any = item.feature
+    if item.clip is None or item.clip.plan.layout is None:
+        return replace(feature, mm_position=replace(feature.mm_position, offset=offset))
+    layout = item.clip.plan.layout
+    mask = None if layout.is_embed.all() else torch.from_numpy(layout.is_embed)
+    return replace(feature, mm_position=PlaceholderRange(offset, len(layout.token_ids), mask))
+
+
+@cache
+def model_class(stock: type, family: Family) -> type:
+    """`stock` with the mixin before it. It keeps the name, which vLLM compares in places."""
+    body = {
+        "__module__": __name__,
+        "__qualname__": stock.__name__,
+        "__doc__": stock.__doc__,
+        "_evs": family.load_adapter(),
+        "_evs_stock": stock,
+    }
+    cls = type(stock.__name__, (EVSModelMixin, stock), body)
+    factories = stock._processor_factory  # type: ignore[attr-defined]
+    cls._processor_factory = replace(  # type: ignore[attr-defined]
+        factories, processor=ProcessorFactory(factories.processor, family)
+    )
+    return cls
+
+
+def __getattr__(name: str) -> type:
+    architecture = name.split("@")[0]
+    family = family_of(architecture)
+    if family is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return model_class(stock_model_class(architecture), family)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processor side, for any family: plan each clip, shorten its placeholders, tell its cache keys apart."""
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from vllm.logger import init_logger
+from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PromptUpdateDetails
+
+from evs_vllm.adapters import Family
+from evs_vllm.adapters.base import Clip, FamilyAdapter, PixelStats
+from evs_vllm.compat import stamped
+from evs_vllm.config import EVSConfig, split_request_kwargs
+from evs_vllm.errors import RequestError, UnsupportedError
+from evs_vllm.metrics import metrics
+from evs_vllm.plan import BoolArray, RetentionPlan
+from evs_vllm.prompt import pruned_clip
+from evs_vllm.select import make_plan
+
+logger = init_logger("vllm.evs_vllm")
+
+PLAN_FIELD = "evs_plan"
+"""Name of the plan among a clip's multimodal fields."""
+
+MODALITY = "video"
+
+_OFF = EVSConfig()
+# The settings of the request that this thread is processing. vLLM calls `apply` and all it calls synchronously.
+_settings: ContextVar[EVSConfig] = ContextVar("evs_settings", default=_OFF)
+_profiling: ContextVar[bool] = ContextVar("evs_profiling", default=False)
+
+T = TypeVar("T")
+
+
+@contextmanager
+def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+@dataclass
+class PrunedUpdateDetails(PromptUpdateDetails):
+    """A clip's shortened placeholders; it stays in the processor cache, so cache hits know the numbers too."""
+
+    plan: RetentionPlan | None = None
+
+
+class _FixedMask:
+    """An ``is_embed`` callable that gives the same mask whatever it is asked for."""
+
+    def __init__(self, mask: BoolArray) -> None:
+        self._mask = torch.from_numpy(mask)
+
+    def __call__(self, full: list[int]) -> torch.Tensor:
+        return self._mask
+
+
+class EVSProcessorMixin(BaseMultiModalProcessor):
+    """Goes before a family's processor class; `_evs` is set by `processor_class`."""
+
+    _evs: FamilyAdapter
+
+    @property
+    def _evs_config(self) -> EVSConfig:
+        config: EVSConfig = stamped(self.info.ctx.model_config) or _OFF
+        return config
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        ours, rest = split_request_kwargs(inputs.hf_processor_mm_kwargs)
+        settings = _OFF if _profiling.get() else self._evs_config.for_request(ours)
+        if ours:
+            inputs = replace(inputs, hf_processor_mm_kwargs=rest)
+        with _set(_settings, settings):
+            return super().apply(inputs, timing_ctx)
+
+    def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        # Memory is profiled as without EVS: what the tower computes does not shrink, and dummy clips are all ties.
+        with _set(_profiling, True):
+            return super().get_dummy_mm_inputs(*args, **kwargs)
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        hashes = super()._get_mm_hashes(inputs)
+        if (settings := _settings.get()).active and MODALITY in hashes:
+            digest = hashlib.sha256(settings.identity.encode()).hexdigest()[:16]
+            hashes = {**hashes, MODALITY: [f"{item}-evs{digest}" for item in hashes[MODALITY]]}
+        return hashes
+
+    def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
+        updates = super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        settings = _settings.get()
+        if not settings.active or MODALITY not in updates:
+            return updates
+        pruned = [
+            self._prune(item, item_updates, settings)
+            for item, item_updates in zip(out_mm_kwargs[MODALITY], updates[MODALITY], strict=True)
+        ]
+        return {**updates, MODALITY: pruned}
+
+    def _prune(self, item: Any, updates: Any, settings: EVSConfig) -> Any:
+        """Plans one clip, puts the plan among its fields and returns its prompt updates, shortened."""
+        started = time.perf_counter()
+        fields = {key: elem.data for key, elem in item.items()}
+        clip = self._evs.clip(fields, self.info.get_hf_config(), pixel_stats(self.info))
+        if clip is None:
+            logger.warning_once("EVS: precomputed video embeddings have no pixels to compare; they are not pruned.")
+            return updates
+        plan = make_plan(clip.tokens, clip.grid, settings)
+        pruned = [replace(update, content=self._pruned_details(update.content, clip, plan)) for update in updates]
+        array = pruned[0].content.plan.to_array()
+        if any((update.content.plan.to_array() != array).any() for update in pruned[1:]):
+            raise UnsupportedError("A clip has several ways to be laid out in the prompt; EVS needs exactly one.")
+        item[PLAN_FIELD] = MultiModalFieldElem(torch.from_numpy(array), MultiModalBatchedField(keep_on_cpu=True))
+        metrics().planning_time.observe(time.perf_counter() - started)
+        return pruned
+
+    def _pruned_details(self, stock: PromptUpdateDetails, clip: Clip, plan: RetentionPlan) -> PrunedUpdateDetails:
+        # Evaluated once, on the unpruned sequence: some families' masks are precomputed and ignore their argument.
+        mask = None if stock.is_embed is None else stock.is_embed(stock.full).numpy()
+        plan = plan.with_layout(self._evs.layout(stock.full, mask, clip))
+        ids, embeds = pruned_clip(plan)
+        return PrunedUpdateDetails(ids, None if mask is None else _FixedMask(embeds), plan)
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        result = super()._maybe_apply_prompt_updates(mm_items, mm_res)
+        updates = mm_res.prompt_updates.get(MODALITY, ())
+        contents = [item_updates[0].content for item_updates in updates if item_updates]
+        plans = [c.plan for c in contents if isinstance(c, PrunedUpdateDetails) and c.plan is not None]
+        if plans:
+            self._check_positions(len(result[0]), plans)
+            count = metrics()
+            count.clips.inc(len(plans))
+            count.tokens.inc(sum(plan.num_tokens for plan in plans))
+            count.tokens_kept.inc(sum(plan.num_kept for plan in plans))
+        return result
+
+    def _check_positions(self, prompt_tokens: int, plans: list[RetentionPlan]) -> None:
+        """Kept positions run as far as the unpruned prompt did, possibly past the end of the model's cos/sin cache."""
+        dropped = sum(plan.num_tokens - plan.num_kept for plan in plans if plan.positions == "keep")
+        model_config = self.info.ctx.model_config
+        limit = self._evs.max_position(self.info.get_hf_config())
+        if dropped and dropped + max(prompt_tokens, model_config.max_model_len) > limit:
+            raise RequestError(
+                f"Before pruning, the video(s) of this request have {dropped} tokens more than after it. Kept positions "
+                f"could then exceed the model's {limit} position IDs (max_model_len is {model_config.max_model_len}). "
+                "Send fewer frames or a lower resolution, set evs_positions to 'sequential', or serve with a lower "
+                "--max-model-len."
+            )
+
+
+@cache
+def processor_class(stock: type, family: Family) -> type:
+    """`stock` with the mixin before it."""
+    return type(f"EVS{stock.__name__}", (EVSProcessorMixin, stock), {"_evs": family.load_adapter()})
+
+
+@dataclass(frozen=True)
+class ProcessorFactory:
+    """Builds the stock processor when EVS is off and ours when it is on. Put in place of the stock factory."""
+
+    stock: Any
+    family: Family
+
+    def __call__(self, info: Any, dummy_inputs: Any, **kwargs: Any) -> Any:
+        if stamped(info.ctx.model_config) is None:
+            return self.stock(info, dummy_inputs, **kwargs)
+        return processor_class(self.stock, self.family)(info, dummy_inputs, **kwargs)
+
+
+def pixel_stats(info: Any) -> PixelStats:
+    """Mean and standard deviation of the video processor (only needed where vLLM normalises on the host)."""
+    processor = info.get_hf_processor()
+    source: Any = getattr(processor, "video_processor", None) or processor.image_processor
+    return PixelStats(tuple(source.image_mean), tuple(source.image_std))
+
+
+def plan_of(item: Mapping[str, Any] | None) -> RetentionPlan | None:
+    """The plan among a clip's fields, if it has one."""
+    elem = (item or {}).get(PLAN_FIELD)
+    return None if elem is None else RetentionPlan.from_array(elem.data.numpy())

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every place where this package touches vLLM beyond its public plugin interface, and every version difference.
+
+Ledger (reason; when it can go):
+
+- `add_cli_options`, `on_cli_args`: ``vllm serve`` has no hook for a plugin's flags. vLLM loads general plugins just
+  before ``EngineArgs.add_cli_args``, so wrapping it is enough. Can go when vLLM lets plugins add arguments.
+- `on_model_config`: processors see only ``ModelConfig``, ``additional_config`` lives in ``VllmConfig``; so our settings
+  are stamped on the former. Can go when processors can read ``additional_config``.
+- `on_request_kwargs`: vLLM refuses all request-level ``mm_processor_kwargs`` unless all are trusted. Can go when vLLM
+  lets a processor name keys that are safe for untrusted requests.
+- `stock_model_class`, `replace_model_class`: ``ModelRegistry.register_model`` is public, reading back what an
+  architecture was registered to is not.
+
+0.32 and 0.33 need no difference so far: everything used here is the same in both (0.33 was read, not run).
+"""
+
+import argparse
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import vllm
+from vllm import ModelRegistry
+from vllm.engine.arg_utils import EngineArgs
+
+from evs_vllm.errors import UnsupportedError
+
+TESTED_VLLM = ((0, 32), (0, 33))
+"""(major, minor) of the vLLM versions that this package was written for."""
+
+_STAMP = "_evs_config"
+_WRAPPED = "__evs_wrapped__"
+
+_REQUEST_CHECK = "validate_request_mm_kwargs"
+_REQUEST_CHECK_HOME = "vllm.entrypoints.generate.base.protocol"
+# They import it by name: those already loaded need the wrapped function, those loaded later get it from its home.
+_REQUEST_CHECK_USERS = ("vllm.renderers.online_renderer", "vllm.entrypoints.pooling.base.serving")
+
+
+def tested_range() -> str:
+    """The tested versions in words."""
+    return ", ".join(f"{major}.{minor}.x" for major, minor in TESTED_VLLM)
+
+
+def version_is_tested(version: str | None = None) -> bool:
+    """Whether `version` (default: the installed one) is in `TESTED_VLLM`."""
+    numbers = (version or vllm.__version__).split(".")[:2]
+    return tuple(int(n) for n in numbers if n.isdigit()) in TESTED_VLLM
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces the function `owner.name` by `make(function)`, once."""
+    raw = owner.__dict__[name]
+    original = raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
+    if getattr(original, _WRAPPED, False):
+        return
+    wrapped = functools.wraps(original)(make(original))
+    setattr(wrapped, _WRAPPED, True)
+    setattr(owner, name, type(raw)(wrapped) if isinstance(raw, (staticmethod, classmethod)) else wrapped)
+
+
+def add_cli_options(add: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Calls `add(parser)` whenever vLLM builds its engine arguments."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_cli_args(parser: Any) -> Any:
+            parser = original(parser)
+            add(parser)
+            return parser
+
+        return add_cli_args
+
+    _wrap(EngineArgs, "add_cli_args", make)
+
+
+def on_cli_args(read: Callable[[argparse.Namespace], None]) -> None:
+    """Calls `read(namespace)` before vLLM turns a parsed command line into engine arguments.
+
+    The namespace itself is what vLLM pickles to further API servers, so changing it in place reaches them too.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
+            read(args)
+            return original(cls, args)
+
+        return from_cli_args
+
+    _wrap(EngineArgs, "from_cli_args", make)
+
+
+def on_model_config(check: Callable[[Any, Any], None]) -> None:
+    """Calls `check(engine_args, model_config)` on every new target model config."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_model_config(self: Any) -> Any:
+            model_config = original(self)
+            check(self, model_config)
+            return model_config
+
+        return create_model_config
+
+    _wrap(EngineArgs, "create_model_config", make)
+
+
+def on_request_kwargs(check: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Passes a request's ``mm_processor_kwargs`` through `check` before vLLM's own rule sees what is left of them."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def validate(*, mm_processor_kwargs: dict[str, Any] | None, **others: Any) -> None:
+            if mm_processor_kwargs:
+                mm_processor_kwargs = check(mm_processor_kwargs)
+            original(mm_processor_kwargs=mm_processor_kwargs, **others)
+
+        return validate
+
+    home = importlib.import_module(_REQUEST_CHECK_HOME)
+    _wrap(home, _REQUEST_CHECK, make)
+    for name in _REQUEST_CHECK_USERS:
+        if (module := sys.modules.get(name)) is not None:
+            setattr(module, _REQUEST_CHECK, getattr(home, _REQUEST_CHECK))
+
+
+def stamp(model_config: Any, config: object) -> None:
+    """Attaches our settings to a ``ModelConfig``. They survive copying and pickling, and are part of no vLLM hash."""
+    for target in (model_config, model_config.multimodal_config):
+        object.__setattr__(target, _STAMP, config)
+
+
+def stamped(model_config: Any) -> Any | None:
+    """The settings that `stamp` attached, if any."""
+    for target in (model_config, getattr(model_config, "multimodal_config", None)):
+        if (config := getattr(target, _STAMP, None)) is not None:
+            return config
+    return None
+
+
+_stock: dict[str, tuple[str, str]] = {}
+
+
+def stock_model_class(architecture: str) -> type:
+    """The class that vLLM itself has for `architecture`."""
+    module, name = _stock[architecture]
+    cls: type = getattr(importlib.import_module(module), name)
+    return cls
+
+
+def replace_model_class(architecture: str, module: str) -> bool:
+    """Registers ``module:<architecture>@<vLLM version>`` in place of vLLM's class; `stock_model_class` still finds that.
+
+    The version is in the name because vLLM caches what it learned of a class on disk by that name and the hash of the
+    module's file, and our file does not change when vLLM does.
+
+    Returns:
+        Whether this vLLM has the architecture.
+    """
+    if architecture in _stock:
+        return True
+    entry = ModelRegistry.models.get(architecture)
+    if entry is None or not hasattr(entry, "module_name"):
+        return False
+    _stock[architecture] = (entry.module_name, entry.class_name)
+    ModelRegistry.register_model(architecture, f"{module}:{architecture}@{vllm.__version__}")
+    return True
+
+
+def refuse_conflicts(model_config: Any) -> None:
+    """Refuses vLLM options that EVS cannot work beside.
+
+    Raises:
+        UnsupportedError: Stock pruning, the Rust frontend, or evs keys among the server's ``mm_processor_kwargs``.
+    """
+    mm_config = model_config.multimodal_config
+    if mm_config.video_pruning_rate:
+        raise UnsupportedError(
+            f"--video-pruning-rate {mm_config.video_pruning_rate} and the --evs-* options both prune video. "
+            "Drop one of them."
+        )
+    if vllm.envs.VLLM_USE_RUST_FRONTEND:
+        raise UnsupportedError(
+            "The Rust frontend (VLLM_USE_RUST_FRONTEND=1) does not run the Python processor that EVS works in, so clips "
+            "would be served unpruned. Unset it, or drop the --evs-* options."
+        )
+    ours = sorted(key for key in mm_config.mm_processor_kwargs or {} if str(key).startswith("evs_"))
+    if ours:
+        raise UnsupportedError(
+            f"--mm-processor-kwargs holds {', '.join(ours)}, which are keys for requests. "
+            "Set the server's own values with the --evs-* options."
+        )

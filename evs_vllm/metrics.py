@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prometheus metrics of the processes that plan clips (the API servers), served by vLLM's ``/metrics``.
+
+| name | type | meaning |
+|---|---|---|
+| ``evs:clips_total`` | counter | clips of requests that EVS was active for |
+| ``evs:video_tokens_total`` | counter | their video tokens before pruning |
+| ``evs:video_tokens_kept_total`` | counter | their video tokens in the prompts |
+| ``evs:planning_time_seconds`` | histogram | scoring, selecting and laying out one clip (processor-cache hits plan nothing) |
+
+The prefix is ``evs:`` because vLLM unregisters every collector with "vllm" in its name when it starts its own.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+from prometheus_client import Counter, Histogram
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+class Metrics(NamedTuple):
+    clips: Counter
+    tokens: Counter
+    tokens_kept: Counter
+    planning_time: Histogram
+
+
+@cache
+def metrics() -> Metrics:
+    """The collectors, registered on first use."""
+    return Metrics(
+        Counter("evs:clips", "Number of video clips of requests that EVS was active for."),
+        Counter("evs:video_tokens", "Number of video tokens of these clips before pruning."),
+        Counter("evs:video_tokens_kept", "Number of video tokens of these clips kept in the prompts."),
+        Histogram("evs:planning_time_seconds", "Time to score, select and lay out one clip.", buckets=_BUCKETS),
+    )

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`RetentionPlan`: which tokens of one clip stay, and the layout of the clip's prompt before anything was dropped.
+
+The plan is made before the prompt is laid out and is the only thing that travels (as one int64 tensor among the
+clip's multimodal fields). Placeholders, positions, embedding rows and cache identity are all read off it, so they
+cannot disagree.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from evs_vllm.config import POSITIONS
+from evs_vllm.errors import PlanError
+
+FORMAT = 1
+"""Version of the tensor format; a plan of another version is refused."""
+
+_HEADER = 9
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A clip's part of the prompt before pruning.
+
+    Attributes:
+        token_ids: (L,) int64, the placeholder sequence, with the text that some families put between frames.
+        is_embed: (L,) bool, which of them take a row of the encoder's output.
+        is_visual: (R,) bool over those rows, which are tokens of the (t, row, column) grid, in grid order. The rest
+            (newlines, indicators, timestamps) is never dropped.
+
+    Raises:
+        PlanError: The lengths do not fit together.
+    """
+
+    token_ids: IntArray
+    is_embed: BoolArray
+    is_visual: BoolArray
+
+    def __post_init__(self) -> None:
+        if self.token_ids.shape != self.is_embed.shape or self.is_embed.sum() != len(self.is_visual):
+            raise PlanError(
+                f"Layout of {self.token_ids.shape} ids has {self.is_embed.shape} embed flags, of which "
+                f"{int(self.is_embed.sum())} are set, for {len(self.is_visual)} embedding rows."
+            )
+
+    @classmethod
+    def contiguous(cls, token_id: int, num_tokens: int) -> "Layout":
+        """The layout of families whose clip is one run of `num_tokens` times the same placeholder."""
+        all_of_them = np.ones(num_tokens, dtype=np.bool_)
+        return cls(np.full(num_tokens, token_id, dtype=np.int64), all_of_them, all_of_them)
+
+
+@dataclass(frozen=True)
+class RetentionPlan:
+    """What stays of a clip of T temporal units of H x W tokens (P = H*W, N = T*P).
+
+    Attributes:
+        grid: (T, H, W) in tokens, that is after spatial merging.
+        kept: (K,) int64, sorted flat indices ``t*P + row*W + column`` of the kept tokens.
+        positions: "keep" or "sequential" (see `evs_vllm.positions`).
+        layout: The unpruned prompt of the clip, or None before the prompt is known.
+
+    Raises:
+        PlanError: Indices unsorted, repeated or out of range, or a layout for another number of tokens.
+    """
+
+    grid: tuple[int, int, int]
+    kept: IntArray
+    positions: str = "keep"
+    layout: Layout | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.grid) < 1 or self.positions not in POSITIONS:
+            raise PlanError(f"Bad grid {self.grid} or positions {self.positions!r} in a retention plan.")
+        inside = len(self.kept) and 0 <= self.kept[0] and self.kept[-1] < self.num_tokens
+        if not inside or not np.all(np.diff(self.kept) > 0):
+            raise PlanError(f"Kept indices must be sorted, distinct and within 0..{self.num_tokens - 1}.")
+        if self.layout is not None and self.layout.is_visual.sum() != self.num_tokens:
+            raise PlanError(
+                f"The prompt has {int(self.layout.is_visual.sum())} video tokens for a grid of {self.num_tokens}."
+            )
+
+    @property
+    def num_units(self) -> int:
+        return self.grid[0]
+
+    @property
+    def tokens_per_unit(self) -> int:
+        return self.grid[1] * self.grid[2]
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of video tokens before pruning."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def num_kept(self) -> int:
+        return len(self.kept)
+
+    @cached_property
+    def counts(self) -> IntArray:
+        """(T,) int64, kept tokens of each unit."""
+        return np.bincount(self.kept // self.tokens_per_unit, minlength=self.num_units).astype(np.int64)
+
+    @cached_property
+    def mask(self) -> BoolArray:
+        """(T, H, W) bool, True where a token stays."""
+        mask = np.zeros(self.num_tokens, dtype=np.bool_)
+        mask[self.kept] = True
+        return mask.reshape(self.grid)
+
+    @cached_property
+    def embed_index(self) -> IntArray:
+        """Rows of the encoder's full output that stay, ascending; non-visual rows always do."""
+        layout = self._layout()
+        row_stays = ~layout.is_visual
+        row_stays[np.flatnonzero(layout.is_visual)[self.kept]] = True
+        return np.flatnonzero(row_stays)
+
+    @cached_property
+    def prompt_index(self) -> IntArray:
+        """Places of the unpruned clip prompt that stay, ascending; text between frames always does."""
+        layout = self._layout()
+        place_stays = ~layout.is_embed
+        place_stays[np.flatnonzero(layout.is_embed)[self.embed_index]] = True
+        return np.flatnonzero(place_stays)
+
+    def with_layout(self, layout: Layout) -> "RetentionPlan":
+        return replace(self, layout=layout)
+
+    def _layout(self) -> Layout:
+        if self.layout is None:
+            raise PlanError("This retention plan has no prompt layout yet; call with_layout() first.")
+        return self.layout
+
+    def to_array(self) -> IntArray:
+        """The plan with its layout as one (L,) int64 array; `from_array` is the inverse."""
+        layout = self._layout()
+        runs = [_runs(a) for a in (layout.token_ids, layout.is_embed, layout.is_visual)]
+        header = [FORMAT, *self.grid, POSITIONS.index(self.positions), self.num_kept, *(len(r) for r in runs)]
+        return np.concatenate([np.array(header, dtype=np.int64), self.kept, *runs])
+
+    @classmethod
+    def from_array(cls, array: IntArray) -> "RetentionPlan":
+        """Reads what `to_array` wrote.
+
+        Raises:
+            PlanError: `array` is not a plan, or one of another format version.
+        """
+        if array.ndim != 1 or len(array) < _HEADER or array[0] != FORMAT:
+            raise PlanError("Not a retention plan of this evs-vllm version: do all processes run the same version?")
+        form, t, h, w, positions, num_kept, *num_runs = (int(x) for x in array[:_HEADER])
+        if len(array) != _HEADER + num_kept + sum(num_runs) or not 0 <= positions < len(POSITIONS):
+            raise PlanError(f"A retention plan of format {form} is cut short or damaged.")
+        kept, *runs = np.split(array[_HEADER:], np.cumsum([num_kept, *num_runs])[:-1])
+        token_ids, is_embed, is_visual = (_unrun(r) for r in runs)
+        layout = Layout(token_ids, is_embed.astype(np.bool_), is_visual.astype(np.bool_))
+        return cls((t, h, w), kept, POSITIONS[positions], layout)
+
+
+def _runs(values: npt.NDArray[np.generic]) -> IntArray:
+    """Run-length encoding: value, length, value, length, ..."""
+    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+    lengths = np.diff(np.concatenate([starts, [len(values)]]))
+    return np.stack([values[starts].astype(np.int64), lengths.astype(np.int64)], axis=1).reshape(-1)
+
+
+def _unrun(runs: IntArray) -> IntArray:
+    return np.repeat(runs[0::2], runs[1::2])

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point that vLLM calls in every process: it adds the ``--evs-*`` flags and registers the families.
+
+It runs before any configuration is known, so it changes nothing by itself: with EVS not asked for, the registered
+classes give way to vLLM's own and the flags are unset.
+"""
+
+import argparse
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from evs_vllm import envs
+from evs_vllm.adapters import family_of, supported_architectures
+from evs_vllm.config import CONFIG_KEY, OPTIONS, EVSConfig, split_request_kwargs
+from evs_vllm.errors import ConfigError, RequestError, UnsupportedError
+
+# A child of vLLM's logger, so that its handler and level apply.
+logger = logging.getLogger("vllm.evs_vllm")
+
+# The settings of the engine that this API server process serves; the request check has no other way to them.
+_server_config: EVSConfig | None = None
+
+
+def register() -> None:
+    """Registers EVS with vLLM. Called in every process, possibly more than once."""
+    from evs_vllm import compat
+
+    compat.add_cli_options(_add_cli_options)
+    compat.on_cli_args(_read_cli_options)
+    compat.on_model_config(_start)
+    for architecture in supported_architectures():
+        compat.replace_model_class(architecture, "evs_vllm.adapters.models")
+
+
+def _add_cli_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("EVS", "Efficient Video Sampling: drop video tokens that did not change.")
+
+    def reader(option: Any) -> Any:
+        def read(text: str) -> Any:
+            try:
+                return option.parse(text)
+            except ConfigError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        return read
+
+    for option in OPTIONS:
+        group.add_argument(
+            option.flag,
+            dest=option.request_key,
+            type=reader(option),
+            default=None,
+            metavar=option.metavar,
+            help=option.help.replace("%", "%%"),
+        )
+
+
+def _read_cli_options(args: argparse.Namespace) -> None:
+    from evs_vllm import compat
+
+    compat.on_request_kwargs(_check_request)
+    given = {o.name: value for o in OPTIONS if (value := getattr(args, o.request_key, None)) is not None}
+    if not given:
+        return
+    extra = getattr(args, "additional_config", None) or {}
+    if not isinstance(extra, Mapping):
+        raise ConfigError(f"--additional-config must be a JSON object to be used with --evs-* options, got {extra!r}.")
+    EVSConfig.from_mapping({**extra.get(CONFIG_KEY, {}), **given})
+    args.additional_config = {**extra, CONFIG_KEY: {**extra.get(CONFIG_KEY, {}), **given}}
+
+
+def _start(engine_args: Any, model_config: Any) -> None:
+    """Checks that EVS can do what was asked for, and hands the settings on."""
+    global _server_config
+    from evs_vllm import compat
+
+    compat.on_request_kwargs(_check_request)
+    extra = engine_args.additional_config
+    if not isinstance(extra, Mapping) or CONFIG_KEY not in extra:
+        _server_config = None
+        return
+    config = EVSConfig.from_mapping(extra[CONFIG_KEY])
+    if not compat.version_is_tested() and not envs.allow_untested_vllm():
+        raise UnsupportedError(
+            f"evs-vllm was tested with vLLM {compat.tested_range()}, this is {compat.vllm.__version__}. Install one of "
+            "those, or set EVS_ALLOW_UNTESTED_VLLM=1 to try."
+        )
+    architecture = model_config.architecture
+    family = family_of(architecture)
+    if family is None or model_config.multimodal_config is None:
+        raise UnsupportedError(
+            f"EVS does not support {architecture} ({model_config.model}). Supported: "
+            f"{', '.join(supported_architectures())}. Drop the --evs-* options to serve it unpruned."
+        )
+    compat.refuse_conflicts(model_config)
+    compat.stamp(model_config, config)
+    _server_config = config
+    _compile_kernels()
+    logger.info(
+        "EVS (evs-vllm) for %s: drops %s; request overrides: %s.",
+        family.name,
+        config.describe(),
+        config.request_overrides,
+    )
+
+
+def _compile_kernels() -> None:
+    """Compiles before the first request what the first request will need."""
+    import evs_kernels
+
+    evs_kernels.warmup()
+
+
+def _check_request(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Judges a request's ``evs_*`` keys and returns the others, which stay under vLLM's own rule."""
+    ours, rest = split_request_kwargs(kwargs)
+    if not ours:
+        return kwargs
+    if _server_config is None:
+        raise RequestError(
+            f"EVS is off on this server, but the request sets {', '.join(sorted(ours))}. Leave them out, or start the "
+            "server with an --evs-* option (--evs-rate 0 prunes only what requests ask for)."
+        )
+    _server_config.for_request(ours)
+    return rest

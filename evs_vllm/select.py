@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Budget and selection: from a clip's tokens and the settings to a `RetentionPlan`.
+
+Source: arXiv 2510.14624 (unit 0 whole, the highest scores over the whole clip); the count rule equals that of vLLM's
+``--video-pruning-rate``, with the rate read as an exact decimal.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import evs_kernels
+
+from evs_vllm.config import EVSConfig, exact
+from evs_vllm.plan import RetentionPlan
+from evs_vllm.scoring import pixel_change
+
+if TYPE_CHECKING:
+    import torch
+
+
+def token_floor(num_units: int, tokens_per_unit: int, min_tokens_per_unit: int) -> int:
+    """Tokens that always stay: unit 0 whole and the minimum of every other unit."""
+    return tokens_per_unit + (num_units - 1) * min(min_tokens_per_unit, tokens_per_unit)
+
+
+def token_budget(num_units: int, tokens_per_unit: int, config: EVSConfig) -> int:
+    """The number of tokens that `config` keeps of a clip when it sets a rate, or at most keeps when it does not.
+
+    Args:
+        num_units: T >= 1.
+        tokens_per_unit: P >= 1.
+        config: The settings.
+
+    Returns:
+        ``max(floor, min(floor(N * (1 - rate)), max_tokens))`` with N = T*P and the floor of `token_floor`.
+    """
+    total = num_units * tokens_per_unit
+    budget = math.floor(total * (1 - exact(config.rate or 0)))
+    if config.max_tokens is not None:
+        budget = min(budget, config.max_tokens)
+    return max(budget, token_floor(num_units, tokens_per_unit, config.min_tokens_per_unit))
+
+
+def make_plan(tokens: "torch.Tensor", grid: tuple[int, int, int], config: EVSConfig) -> RetentionPlan:
+    """Decides which tokens of a clip stay.
+
+    Args:
+        tokens: (T, P, D) uint8 pixels, one row per token, CPU or CUDA, contiguous.
+        grid: (T, H, W) with H*W == P.
+        config: Active settings (`EVSConfig.active`).
+
+    Returns:
+        The plan, without a layout.
+    """
+    units, per_unit, values = tokens.shape
+    budget = token_budget(units, per_unit, config)
+    if config.threshold:
+        # Mean change per value >= threshold, in integers: score >= threshold * D.
+        selection = evs_kernels.select_threshold(
+            pixel_change(tokens),
+            math.ceil(exact(config.threshold) * values),
+            min_per_unit=config.min_tokens_per_unit,
+            max_tokens=config.max_tokens,
+        )
+    else:
+        selection = evs_kernels.prune_topk(tokens, budget, min_per_unit=config.min_tokens_per_unit)
+    return RetentionPlan(grid, selection.indices.cpu().numpy(), config.positions)
