@@ -28,9 +28,6 @@ from vllm.engine.arg_utils import EngineArgs
 
 from evs_vllm.errors import UnsupportedError
 
-TESTED_VLLM = ((0, 32), (0, 33))
-"""(major, minor) of the vLLM versions that this package was written for."""
-
 _STAMP = "_evs_config"
 _WRAPPED = "__evs_wrapped__"
 
@@ -38,17 +35,6 @@ _REQUEST_CHECK = "validate_request_mm_kwargs"
 _REQUEST_CHECK_HOME = "vllm.entrypoints.generate.base.protocol"
 # They import it by name: those already loaded need the wrapped function, those loaded later get it from its home.
 _REQUEST_CHECK_USERS = ("vllm.renderers.online_renderer", "vllm.entrypoints.pooling.base.serving")
-
-
-def tested_range() -> str:
-    """The tested versions in words."""
-    return ", ".join(f"{major}.{minor}.x" for major, minor in TESTED_VLLM)
-
-
-def version_is_tested(version: str | None = None) -> bool:
-    """Whether `version` (default: the installed one) is in `TESTED_VLLM`."""
-    numbers = (version or vllm.__version__).split(".")[:2]
-    return tuple(int(n) for n in numbers if n.isdigit()) in TESTED_VLLM
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -14,6 +14,7 @@ from evs_vllm import envs
 from evs_vllm.adapters import family_of, supported_architectures
 from evs_vllm.config import CONFIG_KEY, OPTIONS, EVSConfig, split_request_kwargs
 from evs_vllm.errors import ConfigError, RequestError, UnsupportedError
+from evs_vllm.versions import tested_range, version_is_tested
 
 # A child of vLLM's logger, so that its handler and level apply.
 logger = logging.getLogger("vllm.evs_vllm")
@@ -81,9 +82,9 @@ def _start(engine_args: Any, model_config: Any) -> None:
         _server_config = None
         return
     config = EVSConfig.from_mapping(extra[CONFIG_KEY])
-    if not compat.version_is_tested() and not envs.allow_untested_vllm():
+    if not version_is_tested(compat.vllm.__version__) and not envs.allow_untested_vllm():
         raise UnsupportedError(
-            f"evs-vllm was tested with vLLM {compat.tested_range()}, this is {compat.vllm.__version__}. Install one of "
+            f"evs-vllm was tested with vLLM {tested_range()}, this is {compat.vllm.__version__}. Install one of "
             "those, or set EVS_ALLOW_UNTESTED_VLLM=1 to try."
         )
     architecture = model_config.architecture
