@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels of Efficient Video Sampling: score, select, gather; each as plain torch, numba (CPU) and Triton."""
+
+from ._dispatch import BACKENDS, OPS, supported
+from ._types import Selection
+from ._warmup import warmup
+from .cosine_score import cosine_score
+from .gather_rows import gather_rows
+from .prune_topk import prune_topk
+from .select_threshold import select_threshold
+from .select_topk import select_topk
+from .temporal_score import temporal_score
+
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "Selection",
+    "cosine_score",
+    "gather_rows",
+    "prune_topk",
+    "select_threshold",
+    "select_topk",
+    "supported",
+    "temporal_score",
+    "warmup",
+]

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks at the public edge. Every message says what is wrong, what came, what is allowed and what to do."""
+
+import operator
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+SCORE_DTYPES = (torch.int32, torch.float32)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TOKEN_DTYPES = (torch.uint8, *FLOAT_DTYPES)
+
+# Positions inside a clip are int32 in the kernels; half the range leaves room for a block past the end.
+MAX_TOKENS = 2**30
+# The largest depth whose worst case, 255 at every byte, still fits an int32 score.
+MAX_UINT8_DEPTH = (2**31 - 1) // 255
+
+
+def tensor(name: str, value: object, axes: str, dtypes: Iterable[torch.dtype] | None, *, smallest: int = 1) -> None:
+    """Checks a dense tensor; ``axes`` names its dimensions, for example "TPD"."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; allowed: torch.Tensor. Convert it with torch.as_tensor.")
+    shape = tuple(value.shape)
+    if value.ndim != len(axes):
+        raise ValueError(f"{name}: got shape {shape}; allowed: ({', '.join(axes)}). Reshape it.")
+    if min(shape) < smallest:
+        raise ValueError(f"{name}: got shape {shape}; allowed: every dimension >= {smallest}. Skip empty clips.")
+    if dtypes is not None and value.dtype not in (allowed := tuple(dtypes)):
+        names = ", ".join(str(d) for d in allowed)
+        raise TypeError(f"{name}: got dtype {value.dtype}; allowed: {names}. Convert it with .to(dtype).")
+    if not value.is_contiguous():
+        raise ValueError(
+            f"{name}: got strides {value.stride()} for shape {shape}; allowed: contiguous. "
+            "Call .contiguous() (no hidden copy is made, because a clip is large)."
+        )
+
+
+def clip_tokens(name: str, value: torch.Tensor, dtypes: Iterable[torch.dtype]) -> None:
+    """Checks (T, P, D) tokens, and that their score cannot wrap around."""
+    tensor(name, value, "TPD", dtypes)
+    clip_size(name, value)
+    if value.dtype == torch.uint8 and value.shape[2] > MAX_UINT8_DEPTH:
+        raise ValueError(
+            f"{name}: got D={value.shape[2]} with uint8; allowed: D <= {MAX_UINT8_DEPTH}, where an int32 score "
+            "cannot overflow. Convert the tokens to float32."
+        )
+
+
+def clip_scores(value: torch.Tensor) -> None:
+    """Checks (T, P) scores. NaN is looked for on the CPU only: on a GPU the check would stall the stream."""
+    tensor("scores", value, "TP", SCORE_DTYPES)
+    clip_size("scores", value)
+    if value.device.type == "cpu" and value.is_floating_point() and np.isnan(value.numpy()).any():
+        raise ValueError("scores: got NaN; allowed: numbers and infinities. Replace NaN before selecting.")
+
+
+def clip_size(name: str, value: torch.Tensor) -> None:
+    """Checks that a clip's token count fits the kernels' int32 positions."""
+    tokens = value.shape[0] * value.shape[1]
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"{name}: got T*P={tokens} tokens; allowed: <= {MAX_TOKENS}. Split the clip.")
+
+
+def count(name: str, value: int) -> int:
+    """Returns ``value`` as an int >= 0."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}; allowed: an integer >= 0. Round it as you mean it.") from None
+    if number < 0:
+        raise ValueError(f"{name}: got {number}; allowed: an integer >= 0. Use 0 for none.")
+    return number
+
+
+def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Checks that two tensors live on one device."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: got device {value.device}; allowed: {other.device}, where {other_name} is. Move one of them."
+        )

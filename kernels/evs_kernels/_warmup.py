@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile ahead of the first request."""
+
+from collections.abc import Sequence
+
+import torch
+
+from . import _triton
+from .cosine_score import cosine_score
+from .gather_rows import gather_rows
+from .prune_topk import prune_topk
+from .select_threshold import select_threshold
+from .select_topk import select_topk
+from .temporal_score import temporal_score
+
+
+def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] = (torch.uint8,)) -> None:
+    """Compiles every kernel that ``backend="auto"`` would use, so that the first request does not wait for it.
+
+    The CPU kernels are kept in numba's disk cache (NUMBA_CACHE_DIR, see kernels/README.md), the GPU kernels in
+    Triton's (TRITON_CACHE_DIR): a second process takes them from there.
+
+    Args:
+        device: where the clips will be.
+        dtypes: token dtypes to expect.
+
+    Raises:
+        TypeError: a dtype that temporal_score does not take.
+    """
+    device = torch.device(device)
+    # Triton compiles apart for row lengths that allow wide loads and those that do not; numba does not care.
+    depths = (16, 17) if device.type == "cuda" and _triton.available()[0] else (16,)
+    for dtype in dtypes:
+        for depth in depths:
+            tokens = torch.ones((3, 2, depth), dtype=dtype, device=device)
+            scores = temporal_score(tokens)
+            for reserved in (0, 1):
+                prune_topk(tokens, 4, min_per_unit=reserved)
+                select_topk(scores, 4, min_per_unit=reserved)
+                select_threshold(scores, 1, min_per_unit=reserved)
+            gather_rows(tokens.view(6, depth), torch.zeros(1, dtype=torch.int64, device=device))
+            if dtype.is_floating_point:
+                cosine_score(tokens)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton selection: exact radix search over order-preserving keys, then ordered compaction; no host wait.
+
+``unit_kernel`` (one program per temporal unit) adds partial scores and marks the reserved tokens. ``select_kernel``
+finds the key of the last token to keep and writes the kept indices. Its programs all search the whole clip for
+themselves: that repeats reads of a small array, served from cache, and saves a grid-wide barrier or another launch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import _triton
+from .._types import Selection, kept_tokens, reserved_tokens
+from ..temporal_score._triton_kernels import sum_slices
+
+UNIT_BLOCK = 1024
+SEARCH_BLOCK = 4096
+# Programs that share the compaction. More would repeat the search more often without ending sooner.
+PROGRAMS = 64
+
+
+@triton.jit
+def to_key(score, FLOAT: tl.constexpr):
+    """uint32 that sorts like the score; -0.0 and 0.0 get one key."""
+    bits = score.to(tl.uint32, bitcast=True)
+    if FLOAT:
+        bits = tl.where(bits == 0x80000000, 0, bits)
+        return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
+    else:
+        return bits ^ 0x80000000
+
+
+@triton.jit
+def count_digits(hist, key, candidate, prefix, STEP: tl.constexpr):
+    """Adds one block to the histogram of the STEP-th byte (from the top) of keys that begin with ``prefix``."""
+    if STEP > 0:
+        candidate = candidate & ((key >> (32 - 8 * STEP)) == prefix)
+    digit = (key >> (24 - 8 * STEP)) & 255
+    return hist + tl.histogram(digit.to(tl.int32), 256, mask=candidate)
+
+
+@triton.jit
+def next_digit(hist, prefix, need):
+    """Extends ``prefix`` by the byte that holds the need-th highest key; returns it and the need left there."""
+    bins = tl.arange(0, 256)
+    at_least = tl.sum(hist) - tl.cumsum(hist) + hist
+    digit = tl.sum((at_least >= need).to(tl.int32)) - 1
+    need -= tl.sum(tl.where(bins > digit, hist, 0))
+    return (prefix << 8) | digit.to(tl.uint32), need
+
+
+@triton.jit(do_not_specialize=["tokens", "per_unit", "slices", "minimum"])
+def unit_kernel(
+    partial_ptr,
+    scores_ptr,
+    reserved_ptr,
+    tokens,
+    per_unit,
+    slices,
+    minimum,
+    FLOAT: tl.constexpr,
+    STORE: tl.constexpr,
+    RESERVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * per_unit
+    if STORE:
+        for first in range(0, per_unit, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            score = sum_slices(partial_ptr, start + place, place < per_unit, tokens, slices)
+            tl.store(scores_ptr + start + place, score, mask=place < per_unit)
+    if RESERVE:
+        # The scores are added up again in every pass, because a thread may not read back what another one stored.
+        need = minimum
+        prefix = tl.zeros([], tl.uint32)
+        for STEP in tl.static_range(4):
+            hist = tl.zeros([256], tl.int32)
+            for first in range(0, per_unit, BLOCK):
+                place = first + tl.arange(0, BLOCK)
+                inside = place < per_unit
+                key = to_key(sum_slices(partial_ptr, start + place, inside, tokens, slices), FLOAT)
+                hist = count_digits(hist, key, inside, prefix, STEP)
+            prefix, need = next_digit(hist, prefix, need)
+        ties = tl.zeros([], tl.int32)
+        for first in range(0, per_unit, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            inside = place < per_unit
+            key = to_key(sum_slices(partial_ptr, start + place, inside, tokens, slices), FLOAT)
+            equal = (inside & (key == prefix)).to(tl.int32)
+            rank = ties + tl.cumsum(equal) - equal
+            ties += tl.sum(equal)
+            taken = (start + place < per_unit) | (key > prefix) | ((equal == 1) & (rank < need))
+            tl.store(reserved_ptr + start + place, taken.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def load_clip(scores_ptr, reserved_ptr, offsets, inside, per_unit, FLOAT: tl.constexpr, RESERVE: tl.constexpr):
+    """Keys of ``offsets``, and which of them are kept whatever their score."""
+    key = to_key(tl.load(scores_ptr + offsets, mask=inside, other=0), FLOAT)
+    forced = inside & (offsets < per_unit)
+    if RESERVE:
+        forced = forced | (tl.load(reserved_ptr + offsets, mask=inside, other=0) != 0)
+    return key, forced
+
+
+@triton.jit(do_not_specialize=["units", "per_unit", "need", "last_key", "units_each"])
+def select_kernel(
+    scores_ptr,
+    reserved_ptr,
+    indices_ptr,
+    counts_ptr,
+    units,
+    per_unit,
+    need,
+    last_key,
+    units_each,
+    FLOAT: tl.constexpr,
+    RESERVE: tl.constexpr,
+    SEARCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT_BLOCK: tl.constexpr,
+):
+    tokens = units * per_unit
+    first_unit = tl.program_id(0) * units_each
+    start = first_unit * per_unit
+    if SEARCH:
+        # ``need`` free tokens are to be kept: find the key of the last one, and how many tokens of that key.
+        prefix = tl.zeros([], tl.uint32)
+        for STEP in tl.static_range(4):
+            hist = tl.zeros([256], tl.int32)
+            for first in range(0, tokens, BLOCK):
+                offsets = first + tl.arange(0, BLOCK).to(tl.int64)
+                inside = offsets < tokens
+                key, forced = load_clip(scores_ptr, reserved_ptr, offsets, inside, per_unit, FLOAT, RESERVE)
+                hist = count_digits(hist, key, inside & (forced == 0), prefix, STEP)
+            prefix, need = next_digit(hist, prefix, need)
+    else:
+        prefix = to_key(last_key, FLOAT)
+    # What the units before this program's own keep: everything above the key, and ties while they last.
+    above = tl.zeros([], tl.int32)
+    ties = tl.zeros([], tl.int32)
+    for first in range(0, start, BLOCK):
+        offsets = first + tl.arange(0, BLOCK).to(tl.int64)
+        inside = offsets < start
+        key, forced = load_clip(scores_ptr, reserved_ptr, offsets, inside, per_unit, FLOAT, RESERVE)
+        above += tl.sum((inside & (forced | (key > prefix))).to(tl.int32))
+        ties += tl.sum((inside & (forced == 0) & (key == prefix)).to(tl.int32))
+    written = above + tl.minimum(ties, need)
+    for unit in range(first_unit, tl.minimum(first_unit + units_each, units)):
+        before = written
+        for first in range(0, per_unit, UNIT_BLOCK):
+            place = first + tl.arange(0, UNIT_BLOCK)
+            inside = place < per_unit
+            offsets = unit * per_unit.to(tl.int64) + place
+            key, forced = load_clip(scores_ptr, reserved_ptr, offsets, inside, per_unit, FLOAT, RESERVE)
+            equal = (inside & (forced == 0) & (key == prefix)).to(tl.int32)
+            rank = ties + tl.cumsum(equal) - equal
+            ties += tl.sum(equal)
+            keep = inside & (forced | (key > prefix) | ((equal == 1) & (rank < need)))
+            kept = keep.to(tl.int32)
+            # Masked stores: ascending order comes from the running count, not from the order of programs.
+            tl.store(indices_ptr + written.to(tl.int64) + tl.cumsum(kept) - 1, offsets, mask=keep)
+            written += tl.sum(kept)
+        tl.store(counts_ptr + unit, written - before)
+
+
+def launch_units(partial: torch.Tensor, min_per_unit: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Adds (slices, T, P) partial scores and marks reserved tokens, in one launch or none.
+
+    Returns:
+        scores (T, P), and reserved (T, P) uint8 or None when nothing is reserved.
+    """
+    slices, units, per_unit = partial.shape
+    scores = torch.empty_like(partial[0]) if slices > 1 else partial[0]
+    reserved = torch.empty_like(scores, dtype=torch.uint8) if min_per_unit else None
+    if slices > 1 or reserved is not None:
+        unit_kernel[(units,)](
+            partial,
+            scores,
+            scores if reserved is None else reserved,
+            scores.numel(),
+            per_unit,
+            slices,
+            min(min_per_unit, per_unit),
+            FLOAT=scores.is_floating_point(),
+            STORE=slices > 1,
+            RESERVE=reserved is not None,
+            BLOCK=UNIT_BLOCK,
+            num_warps=4,
+        )
+    return scores, reserved
+
+
+def launch_select(
+    scores: torch.Tensor, reserved: torch.Tensor | None, size: int, *, need: int, last_bits: int | None = None
+) -> Selection:
+    """Writes the kept indices, in one launch.
+
+    Args:
+        scores: (T, P).
+        reserved: (T, P) uint8 or None.
+        size: length of the index buffer.
+        need: how many tokens to keep beyond unit 0 and the reserved ones.
+        last_bits: score bits (as int32) from which all tokens are kept; None to find them from ``need``.
+    """
+    units, per_unit = scores.shape
+    indices = torch.empty(size, dtype=torch.int64, device=scores.device)
+    counts = torch.empty(units, dtype=torch.int32, device=scores.device)
+    units_each = triton.cdiv(units, PROGRAMS)
+    select_kernel[(triton.cdiv(units, units_each),)](
+        scores,
+        scores if reserved is None else reserved,
+        indices,
+        counts,
+        units,
+        per_unit,
+        need,
+        0 if last_bits is None else last_bits,
+        units_each,
+        FLOAT=scores.is_floating_point(),
+        RESERVE=reserved is not None,
+        SEARCH=last_bits is None,
+        BLOCK=SEARCH_BLOCK,
+        UNIT_BLOCK=UNIT_BLOCK,
+        num_warps=16,
+    )
+    return Selection(indices, counts)
+
+
+def select_partial(partial: torch.Tensor, budget: int, min_per_unit: int) -> Selection:
+    """Top-k selection of (slices, T, P) partial scores, in at most two launches."""
+    _, units, per_unit = partial.shape
+    kept = kept_tokens(units, per_unit, budget, min_per_unit)
+    scores, reserved = launch_units(partial, min_per_unit)
+    return launch_select(scores, reserved, kept, need=kept - reserved_tokens(units, per_unit, min_per_unit))
+
+
+def run(scores: torch.Tensor, budget: int, min_per_unit: int) -> Selection:
+    """See evs_kernels.select_topk."""
+    with _triton.on_device(scores):
+        return select_partial(scores[None], budget, min_per_unit)

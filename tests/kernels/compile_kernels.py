@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every Triton kernel for one GPU target with no GPU present; prints one JSON line per variant.
+
+Run by test_compile.py in a process of its own, because a process that interprets Triton cannot compile it:
+``python compile_kernels.py cuda 90`` or ``python compile_kernels.py hip gfx942``.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+FLOATS = ("fp32", "fp16", "bf16")
+SIZES = {"u8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "i16": 2, "i32": 4, "i64": 8}
+
+
+def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], int]]:
+    """Yields (label, kernel, argument types, constants, arguments divisible by 16, warps), as the launchers do."""
+    score = import_module("evs_kernels.temporal_score._triton_kernels")
+    cosine = import_module("evs_kernels.cosine_score._triton_kernels")
+    select = import_module("evs_kernels.select_topk._triton_kernels")
+    gather = import_module("evs_kernels.gather_rows._triton_kernels")
+    for wide in (True, False):
+        depth, tag = ({"depth"}, "wide") if wide else (set(), "odd")
+        for t in ("u8", *FLOATS):
+            s, size = ("i32" if t == "u8" else "fp32"), score.slice_width(16 if wide else 17, SIZES[t])
+            args = [f"*{t}", f"*{s}", "i32", "i32", "i32"]
+            yield f"score-{t}-{tag}", score.slice_kernel, args, {"INTEGER": t == "u8", "SLICE": size}, depth, 1
+            if t != "u8":
+                args = [f"*{t}", "*fp32", "*fp32", "i32", "i32", "i32"]
+                yield f"cosine-{t}-{tag}", cosine.slice_kernel, args, {"SLICE": size}, depth, 1
+        for t in ("u8", "i16", "i32", "i64"):
+            args = [f"*{t}", "*i64", f"*{t}", "i32", "i32"]
+            size = gather.SLICE_BYTES // SIZES[t]
+            yield f"gather-{t}-{tag}", gather.copy_kernel, args, {"SLICE": size}, {"width"} if wide else set(), 4
+    args = ["*fp32", "*fp32", "*fp32", "i32", "i32", "i32"]
+    yield "cosine-finish", cosine.finish_kernel, args, {"BLOCK": score.BLOCK}, set(), 4
+    for s in ("i32", "fp32"):
+        floating = s == "fp32"
+        yield f"sum-{s}", score.sum_kernel, [f"*{s}", f"*{s}", "i32", "i32"], {"BLOCK": score.BLOCK}, set(), 4
+        for store, reserve in ((True, True), (True, False), (False, True)):
+            args = [f"*{s}", f"*{s}", "*u8" if reserve else f"*{s}", "i32", "i32", "i32", "i32"]
+            constants = {"FLOAT": floating, "STORE": store, "RESERVE": reserve, "BLOCK": select.UNIT_BLOCK}
+            yield f"unit-{s}-{store:d}{reserve:d}", select.unit_kernel, args, constants, set(), 4
+        for reserve in (True, False):
+            for search in (True, False):
+                args = [f"*{s}", "*u8" if reserve else f"*{s}", "*i64", "*i32", *["i32"] * 5]
+                constants = {"FLOAT": floating, "RESERVE": reserve, "SEARCH": search}
+                constants |= {"BLOCK": select.SEARCH_BLOCK, "UNIT_BLOCK": select.UNIT_BLOCK}
+                yield f"select-{s}-{reserve:d}{search:d}", select.select_kernel, args, constants, set(), 16
+
+
+def compile_one(target: GPUTarget, kernel: Any, args: list[str], constants: dict, aligned: set[str], warps: int) -> Any:
+    """Returns Triton's compiled kernel."""
+    names = [n for n in kernel.arg_names if n not in constants]
+    signature = dict(zip(names, args, strict=True)) | dict.fromkeys(constants, "constexpr")
+    signature = {n: signature[n] for n in kernel.arg_names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(kernel.arg_names)
+        if signature[n].startswith("*") or n in aligned
+    }
+    source = ASTSource(kernel, signature, constants, attrs)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def resources(target: GPUTarget, asm: dict[str, Any]) -> dict[str, int]:
+    """Register spills as the assembler reports them, and the widths of global loads (NVIDIA)."""
+    if target.backend == "hip":
+        text = asm["amdgcn"]
+        return {
+            "spills": sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)),
+            "reports": len(re.findall(r"\.vgpr_spill_count:", text)),
+            "widest_load_bits": 32 * max([int(n) for n in re.findall(r"(?:global|buffer|flat)_load_dwordx(\d)", text)], default=1),
+        }
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx, tempfile.NamedTemporaryFile() as out:
+        ptx.write(asm["ptx"])
+        ptx.flush()
+        # The architecture comes from the PTX itself: Triton may have chosen a suffixed one (sm_90a).
+        arch = re.search(r"^\.target\s+(\w+)", asm["ptx"], re.M).group(1)
+        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", ptx.name, "-o", out.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\b", asm["ptx"])
+    return {
+        "spills": sum(int(a) + int(b) for a, b in spills),
+        "reports": len(spills),
+        "widest_load_bits": max([int(v or 1) * int(b) for v, b in loads], default=0),
+    }
+
+
+def main() -> None:
+    """Compiles all variants for the target named on the command line."""
+    backend, arch = sys.argv[1:3]
+    target = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
+    for label, kernel, args, constants, aligned, warps in variants():
+        compiled = compile_one(target, kernel, args, constants, aligned, warps)
+        row = {"label": label, "shared_bytes": compiled.metadata.shared} | resources(target, compiled.asm)
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
