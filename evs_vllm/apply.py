@@ -3,9 +3,9 @@
 
 from collections.abc import Iterator, Sequence
 
-import evs_kernels
 import torch
 
+import evs_kernels
 from evs_vllm.errors import PlanError
 from evs_vllm.plan import RetentionPlan
 

@@ -135,7 +135,7 @@ def stock_model_class(architecture: str) -> type:
 
 
 def replace_model_class(architecture: str, module: str) -> bool:
-    """Registers ``module:<architecture>@<vLLM version>`` in place of vLLM's class; `stock_model_class` still finds that.
+    """Registers ``module:<architecture>@<vLLM version>`` in place of vLLM's class; `stock_model_class` finds that.
 
     The version is in the name because vLLM caches what it learned of a class on disk by that name and the hash of the
     module's file, and our file does not change when vLLM does.
@@ -167,8 +167,8 @@ def refuse_conflicts(model_config: Any) -> None:
         )
     if vllm.envs.VLLM_USE_RUST_FRONTEND:
         raise UnsupportedError(
-            "The Rust frontend (VLLM_USE_RUST_FRONTEND=1) does not run the Python processor that EVS works in, so clips "
-            "would be served unpruned. Unset it, or drop the --evs-* options."
+            "The Rust frontend (VLLM_USE_RUST_FRONTEND=1) does not run the Python processor that EVS works in, so "
+            "clips would be served unpruned. Unset it, or drop the --evs-* options."
         )
     ours = sorted(key for key in mm_config.mm_processor_kwargs or {} if str(key).startswith("evs_"))
     if ours:

@@ -273,9 +273,9 @@ class EVSConfig:
             raise RequestError(f"Bad mm_processor_kwargs: {error}") from None
         if self.request_overrides == "stricter" and not effective.cannot_keep_more_than(self):
             raise RequestError(
-                f"evs_* keys of this request ({', '.join(f'{k}={v}' for k, v in sorted(overrides.items()))}) could keep "
-                f"more video tokens than the server's setting, which drops {self.describe()}. Ask for less, or start "
-                "the server with --evs-request-overrides any."
+                f"The evs_* keys of this request ({', '.join(f'{k}={v}' for k, v in sorted(overrides.items()))}) could "
+                f"keep more video tokens than the server's setting, which drops {self.describe()}. Ask for less, or "
+                "start the server with --evs-request-overrides any."
             )
         return effective
 

@@ -6,7 +6,7 @@
 | ``evs:clips_total`` | counter | clips of requests that EVS was active for |
 | ``evs:video_tokens_total`` | counter | their video tokens before pruning |
 | ``evs:video_tokens_kept_total`` | counter | their video tokens in the prompts |
-| ``evs:planning_time_seconds`` | histogram | scoring, selecting and laying out one clip (processor-cache hits plan nothing) |
+| ``evs:planning_time_seconds`` | histogram | score, select and lay out one clip (none on processor-cache hits) |
 
 The prefix is ``evs:`` because vLLM unregisters every collector with "vllm" in its name when it starts its own.
 """

@@ -78,7 +78,7 @@ class RetentionPlan:
     def __post_init__(self) -> None:
         if min(self.grid) < 1 or self.positions not in POSITIONS:
             raise PlanError(f"Bad grid {self.grid} or positions {self.positions!r} in a retention plan.")
-        inside = len(self.kept) and 0 <= self.kept[0] and self.kept[-1] < self.num_tokens
+        inside = len(self.kept) and self.kept[0] >= 0 and self.kept[-1] < self.num_tokens
         if not inside or not np.all(np.diff(self.kept) > 0):
             raise PlanError(f"Kept indices must be sorted, distinct and within 0..{self.num_tokens - 1}.")
         if self.layout is not None and self.layout.is_visual.sum() != self.num_tokens:

@@ -5,8 +5,9 @@ Source: Efficient Video Sampling, arXiv 2510.14624, RGB mode: the L1 distance be
 of the same patch one unit earlier, before the vision encoder.
 """
 
-import evs_kernels
 import torch
+
+import evs_kernels
 
 
 def pixel_change(tokens: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ import math
 from typing import TYPE_CHECKING
 
 import evs_kernels
-
 from evs_vllm.config import EVSConfig, exact
 from evs_vllm.plan import RetentionPlan
 from evs_vllm.scoring import pixel_change

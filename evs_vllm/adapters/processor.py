@@ -151,8 +151,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         limit = self._evs.max_position(self.info.get_hf_config())
         if dropped and dropped + max(prompt_tokens, model_config.max_model_len) > limit:
             raise RequestError(
-                f"Before pruning, the video(s) of this request have {dropped} tokens more than after it. Kept positions "
-                f"could then exceed the model's {limit} position IDs (max_model_len is {model_config.max_model_len}). "
+                f"Before pruning, the video(s) of this request have {dropped} tokens more than after it. "
+                f"Kept positions could exceed the model's {limit} IDs (max_model_len {model_config.max_model_len}). "
                 "Send fewer frames or a lower resolution, set evs_positions to 'sequential', or serve with a lower "
                 "--max-model-len."
             )

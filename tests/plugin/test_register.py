@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration: idempotent, silent when not asked for, loud when asked for and impossible."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from evs_vllm.adapters import FAMILIES, supported_architectures
+from evs_vllm.errors import ConfigError, RequestError, UnsupportedError
+from evs_vllm.versions import tested_range, version_is_tested
+
+pytestmark = pytest.mark.vllm
+
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    from evs_vllm.plugin import register
+
+    register()
+    register()
+
+
+def parse(words: list[str]) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words)
+
+
+def test_twice_is_once() -> None:
+    from vllm import ModelRegistry
+    from vllm.engine.arg_utils import EngineArgs
+
+    from evs_vllm import compat
+
+    for name in ("add_cli_args", "from_cli_args", "create_model_config"):
+        function = getattr(EngineArgs, name)
+        assert not hasattr(function.__wrapped__, "__wrapped__"), name
+    for architecture in supported_architectures():
+        assert ModelRegistry.models[architecture].module_name == "evs_vllm.adapters.models"
+        assert compat.stock_model_class(architecture).__module__.startswith("vllm.")
+
+
+@pytest.mark.parametrize("architecture", supported_architectures())
+def test_registered_class_looks_like_the_stock_one(architecture: str) -> None:
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.registry import _ModelInfo
+
+    from evs_vllm import compat
+
+    stock = compat.stock_model_class(architecture)
+    ours = ModelRegistry.models[architecture].load_model_cls()
+    assert issubclass(ours, stock) and ours is not stock and ours.__name__ == stock.__name__
+    assert _ModelInfo.from_model_cls(ours) == _ModelInfo.from_model_cls(stock)
+
+
+def test_every_process_registers() -> None:
+    """A fresh process loads the entry point by itself, as vLLM's engine and workers do."""
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins();"
+        "from vllm import ModelRegistry; import json;"
+        f"print(json.dumps([ModelRegistry.models[a].module_name for a in {list(supported_architectures())}]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    names = json.loads(run.stdout.strip().splitlines()[-1])
+    assert names == ["evs_vllm.adapters.models"] * len(supported_architectures())
+
+
+def test_families_are_consistent() -> None:
+    assert len(set(supported_architectures())) == len(supported_architectures())
+    for family in FAMILIES:
+        assert family.load_adapter() is not None
+
+
+def test_flags_reach_additional_config(tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = parse(["--model", "m", "--evs-rate", "0.75", "--evs-positions=sequential", "--evs-max-tokens", "100"])
+    assert EngineArgs.from_cli_args(args).additional_config["evs"] == {
+        "rate": 0.75, "positions": "sequential", "max_tokens": 100
+    }  # fmt: skip
+    assert args.additional_config["evs"]["rate"] == 0.75, "further API servers get the namespace"
+
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: m\nevs-rate: 0.5\nevs-request-overrides: any\n")
+    args = parse(["--config", str(file)])
+    assert EngineArgs.from_cli_args(args).additional_config["evs"] == {"rate": 0.5, "request_overrides": "any"}
+
+    args = parse(["--model", "m", "--additional-config", '{"a": 1, "evs": {"rate": 0.5}}', "--evs-max-tokens", "9"])
+    assert EngineArgs.from_cli_args(args).additional_config == {"a": 1, "evs": {"rate": 0.5, "max_tokens": 9}}
+
+    assert EngineArgs.from_cli_args(parse(["--model", "m"])).additional_config == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--evs-rate", "1"], "--evs-rate got 1; allowed: a number from 0"),
+        (["--evs-rate", "most"], "--evs-rate got 'most'"),
+        (["--evs-positions", "kept"], "keep or sequential"),
+        (["--evs-threshold", "300"], "255"),
+    ],
+)
+def test_bad_flags_end_the_command(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["--model", "m", *words])
+    assert end.value.code == 2
+    assert text in " ".join(capsys.readouterr().err.split())
+
+
+def test_contradiction_ends_the_start() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(ConfigError, match="contradict"):
+        EngineArgs.from_cli_args(parse(["--model", "m", "--evs-rate", "0.5", "--evs-threshold", "6"]))
+
+
+def text_model(directory: Path) -> Path:
+    from transformers import Qwen2Config
+
+    Qwen2Config(
+        architectures=["Qwen2ForCausalLM"], hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=64, vocab_size=128,
+    ).save_pretrained(directory)  # fmt: skip
+    return directory
+
+
+def model_config(model: Path, evs: Any, **kwargs: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    kwargs.setdefault("skip_tokenizer_init", False)
+    return EngineArgs(model=str(model), additional_config={"evs": evs}, **kwargs).create_model_config()
+
+
+def test_start_is_refused_where_evs_cannot_work(
+    tmp_path: Path, qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evs_vllm import compat
+
+    with pytest.raises(UnsupportedError, match=r"does not support Qwen2ForCausalLM.*Qwen2_5_VL.*Drop the --evs"):
+        model_config(text_model(tmp_path), {"rate": 0.5})
+    with pytest.raises(UnsupportedError, match="--video-pruning-rate 0.5 and the --evs"):
+        model_config(qwen2_5_vl, {"rate": 0.5}, video_pruning_rate=0.5)
+    with pytest.raises(UnsupportedError, match="evs_rate, which are keys for requests"):
+        model_config(qwen2_5_vl, {"rate": 0.5}, mm_processor_kwargs={"evs_rate": 0.5})
+    with pytest.raises(ConfigError, match="allowed"):
+        model_config(qwen2_5_vl, {"rate": 2})
+    with pytest.raises(ConfigError, match="mapping"):
+        model_config(qwen2_5_vl, 0.75)
+    with monkeypatch.context() as patch:
+        patch.setattr(compat.vllm, "__version__", "0.99.1")
+        with pytest.raises(UnsupportedError, match=r"0\.99\.1.*EVS_ALLOW_UNTESTED_VLLM=1"):
+            model_config(qwen2_5_vl, {"rate": 0.5})
+        patch.setenv("EVS_ALLOW_UNTESTED_VLLM", "1")
+        assert compat.stamped(model_config(qwen2_5_vl, {"rate": 0.5})).rate == 0.5
+    with monkeypatch.context() as patch:
+        patch.setattr(compat.vllm.envs, "VLLM_USE_RUST_FRONTEND", True, raising=False)
+        with pytest.raises(UnsupportedError, match="Rust frontend"):
+            model_config(qwen2_5_vl, {"rate": 0.5}, mm_device_do_normalize=False)
+
+
+def test_stamp_survives_what_vllm_does_to_configs(qwen2_5_vl: Path) -> None:
+    import copy
+    import pickle
+
+    from evs_vllm.compat import stamped
+
+    config = model_config(qwen2_5_vl, {"rate": 0.5})
+    for other in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert stamped(other).rate == 0.5
+
+
+def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLMultiModalProcessor
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    from evs_vllm.adapters import models
+
+    off = EngineArgs(model=str(qwen2_5_vl)).create_model_config()
+    assert type(MULTIMODAL_REGISTRY.create_processor(off)) is Qwen2_5_VLMultiModalProcessor
+
+    class Stock:
+        _processor_factory = MULTIMODAL_REGISTRY._get_model_cls(off)._processor_factory
+
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            self.prefix = prefix
+
+    cls = models.model_class(Stock, FAMILIES[0])
+    scheduler = SimpleNamespace(max_num_encoder_input_tokens=1)
+    built = cls(vllm_config=SimpleNamespace(additional_config={}, model_config=off), prefix="p")
+    assert type(built) is Stock and built.prefix == "p"
+    on = model_config(qwen2_5_vl, {"rate": 0.5})
+    extra = {"evs": {"rate": 0.5}}
+    config = SimpleNamespace(additional_config=extra, model_config=on, scheduler_config=scheduler)
+    assert type(cls(vllm_config=config)) is cls
+    with pytest.raises(UnsupportedError, match="did not reach the model config"):
+        cls(vllm_config=SimpleNamespace(additional_config=extra, model_config=off, scheduler_config=scheduler))
+
+
+def test_request_check(qwen2_5_vl: Path) -> None:
+    from vllm.entrypoints.generate.base import protocol
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers import online_renderer
+
+    check = online_renderer.validate_request_mm_kwargs
+
+    def request(kwargs: dict[str, Any] | None, trust: bool = False) -> None:
+        check(mm_processor_kwargs=kwargs, media_io_kwargs=None, trust_request_mm_kwargs=trust)
+
+    model_config(qwen2_5_vl, {"rate": 0.5})
+    assert check is protocol.validate_request_mm_kwargs
+    request({"evs_rate": 0.9})
+    request(None)
+    with pytest.raises(RequestError, match="keep more"):
+        request({"evs_rate": 0.1}, trust=True)
+    with pytest.raises(VLLMValidationError, match="trust-request-mm-kwargs"):
+        request({"evs_rate": 0.9, "fps": 1})
+    request({"evs_rate": 0.9, "fps": 1}, trust=True)
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    EngineArgs(model=str(qwen2_5_vl)).create_model_config()
+    with pytest.raises(RequestError, match="EVS is off on this server"):
+        request({"evs_rate": 0.9}, trust=True)
+    request({"fps": 1}, trust=True)
+
+
+def test_tested_versions() -> None:
+    assert version_is_tested("0.32.0+cpu") and version_is_tested("0.33.1") and not version_is_tested("0.3.2")
+    assert not version_is_tested("dev") and "0.32.x" in tested_range()
+
+
+def test_namespace_without_our_flags_is_left_alone() -> None:
+    from evs_vllm.plugin import _read_cli_options
+
+    args = argparse.Namespace(additional_config=None)
+    _read_cli_options(args)
+    assert args.additional_config is None

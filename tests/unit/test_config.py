@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options: parsing, refusals, request overrides, and what 'stricter' promises."""
+
+import math
+import subprocess
+import sys
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evs_vllm.config import OPTIONS, EVSConfig, exact, split_request_kwargs
+from evs_vllm.errors import ConfigError, EVSError, RequestError
+from evs_vllm.select import token_budget
+
+GOOD = {
+    "rate": [0, 0.0, 0.5, 0.999],
+    "threshold": [0, 5, 7.5, 255],
+    "positions": ["keep", "sequential"],
+    "min_tokens_per_unit": [0, 1, 100],
+    "max_tokens": [1, 4096],
+    "request_overrides": ["none", "stricter", "any"],
+}
+BAD = {
+    "rate": [1, -0.1, 1.5, math.nan, math.inf, True, "0.5", [0.5], {}],
+    "threshold": [-1, 255.5, math.nan, -math.inf, False, "6"],
+    "positions": ["", "Keep", 1, True, ["keep"]],
+    "min_tokens_per_unit": [-1, 1.0, True, "1", None],
+    "max_tokens": [0, -5, 2.0, True, "7"],
+    "request_overrides": ["all", "", 0, None],
+}
+
+
+def test_tables_cover_every_option() -> None:
+    assert set(GOOD) == set(BAD) == {option.name for option in OPTIONS} == set(EVSConfig().to_mapping())
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in GOOD.items() for v in values])
+def test_good_values(name: str, value: object) -> None:
+    assert getattr(EVSConfig.from_mapping({name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD.items() for v in values])
+def test_bad_values_say_what_is_allowed(name: str, value: object) -> None:
+    option = next(o for o in OPTIONS if o.name == name)
+    with pytest.raises(ConfigError) as error:
+        EVSConfig.from_mapping({name: value})
+    assert name in str(error.value) and repr(value) in str(error.value) and option.allowed in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [None, 0.75, "rate=0.75", ["rate"]])
+def test_options_must_be_a_mapping(bad: object) -> None:
+    with pytest.raises(ConfigError, match="mapping"):
+        EVSConfig.from_mapping(bad)  # type: ignore[arg-type]
+
+
+def test_unknown_and_contradicting_options() -> None:
+    with pytest.raises(ConfigError, match=r"Unknown evs option\(s\) rates; known: rate, threshold"):
+        EVSConfig.from_mapping({"rates": 0.5})
+    with pytest.raises(ConfigError, match="contradict"):
+        EVSConfig(rate=0.5, threshold=6)
+    assert EVSConfig(rate=0, threshold=6).active
+
+
+def test_command_line_words() -> None:
+    by_name = {o.name: o for o in OPTIONS}
+    assert by_name["rate"].parse("0.75") == 0.75
+    assert by_name["max_tokens"].parse("100") == 100
+    assert by_name["positions"].parse("keep") == "keep"
+    for name, word in [("rate", "1"), ("rate", "x"), ("rate", "NaN"), ("max_tokens", "1.5"), ("positions", "k")]:
+        with pytest.raises(ConfigError, match=by_name[name].flag):
+            by_name[name].parse(word)
+
+
+def test_rate_is_read_as_a_decimal() -> None:
+    assert exact(0.9) == Fraction(9, 10) and exact(1e-05) == Fraction(1, 100000)
+    # Binary floats say 100 * (1 - 0.9) = 9.999...
+    assert token_budget(10, 10, EVSConfig(rate=0.9)) == 10
+
+
+def test_identity_tells_settings_apart_and_spellings_not() -> None:
+    assert EVSConfig(rate=0.5).identity == EVSConfig(rate=0.50, request_overrides="any").identity
+    assert EVSConfig(threshold=6).identity == EVSConfig(threshold=6.0, rate=0).identity
+    different = [
+        EVSConfig(),
+        EVSConfig(rate=0.5),
+        EVSConfig(rate=0.75),
+        EVSConfig(threshold=0.5),
+        EVSConfig(rate=0.5, positions="sequential"),
+        EVSConfig(rate=0.5, min_tokens_per_unit=1),
+        EVSConfig(rate=0.5, max_tokens=1),
+    ]
+    assert len({config.identity for config in different}) == len(different)
+    assert EVSConfig(rate=0, positions="sequential").identity == ""
+
+
+@pytest.mark.parametrize(
+    ("server", "request_kwargs", "expected"),
+    [
+        (EVSConfig(rate=0.5), {"evs_rate": 0.9}, EVSConfig(rate=0.9)),
+        (EVSConfig(rate=0.5), {"evs_rate": 0.5}, EVSConfig(rate=0.5)),
+        (EVSConfig(rate=0.5), {"evs_positions": "sequential"}, EVSConfig(rate=0.5, positions="sequential")),
+        (EVSConfig(rate=0.5), {"evs_max_tokens": 9}, EVSConfig(rate=0.5, max_tokens=9)),
+        (EVSConfig(rate=0), {"evs_threshold": 3}, EVSConfig(threshold=3)),
+        (EVSConfig(threshold=3), {"evs_threshold": 4}, EVSConfig(threshold=4)),
+        (
+            EVSConfig(threshold=3, request_overrides="any"),
+            {"evs_rate": 0.1},
+            EVSConfig(rate=0.1, request_overrides="any"),
+        ),
+    ],
+)
+def test_overrides(server: EVSConfig, request_kwargs: dict[str, object], expected: EVSConfig) -> None:
+    assert server.for_request(request_kwargs) == expected
+
+
+def test_rate_zero_turns_everything_off() -> None:
+    server = EVSConfig(threshold=3, max_tokens=100, min_tokens_per_unit=2, request_overrides="any")
+    assert not server.for_request({"evs_rate": 0}).active
+
+
+@pytest.mark.parametrize(
+    ("server", "request_kwargs", "words"),
+    [
+        (EVSConfig(rate=0.5), {"evs_rate": 0.4}, "evs-request-overrides any"),
+        (EVSConfig(rate=0.5), {"evs_rate": 0}, "evs-request-overrides any"),
+        (EVSConfig(rate=0.5), {"evs_threshold": 255}, "could keep more"),
+        (EVSConfig(threshold=5), {"evs_rate": 0.99}, "could keep more"),
+        (EVSConfig(rate=0.5), {"evs_min_tokens_per_unit": 1}, "could keep more"),
+        (EVSConfig(rate=0.5, max_tokens=5), {"evs_max_tokens": 6}, "could keep more"),
+        (EVSConfig(rate=0.5, request_overrides="none"), {"evs_rate": 0.9}, "takes no evs"),
+        (EVSConfig(rate=0.5), {"evs_rat": 0.9}, "Unknown key.*evs_rat; .*evs_rate"),
+        (EVSConfig(rate=0.5), {"evs_request_overrides": "any"}, "Unknown key"),
+        (EVSConfig(rate=0.5), {"evs_rate": "0.9"}, "evs_rate got '0.9'; allowed"),
+        (EVSConfig(rate=0.5), {"evs_rate": 0.9, "evs_threshold": 9}, "contradict"),
+        (EVSConfig(rate=0.5), {"evs_min_tokens_per_unit": None}, "evs_min_tokens_per_unit got None"),
+    ],
+)
+def test_refused_overrides(server: EVSConfig, request_kwargs: dict[str, object], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        server.for_request(request_kwargs)
+
+
+configs = st.builds(
+    lambda budget, positions, least, most: EVSConfig(
+        **budget, positions=positions, min_tokens_per_unit=least, max_tokens=most
+    ),
+    st.one_of(
+        st.just({}),
+        st.floats(0, 0.99).map(lambda q: {"rate": q}),
+        st.integers(0, 255).map(lambda tau: {"threshold": tau}),
+    ),
+    st.sampled_from(["keep", "sequential"]),
+    st.integers(0, 4),
+    st.one_of(st.none(), st.integers(1, 60)),
+)
+
+
+@given(configs, st.dictionaries(st.text(max_size=8).map(lambda s: "evs_" + s), st.integers() | st.text() | st.none()))
+def test_any_garbage_is_one_of_our_errors(config: EVSConfig, garbage: dict[str, object]) -> None:
+    try:
+        config.for_request(garbage)
+    except EVSError as error:
+        assert str(error)
+
+
+def test_split() -> None:
+    assert split_request_kwargs({"evs_rate": 1, "fps": 2}) == ({"evs_rate": 1}, {"fps": 2})
+    assert split_request_kwargs(None) == ({}, {})
+
+
+def test_config_imports_neither_torch_nor_vllm() -> None:
+    code = "import sys, evs_vllm.config, evs_vllm.adapters; assert not {'torch', 'vllm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

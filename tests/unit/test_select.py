@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Budget and selection against a plain reference, and what the 'stricter' rule promises for real clips."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evs_vllm.config import EVSConfig
+from evs_vllm.select import make_plan, token_budget
+
+
+def reference(tokens: np.ndarray, config: EVSConfig) -> list[int]:
+    """Kept flat indices, written from the rules with sorting and sets."""
+    units, per_unit, values = tokens.shape
+    change = np.zeros((units, per_unit), dtype=np.int64)
+    for t in range(1, units):
+        change[t] = np.abs(tokens[t].astype(np.int64) - tokens[t - 1].astype(np.int64)).sum(axis=-1)
+    flat = change.reshape(-1)
+    always = set(range(per_unit))
+    for t in range(1, units):
+        unit = sorted(range(t * per_unit, (t + 1) * per_unit), key=lambda i: (-flat[i], i))
+        always |= set(unit[: config.min_tokens_per_unit])
+    rest = sorted((i for i in range(units * per_unit) if i not in always), key=lambda i: (-flat[i], i))
+    if config.threshold:
+        rest = [i for i in rest if Fraction(int(flat[i]), values) >= Fraction(str(config.threshold))]
+        room = len(rest)
+    else:
+        room = (units * per_unit * (1 - Fraction(str(config.rate or 0)))).__floor__() - len(always)
+    if config.max_tokens is not None:
+        room = min(room, config.max_tokens - len(always))
+    return sorted(always | set(rest[: max(room, 0)]))
+
+
+def random_clip(seed: int, units: int, per_unit: int, values: int, levels: int) -> np.ndarray:
+    """Few grey levels, so that ties are common."""
+    rng = np.random.default_rng(seed)
+    return (rng.integers(0, levels, (units, per_unit, values)) * (255 // max(levels - 1, 1))).astype(np.uint8)
+
+
+clips = st.builds(
+    random_clip, st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 9), st.integers(1, 7), st.integers(1, 4)
+)
+configs = st.builds(
+    lambda budget, least, most: EVSConfig(**budget, min_tokens_per_unit=least, max_tokens=most),
+    st.one_of(
+        st.sampled_from([0, 0.1, 0.3, 0.5, 0.75, 0.9, 0.99]).map(lambda q: {"rate": q}),
+        st.sampled_from([1, 42.5, 85, 127.5, 255]).map(lambda tau: {"threshold": tau}),
+    ),
+    st.integers(0, 4),
+    st.one_of(st.none(), st.integers(1, 40)),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(clips, configs)
+def test_plan_equals_reference(clip: np.ndarray, config: EVSConfig) -> None:
+    units, per_unit, _ = clip.shape
+    plan = make_plan(torch.from_numpy(clip), (units, 1, per_unit), config)
+    assert plan.kept.tolist() == reference(clip, config)
+    assert plan.counts.sum() == plan.num_kept == plan.mask.sum()
+    if not config.threshold:
+        assert plan.num_kept == token_budget(units, per_unit, config)
+
+
+@settings(deadline=None, max_examples=300)
+@given(clips, configs, configs)
+def test_stricter_never_keeps_more(clip: np.ndarray, one: EVSConfig, other: EVSConfig) -> None:
+    if one.cannot_keep_more_than(other):
+        assert len(reference(clip, one)) <= len(reference(clip, other))
+
+
+@pytest.mark.parametrize(
+    ("units", "per_unit", "rate", "expected"),
+    [(10, 10, 0.9, 10), (10, 10, 0.75, 25), (10, 10, 0.99, 10), (1, 7, 0.9, 7), (3, 5, 0, 15), (7, 3, 0.5, 10)],
+)
+def test_budget_by_hand(units: int, per_unit: int, rate: float, expected: int) -> None:
+    assert token_budget(units, per_unit, EVSConfig(rate=rate)) == expected
+
+
+def test_bytes_do_not_wrap_around() -> None:
+    """255 -> 0 is the largest change there is, not a change of 1."""
+    clip = np.zeros((2, 2, 4), dtype=np.uint8)
+    clip[0, 1] = 255
+    clip[1, 0] = 2
+    plan = make_plan(torch.from_numpy(clip), (2, 1, 2), EVSConfig(max_tokens=3))
+    assert plan.kept.tolist() == [0, 1, 3]
+
+
+def test_threshold_is_exact_at_the_boundary() -> None:
+    clip = np.zeros((2, 3, 10), dtype=np.uint8)
+    clip[1, 0, 0] = 25  # mean change 2.5
+    clip[1, 1, 0] = 24
+    plan = make_plan(torch.from_numpy(clip), (2, 1, 3), EVSConfig(threshold=2.5))
+    assert plan.kept.tolist() == [0, 1, 2, 3]
