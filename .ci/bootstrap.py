@@ -35,6 +35,11 @@ from transformers import AutoProcessor
 import evs_kernels, evs_vllm
 from importlib.metadata import entry_points
 assert any(e.name == "evs" for e in entry_points(group="vllm.general_plugins")), "entry point evs is not installed"
+from vllm.platforms import current_platform
+if current_platform.is_cpu():
+    current_platform.import_kernels()
+    assert hasattr(torch.ops._C, "silu_and_mul"), (
+        "vLLM's CPU kernels do not load. They need the system library libnuma.so.1: install libnuma1 (numactl-libs)")
 print(f"vllm {vllm.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
       f"transformers {transformers.__version__}")
 """

@@ -379,3 +379,37 @@ def test_ci_run_is_executable_and_starts_from_its_own_checkout():
     script = CI / "run"
     assert os.access(script, os.X_OK)
     assert "exec make test </dev/null" in script.read_text()
+
+
+# Reads every example the way `vllm serve --config` does, plugins included, and prints what the flags came to.
+READ_CONFIGS = """
+import json, sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser  # 0.33
+except ImportError:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+for path in sys.argv[1:]:
+    args = vars(make_arg_parser(FlexibleArgumentParser()).parse_args(["--config", path]))
+    print("READ", json.dumps({name: value for name, value in args.items() if name.startswith("evs_")
+                              or name in ("model", "limit_mm_per_prompt", "media_io_kwargs", "max_model_len")}))
+"""
+
+
+@pytest.mark.vllm
+def test_serve_configs_are_read_by_vllm():
+    yaml = pytest.importorskip("yaml")
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    paths = sorted((ROOT / "configs" / "serve").glob("*.yaml"))
+    assert paths
+    done = subprocess.run([sys.executable, "-c", READ_CONFIGS, *paths], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    read = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("READ ")]
+    assert len(read) == len(paths)
+    for path, args in zip(paths, read, strict=True):
+        written = {name.replace("-", "_"): value for name, value in yaml.safe_load(path.read_text()).items()}
+        assert any(name.startswith("evs_") for name in written), path
+        assert written.items() <= args.items(), path
