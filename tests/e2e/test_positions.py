@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The position IDs that reach the language model are the reference's, as integers, however large they get."""
+
+import numpy as np
+import pytest
+import torch
+
+from evs_vllm.testing import synthetic_clip
+from tests.e2e.harness import IMAGE, TOLERANCE, VIDEO, Request, ask, chat, check, expected
+from tests.reference.hf import Clip, Picture, Settings
+
+pytestmark = pytest.mark.vllm
+
+LONG = {"qwen2_5_vl": 160, "qwen2_vl": 560}
+"""Frames after which position IDs exceed 256: 2 s per unit at 4 IDs per second, and one ID per unit."""
+
+
+@pytest.fixture
+def engine(engines, family):
+    return engines.get(family, {"rate": 0.75, "request_overrides": "any"}, max_num_batched_tokens=8192)
+
+
+@pytest.fixture
+def ref(reference, family):
+    return reference(family)
+
+
+@pytest.fixture
+def seen(engine):
+    """(dtype, (3, n) values) of every positions tensor that enters the language model."""
+    calls = []
+
+    def record(module, args, kwargs):
+        positions = kwargs["positions"] if "positions" in kwargs else args[1]
+        calls.append((positions.dtype, positions.detach().clone().numpy()))
+
+    handle = engine.language_model.register_forward_pre_hook(record, with_kwargs=True)
+    yield calls
+    handle.remove()
+
+
+def long_clip(family):
+    # The moving rectangle keeps late units alive, so that large IDs are really used.
+    return synthetic_clip(LONG[family], (56, 56), moving=0.15, noise=2, seed=7)
+
+
+def check_positions(seen, result):
+    (dtype, prefill), *decoding = seen
+    count = len(result.prompt_ids)
+    assert dtype == torch.int64 and prefill.shape[0] == 3
+    np.testing.assert_array_equal(prefill[:, :count], result.positions)
+    for step, (dtype, ids) in enumerate(decoding[: len(result.tokens) - 1]):
+        assert dtype == torch.int64
+        following = result.following + step
+        assert ids[:, 0].tolist() == [following] * 3, f"step {step}"
+
+
+@pytest.mark.parametrize("positions", ["keep", "sequential"])
+@pytest.mark.parametrize("rate", [0, 0.75, 0.9])
+def test_ids_of_one_clip(engine, ref, seen, rate, positions):
+    settings = Settings(rate, positions=positions)
+    frames = synthetic_clip(16, noise=2, seed=60)
+    request = ask(frames, settings, evs_rate=rate, evs_positions=positions)
+    result = expected(ref, request)
+    check(engine.generate([request])[0], result)
+    check_positions(seen, result)
+
+
+@pytest.mark.parametrize("positions", ["keep", "sequential"])
+def test_ids_of_images_and_clips(engine, ref, seen, positions):
+    settings = Settings(0.75, positions=positions)
+    picture = Picture(synthetic_clip(1, (140, 112), "noise", seed=61)[0])
+    clips = [Clip(synthetic_clip(9, noise=2, seed=62 + i), settings=settings) for i in range(2)]
+    prompt = chat(VIDEO, "First ", IMAGE, "then ", VIDEO, "What moves?")
+    request = Request(prompt, [clips[0], picture, clips[1]], {"evs_positions": positions})
+    result = expected(ref, request)
+    check(engine.generate([request])[0], result)
+    check_positions(seen, result)
+
+
+def test_text_goes_on_where_it_would_have(ref):
+    """`keep` in one line: dropping tokens moves nothing. `sequential`: as if they had never been there."""
+    frames = synthetic_clip(16, noise=2, seed=63)
+    full, keep, sequential = (
+        ref.generate(ask(frames).prompt, [Clip(frames, settings=s)], 1)
+        for s in (Settings(), Settings(0.75), Settings(0.75, positions="sequential"))
+    )
+    clip = slice(4, 4 + 160)
+    gathered = np.concatenate(
+        [full.positions[:, :4], full.positions[:, clip][:, keep.kept[0]], full.positions[:, clip.stop :]], axis=1
+    )
+    np.testing.assert_array_equal(keep.positions, gathered)
+    np.testing.assert_array_equal(sequential.positions, np.tile(np.arange(len(sequential.prompt_ids)), (3, 1)))
+
+
+def test_ids_above_256_are_exact(engine, ref, seen, family):
+    """Carrying IDs as bf16 channels beside the embeddings, as vLLM's own implementation does, would round these."""
+    assert torch.tensor(257.0, dtype=torch.bfloat16).item() == 256
+    settings = Settings(0.9)
+    request = ask(long_clip(family), settings, evs_rate=0.9)
+    result = expected(ref, request)
+    assert result.positions.max() > 256
+
+    rounded = torch.from_numpy(result.positions).to(torch.bfloat16).to(torch.int64).numpy()
+    changed = (rounded != result.positions).any(axis=0)
+    assert changed[4 : 4 + len(result.kept[0])].any(), "no kept token of the clip has an ID that bf16 would round"
+    assert changed[-10:].any(), "nor has the question"
+
+    (output,) = engine.generate([request])
+    check(output, result)
+    check_positions(seen, result)
+
+    # The difference is not academic: with rounded IDs the same model gives other logprobs.
+    broken = ref.generate(request.prompt, request.media, 1, lambda ids: rounded)
+    assert np.abs(broken.logprobs[0] - result.logprobs[0]).max() > 100 * TOLERANCE
