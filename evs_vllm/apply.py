@@ -49,4 +49,4 @@ def keep_rows(embeds: torch.Tensor, plan: RetentionPlan) -> torch.Tensor:
     rows = plan.layout.is_visual if plan.layout is not None else ()
     if embeds.ndim != 2 or embeds.shape[0] != len(rows):
         raise PlanError(f"The encoder returned {tuple(embeds.shape)} for a clip laid out for {len(rows)} rows.")
-    return evs_kernels.gather_rows(embeds, torch.from_numpy(plan.embed_index).to(embeds.device))
+    return evs_kernels.gather_rows(embeds.contiguous(), torch.from_numpy(plan.embed_index).to(embeds.device))

@@ -9,6 +9,9 @@ Ledger (reason; when it can go):
   are stamped on the former. Can go when processors can read ``additional_config``.
 - `on_request_kwargs`: vLLM refuses all request-level ``mm_processor_kwargs`` unless all are trusted. Can go when vLLM
   lets a processor name keys that are safe for untrusted requests.
+- `shield_llvmlite`: vLLM's CPU worker inspects every object of every loaded module (triton_utils/dispatcher.py,
+  ``_rebind_kernels``) and dies on llvmlite's library wrapper, which answers to any attribute name. Happens without this
+  package too, when numba is loaded before an in-process engine. Can go when vLLM skips such objects.
 - `stock_model_class`, `replace_model_class`: ``ModelRegistry.register_model`` is public, reading back what an
   architecture was registered to is not.
 
@@ -108,6 +111,22 @@ def on_request_kwargs(check: Callable[[dict[str, Any]], dict[str, Any]]) -> None
     for name in _REQUEST_CHECK_USERS:
         if (module := sys.modules.get(name)) is not None:
             setattr(module, _REQUEST_CHECK, getattr(home, _REQUEST_CHECK))
+
+
+def shield_llvmlite() -> None:
+    """Makes llvmlite's library wrapper deny special attributes such as ``__dict__``, as other objects do."""
+    wrapper: Any = importlib.import_module("llvmlite.binding.ffi")._lib_wrapper
+    if getattr(wrapper.__getattr__, _WRAPPED, False):
+        return
+    original = wrapper.__getattr__
+
+    def get(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return original(self, name)
+
+    setattr(get, _WRAPPED, True)
+    wrapper.__getattr__ = get
 
 
 def stamp(model_config: Any, config: object) -> None:

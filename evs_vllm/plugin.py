@@ -110,7 +110,10 @@ def _compile_kernels() -> None:
     """Compiles before the first request what the first request will need."""
     import evs_kernels
 
+    from evs_vllm import compat
+
     evs_kernels.warmup()
+    compat.shield_llvmlite()
 
 
 def _check_request(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
     def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         settings = _settings.get()
-        if not settings.active or MODALITY not in updates:
+        if not settings.active or not updates.get(MODALITY):  # empty when the processor cache has every clip
             return updates
         pruned = [
             self._prune(item, item_updates, settings)

@@ -5,19 +5,18 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from evs_vllm import versions
 from evs_vllm.adapters import FAMILIES, supported_architectures
 from evs_vllm.errors import ConfigError, RequestError, UnsupportedError
-from evs_vllm.versions import tested_range, version_is_tested
 
 pytestmark = pytest.mark.vllm
-
-PACKAGE = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +25,11 @@ def registered() -> None:
 
     register()
     register()
+
+
+@pytest.fixture
+def qwen2_5_vl(model_dir: Callable[[str], Path]) -> Path:
+    return model_dir("qwen2_5_vl")
 
 
 def parse(words: list[str]) -> Any:
@@ -80,24 +84,25 @@ def test_families_are_consistent() -> None:
         assert family.load_adapter() is not None
 
 
-def test_flags_reach_additional_config(tmp_path: Path) -> None:
+def test_flags_reach_additional_config(tmp_path: Path, qwen2_5_vl: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    args = parse(["--model", "m", "--evs-rate", "0.75", "--evs-positions=sequential", "--evs-max-tokens", "100"])
+    model = str(qwen2_5_vl)
+    args = parse(["--model", model, "--evs-rate", "0.75", "--evs-positions=sequential", "--evs-max-tokens", "100"])
     assert EngineArgs.from_cli_args(args).additional_config["evs"] == {
         "rate": 0.75, "positions": "sequential", "max_tokens": 100
     }  # fmt: skip
     assert args.additional_config["evs"]["rate"] == 0.75, "further API servers get the namespace"
 
     file = tmp_path / "serve.yaml"
-    file.write_text("model: m\nevs-rate: 0.5\nevs-request-overrides: any\n")
+    file.write_text(f"model: {model}\nevs-rate: 0.5\nevs-request-overrides: any\n")
     args = parse(["--config", str(file)])
     assert EngineArgs.from_cli_args(args).additional_config["evs"] == {"rate": 0.5, "request_overrides": "any"}
 
-    args = parse(["--model", "m", "--additional-config", '{"a": 1, "evs": {"rate": 0.5}}', "--evs-max-tokens", "9"])
+    args = parse(["--model", model, "--additional-config", '{"a": 1, "evs": {"rate": 0.5}}', "--evs-max-tokens", "9"])
     assert EngineArgs.from_cli_args(args).additional_config == {"a": 1, "evs": {"rate": 0.5, "max_tokens": 9}}
 
-    assert EngineArgs.from_cli_args(parse(["--model", "m"])).additional_config == {}
+    assert EngineArgs.from_cli_args(parse(["--model", model])).additional_config == {}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +152,7 @@ def test_start_is_refused_where_evs_cannot_work(
 
     with pytest.raises(UnsupportedError, match=r"does not support Qwen2ForCausalLM.*Qwen2_5_VL.*Drop the --evs"):
         model_config(text_model(tmp_path), {"rate": 0.5})
-    with pytest.raises(UnsupportedError, match="--video-pruning-rate 0.5 and the --evs"):
+    with pytest.raises(UnsupportedError, match=r"--video-pruning-rate 0\.5 and the --evs"):
         model_config(qwen2_5_vl, {"rate": 0.5}, video_pruning_rate=0.5)
     with pytest.raises(UnsupportedError, match="evs_rate, which are keys for requests"):
         model_config(qwen2_5_vl, {"rate": 0.5}, mm_processor_kwargs={"evs_rate": 0.5})
@@ -235,8 +240,9 @@ def test_request_check(qwen2_5_vl: Path) -> None:
 
 
 def test_tested_versions() -> None:
-    assert version_is_tested("0.32.0+cpu") and version_is_tested("0.33.1") and not version_is_tested("0.3.2")
-    assert not version_is_tested("dev") and "0.32.x" in tested_range()
+    assert versions.version_is_tested("0.32.0+cpu") and versions.version_is_tested("0.33.1")
+    assert not versions.version_is_tested("0.3.2") and not versions.version_is_tested("dev")
+    assert "0.32.x" in versions.tested_range()
 
 
 def test_namespace_without_our_flags_is_left_alone() -> None:

@@ -152,7 +152,7 @@ pieces = st.lists(
     st.one_of(
         st.integers(1, 5),
         st.tuples(st.just(1), st.integers(1, 3), st.integers(1, 3)),
-        st.builds(random_plan, st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 3), st.integers(1, 4), st.just(False)),
+        plans.filter(lambda plan: plan.layout is not None and bool(plan.layout.is_embed.all())),
     ),
     min_size=1,
     max_size=6,

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one video through the server's own loader and processor, without an engine, and keeps what they made."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.media import MediaConnector
+from vllm.multimodal.processing import ProcessorInputs, TimingContext
+from vllm.transformers_utils.processor import get_video_processor_cls_name
+from vllm.utils.torch_utils import set_default_torch_num_threads
+
+from evs_vllm import plugin
+from evs_vllm.adapters import family_of
+from evs_vllm.adapters.base import Clip
+from evs_vllm.adapters.processor import MODALITY, pixel_stats, plan_of
+from evs_vllm.config import CONFIG_KEY, EVSConfig
+from evs_vllm.errors import EVSError, UnsupportedError
+from evs_vllm.inspection import Inspection
+from evs_vllm.plan import RetentionPlan
+from evs_vllm.prompt import pruned_clip
+from evs_vllm.scoring import pixel_change
+from evs_vllm.select import make_plan
+
+T = TypeVar("T")
+
+
+def inspect_clip(
+    video: Path,
+    model: str,
+    config: EVSConfig,
+    media_io_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Inspection:
+    """Processes one video as ``vllm serve`` with these settings would.
+
+    Args:
+        video: The file.
+        model: Model folder or hub name.
+        config: The settings; inactive ones keep every token.
+        media_io_kwargs: Settings of the video loader (``--media-io-kwargs``, the part under "video").
+        trust_remote_code: As for ``vllm serve``.
+
+    Raises:
+        EVSError: The model or the video cannot be read, or EVS refuses them.
+    """
+    plugin.register()  # VLLM_PLUGINS may leave it out
+    try:
+        model_config = EngineArgs(
+            model=model,
+            trust_remote_code=trust_remote_code,
+            media_io_kwargs={MODALITY: dict(media_io_kwargs or {})},
+            additional_config={CONFIG_KEY: config.to_mapping()},
+        ).create_model_config()
+        processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+    except EVSError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(f"vLLM cannot load the model {model}: {error}") from error
+    media, decode = _timed(lambda: _load(video, model_config), video)
+    inputs = _inputs(processor, media)
+    # The second run is what a server does: the first one imports and compiles.
+    with set_default_torch_num_threads():
+        processor.apply(inputs, TimingContext())
+        timing = TimingContext()
+        item = processor.apply(inputs, timing)["mm_kwargs"].require_data()[MODALITY][0]
+    family = family_of(model_config.architecture)
+    assert family is not None  # checked when the model config was made
+    adapter, hf_config, stats = family.load_adapter(), processor.info.get_hf_config(), pixel_stats(processor.info)
+    fields = {key: elem.data for key, elem in item.items()}
+    clip = adapter.clip(fields, hf_config, stats)
+    if clip is None:
+        raise UnsupportedError(f"The processor made no pixels of {video}.")
+    frames = adapter.frames(fields, hf_config, stats)
+    plan = plan_of(item) or RetentionPlan(clip.grid, np.arange(np.prod(clip.grid)), config.positions)
+    layout = plan.layout
+    after = plan.num_kept if layout is None else len(plan.prompt_index)
+    return Inspection(
+        video=video,
+        model=model,
+        architecture=model_config.architecture,
+        family=family.name,
+        config=config,
+        plan=plan,
+        scores=pixel_change(clip.tokens).cpu().numpy(),
+        values_per_token=clip.tokens.shape[-1],
+        frames=frames,
+        unit_seconds=_unit_seconds(media, plan.num_units, len(frames) // plan.num_units),
+        prompt_tokens=(plan.num_tokens if layout is None else len(layout.token_ids), after),
+        seconds={"decode": decode, "HF processor": timing.stage_secs["apply_hf_processor"]}
+        | _planning_seconds(clip, plan, config, adapter),
+    )
+
+
+def _load(video: Path, model_config: Any) -> Any:
+    connector = MediaConnector(
+        model_config.multimodal_config.media_io_kwargs, allowed_local_media_path=str(video.resolve().parent)
+    )
+    return connector.fetch_video(
+        video.resolve().as_uri(), video_processor=get_video_processor_cls_name(model_config)
+    )
+
+
+def _timed(call: Callable[[], T], video: Path) -> tuple[T, float]:
+    started = time.perf_counter()
+    try:
+        return call(), time.perf_counter() - started
+    except Exception as error:
+        raise EVSError(f"vLLM cannot decode {video}: {error}") from error
+
+
+def _inputs(processor: Any, media: Any) -> ProcessorInputs:
+    text = processor.dummy_inputs.get_dummy_text({MODALITY: 1})
+    prompt = processor.info.get_tokenizer().encode(text, add_special_tokens=False)
+    return ProcessorInputs(prompt, processor.info.parse_mm_data({MODALITY: [media]}))
+
+
+def _unit_seconds(media: Any, units: int, per_unit: int) -> tuple[float, ...] | None:
+    """When each unit starts, from what the loader says of the frames that it took."""
+    metadata: Mapping[str, Any] = getattr(media, "media", media)[1] or {}
+    indices, fps = metadata.get("frames_indices"), metadata.get("fps")
+    if indices is None or not fps or metadata.get("do_sample_frames") or len(indices) <= (units - 1) * per_unit:
+        return None
+    return tuple(float(indices[unit * per_unit]) / fps for unit in range(units))
+
+
+def _planning_seconds(clip: Clip, plan: RetentionPlan, config: EVSConfig, adapter: Any) -> dict[str, float]:
+    """Medians of the stages that the processor runs in one go."""
+
+    def median(call: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
+    def lay_out() -> None:
+        whole = plan.layout
+        if whole is not None:
+            laid = plan.with_layout(adapter.layout(whole.token_ids.tolist(), whole.is_embed, clip))
+            pruned_clip(laid)
+            laid.to_array()
+
+    if not config.active:
+        return {"score": 0.0, "select": 0.0, "layout": 0.0}
+    score = median(lambda: pixel_change(clip.tokens))
+    both = median(lambda: make_plan(clip.tokens, clip.grid, config))
+    return {"score": score, "select": max(0.0, both - score), "layout": median(lay_out)}
+
+
+def platform_name() -> str:
+    """What vLLM takes this machine for, for example "cuda" or "cpu"."""
+    from vllm.platforms import current_platform
+
+    return f"{current_platform.device_type} ({type(current_platform).__name__})"

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that several subcommands share. The EVS options come from `evs_vllm.config.OPTIONS`."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from evs_vllm.config import OPTIONS, EVSConfig, Option
+from evs_vllm.errors import ConfigError, EVSError
+
+DEFAULT_RATE = 0.75
+"""Used where neither a rate, a threshold nor a cap is given."""
+
+# Which requests may override what means nothing for one clip.
+CLIP_OPTIONS = tuple(option for option in OPTIONS if option.per_request)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose errors are one line; its subparsers are too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _reader(option: Option, flag: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return option.parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{option.flag} ")) from None
+
+    return read
+
+
+def add_evs_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--rate``, ``--threshold``...: the ``--evs-*`` options of ``vllm serve`` without their prefix."""
+    group = parser.add_argument_group("EVS", f"As the --evs-* options of vllm serve; --rate {DEFAULT_RATE} by default.")
+    for option in CLIP_OPTIONS:
+        flag = "--" + option.name.replace("_", "-")
+        group.add_argument(
+            flag,
+            dest=option.request_key,
+            type=_reader(option, flag),
+            metavar=option.metavar,
+            help=option.help.replace("%", "%%"),
+        )
+
+
+def evs_config(args: argparse.Namespace) -> EVSConfig:
+    """The settings that `add_evs_options` parsed.
+
+    Raises:
+        ConfigError: They contradict each other.
+    """
+    given = {o.name: value for o in CLIP_OPTIONS if (value := getattr(args, o.request_key)) is not None}
+    if not {"rate", "threshold", "max_tokens"} & set(given):
+        given["rate"] = DEFAULT_RATE
+    return EVSConfig.from_mapping(given)
+
+
+def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds VIDEO, --model and what decides which frames the model sees."""
+    parser.add_argument("video", metavar="VIDEO", type=Path, help="Video file.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="Model folder (or hub name), as for vllm serve.")
+    group = parser.add_argument_group("frames", "As --media-io-kwargs '{\"video\": {...}}' of vllm serve.")
+    group.add_argument(
+        "--fps", type=_positive(float), metavar="FPS", help="Frames per second, for loaders that sample by rate."
+    )
+    group.add_argument(
+        "--num-frames",
+        type=_positive(int),
+        metavar="N",
+        help="Frames to sample, for loaders that sample by count (Qwen2-VL's does not).",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="As for vllm serve.")
+
+
+def media_io_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """The video loader's settings that `add_clip_arguments` parsed."""
+    given = {"fps": args.fps, "num_frames": args.num_frames}
+    return {name: int(v) if v == int(v) else v for name, v in given.items() if v is not None}
+
+
+def check_paths(video: Path, model: str) -> None:
+    """Refuses what is not there before anything slow is imported.
+
+    Raises:
+        EVSError: No such video file or model folder.
+    """
+    if not video.is_file():
+        raise EVSError(f"no such video file: {video}")
+    looks_like_path = model.startswith((".", "~", "/")) or model.count("/") > 1
+    folder = Path(model).expanduser()
+    if (looks_like_path or folder.exists()) and not (folder / "config.json").is_file():
+        raise EVSError(f"no model folder (with a config.json): {model}")
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def positive(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    positive.__name__ = f"positive {kind.__name__}"
+    return positive

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processor and model hooks without an engine: scores see the right pixels, cache keys and fields are right."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evs_vllm.adapters import FAMILIES
+from evs_vllm.config import EVSConfig
+from evs_vllm.errors import RequestError
+from evs_vllm.plan import Layout, RetentionPlan
+from evs_vllm.scoring import pixel_change
+from evs_vllm.select import make_plan
+from evs_vllm.testing import synthetic_clip
+
+pytestmark = pytest.mark.vllm
+
+PROMPT = "<|vision_start|><|video_pad|><|vision_end|>What moves?"
+SIZE = (112, 140)  # 4 x 5 tokens of 28 pixels
+
+
+def processor_for(model: Path, evs: dict[str, Any] | None, **kwargs: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    from evs_vllm.plugin import register
+
+    register()
+    extra = {} if evs is None else {"evs": evs}
+    # float32 pixels, so that what vLLM normalises on the host can be undone exactly.
+    args = EngineArgs(model=str(model), additional_config=extra, max_model_len=4096, dtype="float32", **kwargs)
+    return MULTIMODAL_REGISTRY.create_processor(args.create_model_config())
+
+
+def process(processor: Any, frames: np.ndarray, cache: Any = None, **mm_kwargs: Any) -> Any:
+    count = len(frames)
+    metadata = {
+        "fps": 2.0, "duration": count / 2, "total_num_frames": count, "frames_indices": list(range(count)),
+        "video_backend": "opencv", "do_sample_frames": False,
+    }  # fmt: skip
+    items = processor.info.parse_mm_data({"video": [(frames, metadata)]})
+    return processor(PROMPT, items, hf_processor_mm_kwargs=mm_kwargs, cache=cache)
+
+
+def fields(result: Any) -> dict[str, Any]:
+    return {key: elem.data for key, elem in result["mm_kwargs"]["video"][0].items()}
+
+
+def plan_in(result: Any) -> RetentionPlan | None:
+    array = fields(result).get("evs_plan")
+    return None if array is None else RetentionPlan.from_array(array.numpy())
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl"])
+def model(request: pytest.FixtureRequest, model_dir: Callable[[str], Path]) -> Path:
+    return model_dir(request.param)
+
+
+def test_a_painted_token_changes_its_score_and_no_other(model: Path) -> None:
+    """Through the real Hugging Face processor: the rows we score are the pixels of that token, at that place."""
+    processor = processor_for(model, {"rate": 0.5})
+    frames = np.full((8, *SIZE, 3), 100, dtype=np.uint8)
+    grid = (4, SIZE[0] // 28, SIZE[1] // 28)
+    rng = np.random.default_rng()
+    for _ in range(8):
+        t, row, column = (int(rng.integers(1, grid[0])), int(rng.integers(grid[1])), int(rng.integers(grid[2])))
+        painted = frames.copy()
+        top, left = row * 28 + int(rng.integers(28)), column * 28 + int(rng.integers(28))
+        painted[2 * t + int(rng.integers(2)), top, left, int(rng.integers(3))] = 137
+        item = fields(process(processor, painted))
+        clip = FAMILIES[0].load_adapter().clip(item, processor.info.get_hf_config(), None)  # type: ignore[arg-type]
+        assert clip is not None and clip.grid == grid
+        expected = np.zeros(grid, dtype=np.int64)
+        expected[t, row, column] = 37
+        if t + 1 < grid[0]:
+            expected[t + 1, row, column] = 37
+        assert pixel_change(clip.tokens).view(grid).tolist() == expected.tolist()
+
+
+def test_frames_come_back_as_they_went_in(model: Path) -> None:
+    processor = processor_for(model, {"rate": 0.5})
+    frames = synthetic_clip(frames=6, size=SIZE, moving=0.2)
+    adapter = FAMILIES[0].load_adapter()
+    item = fields(process(processor, frames))
+    shown = adapter.frames(item, processor.info.get_hf_config(), None)  # type: ignore[arg-type]
+    assert shown.shape == frames.shape and (shown == frames).all()
+
+
+def test_host_normalised_pixels_give_the_same_plan(model: Path) -> None:
+    frames = synthetic_clip(frames=9, size=SIZE, moving=0.2)
+    raw = process(processor_for(model, {"rate": 0.75}), frames)
+    normalised = process(processor_for(model, {"rate": 0.75}, mm_device_do_normalize=False), frames)
+    assert fields(raw)["pixel_values_videos"].dtype == torch.uint8
+    assert fields(normalised)["pixel_values_videos"].dtype == torch.float32
+    one, other = plan_in(raw), plan_in(normalised)
+    assert one is not None and other is not None and one.kept.tolist() == other.kept.tolist()
+
+
+def test_prompt_plan_and_placeholder_agree(model: Path) -> None:
+    processor = processor_for(model, {"rate": 0.75})
+    result = process(processor, synthetic_clip(frames=16, size=SIZE, moving=0.2))
+    plan = plan_in(result)
+    assert plan is not None and plan.num_tokens == 8 * 20 and plan.num_kept == 40
+    (placeholder,) = result["mm_placeholders"]["video"]
+    pad = processor.info.get_tokenizer().get_vocab()["<|video_pad|>"]
+    assert result["prompt_token_ids"].count(pad) == placeholder.length == placeholder.get_num_embeds() == 40
+    assert fields(result)["evs_plan"].dtype == torch.int64
+
+
+def test_cache_keys(model: Path) -> None:
+    """Different settings never share an entry, equal ones always do, and rate 0 is the stock key."""
+    frames = synthetic_clip(frames=8, size=SIZE, moving=0.2)
+    server = {"rate": 0.75, "request_overrides": "any"}
+    processor = processor_for(model, server)
+
+    def key(p: Any, **kwargs: Any) -> str:
+        return str(process(p, frames, **kwargs)["mm_hashes"]["video"][0])
+
+    plain = key(processor)
+    assert plain == key(processor, evs_rate=0.75) == key(processor_for(model, {"rate": 0.75}))
+    assert plain == key(processor, evs_positions="keep")
+    other = [
+        key(processor, evs_rate=0.5),
+        key(processor, evs_threshold=4),
+        key(processor, evs_positions="sequential"),
+        key(processor, evs_min_tokens_per_unit=1),
+        key(processor, evs_max_tokens=30),
+    ]
+    stock = key(processor_for(model, None))
+    assert len({plain, stock, *other}) == len(other) + 2
+    assert key(processor, evs_rate=0) == stock
+    assert plan_in(process(processor, frames, evs_rate=0)) is None
+
+
+def test_processor_cache_hit_keeps_the_pruned_prompt(model: Path) -> None:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.cache.factories import processor_only_cache_from_config
+
+    from evs_vllm.metrics import metrics
+
+    args = EngineArgs(model=str(model), additional_config={"evs": {"rate": 0.5}}, max_model_len=4096, dtype="float32")
+    config: VllmConfig = args.create_engine_config()
+    processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
+    cache = processor_only_cache_from_config(config)
+    frames = synthetic_clip(frames=8, size=SIZE, moving=0.2)
+    clips = metrics().clips._value.get
+    planned = metrics().planning_time._sum.get
+    before, first = clips(), process(processor, frames, cache=cache)
+    time_after_first = planned()
+    second = process(processor, frames, cache=cache)
+    strict = process(processor, frames, cache=cache, evs_rate=0.9)
+    assert second["prompt_token_ids"] == first["prompt_token_ids"]
+    assert clips() - before == 3
+    assert len(strict["prompt_token_ids"]) < len(first["prompt_token_ids"])
+    third = planned()
+    process(processor, frames, cache=cache, evs_rate=0.9)
+    assert time_after_first < third == planned(), "two settings were planned once each, hits not at all"
+
+
+def test_bad_requests_raise_before_anything_is_processed(model: Path) -> None:
+    processor = processor_for(model, {"rate": 0.75})
+    frames = synthetic_clip(frames=4, size=SIZE, moving=0.2)
+    for bad in ({"evs_rate": 0.1}, {"evs_rate": 7}, {"evs_speed": 1}, {"evs_rate": 0.8, "evs_threshold": 3}):
+        with pytest.raises(RequestError):
+            process(processor, frames, **bad)
+
+
+def test_video_embeddings_pass_unpruned(model: Path) -> None:
+    processor = processor_for(model, {"rate": 0.75}, enable_mm_embeds=True)
+    hidden = processor.info.get_hf_config().get_text_config().hidden_size
+    embeds = {"video_embeds": torch.zeros(40, hidden), "video_grid_thw": torch.tensor([[2, 8, 10]])}
+    if "qwen2_5" in str(model):
+        embeds["second_per_grid_ts"] = torch.tensor([1.0])
+    items = processor.info.parse_mm_data({"video": embeds})
+    result = processor(PROMPT, items)
+    assert plan_in(result) is None
+    assert result["mm_placeholders"]["video"][0].length == 40
+
+
+def test_positions_beyond_the_rotary_cache_are_refused(model: Path, tmp_path: Path) -> None:
+    processor = processor_for(model, {"rate": 0.75}, hf_overrides={"max_position_embeddings": 4096})
+    text = processor.info.get_hf_config().get_text_config()
+    frames = synthetic_clip(frames=24, size=SIZE, moving=0.2)
+    limit = FAMILIES[0].load_adapter().max_position(processor.info.get_hf_config())
+    assert limit == 4 * text.max_position_embeddings
+    plan = RetentionPlan((limit, 1, 1), np.array([0]))
+    with pytest.raises(RequestError, match="sequential"):
+        processor._check_positions(10, [plan])
+    processor._check_positions(10, [replace(plan, positions="sequential")])
+    processor._check_positions(10, [RetentionPlan((limit - 4095, 1, 1), np.array([0]))])
+    with pytest.raises(RequestError):
+        processor._check_positions(10, [RetentionPlan((limit - 4094, 1, 1), np.array([0]))])
+    assert plan_in(process(processor, frames)) is not None
+
+
+def test_memory_is_profiled_unpruned(model: Path) -> None:
+    on, off = (processor_for(model, evs, limit_mm_per_prompt={"video": 1}) for evs in ({"rate": 0.9}, None))
+    one, other = (p.get_dummy_mm_inputs({"video": 1}) for p in (on, off))
+    assert one["mm_placeholders"]["video"][0].length == other["mm_placeholders"]["video"][0].length
+    assert plan_in(one) is None
+    assert plan_in(process(on, synthetic_clip(frames=8, size=SIZE, moving=0.2))) is not None, "off only while profiling"
+
+
+@dataclass
+class GraphConfig:
+    modalities: list[str]
+
+
+class FakeStock:
+    """What the mixin calls of a vLLM model class."""
+
+    _processor_factory: Any = None
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        self.calls: list[tuple[int, ...]] = []
+
+    def embed_multimodal(self, *, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> Any:
+        self.calls.append(tuple(video_grid_thw.prod(-1).tolist()))
+        return torch.split(pixel_values_videos[::4], (video_grid_thw.prod(-1) // 4).tolist())
+
+    def get_encoder_cudagraph_config(self) -> GraphConfig:
+        return GraphConfig(["image", "video"])
+
+    def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> tuple[int, int]:
+        return num_mm_embeds * 4, num_mm_embeds
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from evs_vllm.adapters import models
+    from evs_vllm.adapters.processor import ProcessorFactory
+    from evs_vllm.compat import stamp
+
+    @dataclass
+    class Factories:
+        processor: Any
+
+    stock = type("Fake", (FakeStock,), {"_processor_factory": Factories(processor=object)})
+    cls = models.model_class(stock, FAMILIES[0])
+    assert isinstance(cls._processor_factory.processor, ProcessorFactory)  # type: ignore[attr-defined]
+    model_config = SimpleNamespace(multimodal_config=SimpleNamespace())
+    stamp(model_config, EVSConfig(rate=0.5))
+    scheduler = SimpleNamespace(max_num_encoder_input_tokens=30)
+    config = SimpleNamespace(additional_config={"evs": {}}, model_config=model_config, scheduler_config=scheduler)
+    return cls(vllm_config=config)
+
+
+def item_with(plan: RetentionPlan) -> Any:
+    return {"evs_plan": SimpleNamespace(data=torch.from_numpy(plan.to_array()))}
+
+
+def test_video_leaves_the_encoder_graph(fake: Any) -> None:
+    assert fake.get_encoder_cudagraph_config().modalities == ["image"]
+
+
+def test_lora_counts_are_those_of_the_whole_clip(fake: Any) -> None:
+    plan = RetentionPlan((3, 2, 2), np.arange(5), layout=Layout.contiguous(1, 12))
+    count = fake.get_mm_lora_token_counts
+    assert count(modality="video", mm_kwargs=item_with(plan), num_mm_embeds=5) == (48, 12)
+    assert count(modality="image", mm_kwargs={}, num_mm_embeds=5) == (20, 5)
+    assert count(modality="video", mm_kwargs=None, num_mm_embeds=5) == (20, 5)
+
+
+def test_clips_are_encoded_in_bounded_batches_and_gathered(fake: Any) -> None:
+    grids = [(3, 4, 4), (2, 4, 4), (4, 4, 4), (10, 4, 4), (1, 4, 4)]  # 12, 8, 16, 40, 4 tokens
+    rows = torch.arange(sum(t * h * w for t, h, w in grids))[:, None].float()
+    plans, start, expected = [], 0, []
+    rng = np.random.default_rng()
+    for t, h, w in grids:
+        tokens = torch.from_numpy(rng.integers(0, 3, (t, h * w // 4, 5), dtype=np.uint8))
+        plan = make_plan(tokens, (t, h // 2, w // 2), EVSConfig(rate=0.5))
+        plans.append(plan.with_layout(Layout.contiguous(1, plan.num_tokens)))
+        expected.append((start + 4 * plan.kept).tolist())
+        start += t * h * w
+    arrays = [torch.from_numpy(plan.to_array()) for plan in plans]
+    out = fake.embed_multimodal(pixel_values_videos=rows, video_grid_thw=torch.tensor(grids), evs_plan=arrays)
+    assert [embeds[:, 0].long().tolist() for embeds in out] == expected
+    assert fake.calls == [(48, 32), (64,), (160,), (16,)], "at most 30 tokens together, a larger clip alone"
+    fake.calls.clear()
+    (whole,) = fake.embed_multimodal(pixel_values_videos=rows[:48], video_grid_thw=torch.tensor(grids[:1]))
+    assert len(whole) == 12, "without a plan nothing is dropped"
