@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of the README, from the tables of the code. ``python -m evs_vllm.tables README.md`` rewrites them."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from evs_vllm.adapters import FAMILIES
+from evs_vllm.config import OPTIONS, EVSConfig
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def options() -> str:
+    """Every option: flag, request key, allowed values, default, meaning."""
+    defaults = EVSConfig().to_mapping()
+    rows = [
+        (
+            f"`{option.flag}`",
+            f"`{option.request_key}`" if option.per_request else "",
+            option.allowed,
+            "" if defaults[option.name] is None else f"`{defaults[option.name]}`",
+            option.help,
+        )
+        for option in OPTIONS
+    ]
+    return markdown(("flag", "per request", "allowed", "default", "meaning"), rows)
+
+
+def families() -> str:
+    """Every supported family."""
+    rows = [
+        (f.name, ", ".join(f"`{a}`" for a in f.architectures), f.positions, f.layout, f.proof, f.limits)
+        for f in FAMILIES
+    ]
+    return markdown(("family", "architectures", "positions", "layout", "compared with", "limits"), rows)
+
+
+TABLES = {"options": options, "families": families}
+
+
+def rewrite(text: str) -> str:
+    """`text` with each table between ``<!-- name:begin -->`` and ``<!-- name:end -->`` brought up to date."""
+    for name, table in TABLES.items():
+        mark = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        content = table()
+        text = mark.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        path = Path(name)
+        path.write_text(rewrite(path.read_text()))
