@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint types demo bench clean
+.PHONY: help env test lint format types demo bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -19,6 +19,10 @@ test: lint types ## lint, types and the test suite (ARGS="-k name" goes to pytes
 lint: env ## check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+format: env ## mend style and formatting where that can be done by itself
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
 
 types: env ## check types
 	@$(BIN)/mypy
