@@ -77,10 +77,12 @@ def resources(target: GPUTarget, asm: dict[str, Any]) -> dict[str, int]:
     """Register spills as the assembler reports them, and the widths of global loads (NVIDIA)."""
     if target.backend == "hip":
         text = asm["amdgcn"]
+        loads = re.findall(r"(?:global|buffer|flat)_load_dwordx(\d)", text)
         return {
             "spills": sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)),
             "reports": len(re.findall(r"\.vgpr_spill_count:", text)),
-            "widest_load_bits": 32 * max([int(n) for n in re.findall(r"(?:global|buffer|flat)_load_dwordx(\d)", text)], default=1),
+            "widest_load_bits": 32
+            * max([int(n) for n in re.findall(r"(?:global|buffer|flat)_load_dwordx(\d)", text)], default=1),
         }
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx, tempfile.NamedTemporaryFile() as out:
         ptx.write(asm["ptx"])

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .. import _triton
 
-SLICE_BYTES = 4096
+SLICE_BYTES = 2048
 
 # Bits travel as integers: a copy needs no arithmetic, and the interpreter has no bfloat16.
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

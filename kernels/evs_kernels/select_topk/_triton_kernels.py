@@ -14,7 +14,7 @@ from .. import _triton
 from .._types import Selection, kept_tokens, reserved_tokens
 from ..temporal_score._triton_kernels import sum_slices
 
-UNIT_BLOCK = 1024
+UNIT_BLOCK = 512
 SEARCH_BLOCK = 4096
 # Programs that share the compaction. More would repeat the search more often without ending sooner.
 PROGRAMS = 64

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table of ops: how to make inputs, which shapes and dtypes, how close is equal. Tests and benchmark read it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from . import cosine_score, gather_rows, prune_topk, select_threshold, select_topk, temporal_score
+
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-5, "atol": 2e-6},  # a sum of up to 10k float32 terms, in any order
+}
+"""By dtype of the result; a dtype that is not listed must be equal bit for bit."""
+
+Shape = tuple[int, ...]
+
+
+class Call(NamedTuple):
+    """Arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What tests and benchmarks need to know about an op.
+
+    Attributes:
+        name: the op, as in evs_kernels.OPS.
+        op: its public function.
+        calls: (generator, dtype, shape) -> calls worth comparing.
+        dtypes: of the first argument.
+        shapes: of the first argument; odd sizes and ones on purpose.
+        large_shapes: too slow for Triton's interpreter.
+    """
+
+    name: str
+    op: Callable[..., Any]
+    calls: Callable[[torch.Generator, torch.dtype, Shape], Iterator[Call]]
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[Shape, ...]
+    large_shapes: tuple[Shape, ...] = ()
+
+
+def assert_same(got: Any, want: Any) -> None:
+    """Compares two results of an op: shapes and dtypes, integers exactly, floats within TOLERANCE.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    if isinstance(want, tuple):
+        assert len(got) == len(want)
+        for mine, theirs in zip(got, want, strict=True):
+            assert_same(mine, theirs)
+        return
+    tolerance = {"rtol": 0.0, "atol": 0.0} | TOLERANCE.get(want.dtype, {})
+    torch.testing.assert_close(got, want, **tolerance, equal_nan=True)
+
+
+def random_tensor(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> torch.Tensor:
+    """Random values: all bytes for uint8, few distinct values (ties) for integers, normal for floats."""
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    high = 256 if dtype == torch.uint8 else 2 if dtype == torch.bool else 7
+    low = -3 if dtype.is_signed else 0
+    return torch.randint(low, high, shape, generator=generator).to(dtype)
+
+
+def random_clip(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> torch.Tensor:
+    """A clip with unchanged tokens in it; small integers, so that every order of summing gives the same float."""
+    clip = torch.randint(0, 256, shape, generator=generator)
+    for unit in range(1, shape[0]):
+        still = torch.rand(shape[1], generator=generator) < 0.5
+        clip[unit, still] = clip[unit - 1, still]
+    return clip.to(dtype)
+
+
+def _one(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    yield Call((random_tensor(generator, dtype, shape),), {})
+
+
+def _budgets(shape: Shape) -> Iterator[tuple[int, int]]:
+    """(budget, min_per_unit): below the floor, between, everything, more than everything."""
+    units, places = shape[:2]
+    tokens = units * places
+    yield from ((0, 0), (tokens, 0), (tokens + 3, places + 2), ((tokens + places) // 2, 0))
+    yield from ((places - 1, 1), (tokens // 2, 2))
+
+
+def _topk(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    scores = random_tensor(generator, dtype, shape)
+    for budget, reserved in _budgets(shape):
+        yield Call((scores, budget), {"min_per_unit": reserved})
+    yield Call((torch.full_like(scores, 5), (scores.numel() + shape[1]) // 2), {"min_per_unit": 1})
+
+
+def _threshold(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    scores = random_tensor(generator, dtype, shape)
+    for threshold, reserved, cap in ((0, 0, None), (0.5, 2, None), (-1.5, 1, scores.numel() // 2), (99, 1, 0)):
+        yield Call((scores, threshold), {"min_per_unit": reserved, "max_tokens": cap})
+
+
+def _gather(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    source = random_tensor(generator, dtype, shape)
+    for count in (0, 1, shape[0] + 2):
+        yield Call((source, torch.randint(0, shape[0], (count,), generator=generator)), {})
+
+
+def _prune(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    clip = random_clip(generator, dtype, shape)
+    for budget, reserved in _budgets(shape):
+        yield Call((clip, budget), {"min_per_unit": reserved})
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_CLIPS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (6, 5, 33), (4, 3, 272), (3, 2, 1200))
+_SCORES = ((1, 1), (1, 9), (4, 1), (2, 3), (3, 13))
+
+SPECS = (
+    OpSpec("temporal_score", temporal_score, _one, (torch.uint8, *_FLOATS), _CLIPS, ((9, 131, 1176), (5, 67, 4704))),
+    OpSpec("cosine_score", cosine_score, _one, _FLOATS, _CLIPS, ((9, 131, 1024), (3, 67, 3584))),
+    OpSpec("select_topk", select_topk, _topk, (torch.int32, torch.float32), _SCORES, ((33, 650), (3, 9001))),
+    OpSpec("select_threshold", select_threshold, _threshold, (torch.int32, torch.float32), _SCORES, ((33, 650),)),
+    OpSpec(
+        "gather_rows",
+        gather_rows,
+        _gather,
+        (torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.bool, torch.complex128),
+        ((1, 1), (5, 3), (9, 272), (3, 2100)),
+        ((700, 3584),),
+    ),
+    OpSpec("prune_topk", prune_topk, _prune, (torch.uint8, torch.float32), _CLIPS, ((9, 131, 1176),)),
+)
+"""One row per op of evs_kernels.OPS."""

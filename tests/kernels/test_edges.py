@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the contract refuses, and how it says so."""
+
+import pytest
+import torch
+
+import evs_kernels as ek
+from evs_kernels import _dispatch, _validate
+
+CLIP = torch.zeros((2, 3, 4), dtype=torch.uint8)
+SCORES = torch.zeros((2, 3), dtype=torch.int32)
+ROWS = torch.zeros((3, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: ek.temporal_score([1]), TypeError, "tokens: got list"),
+        (lambda: ek.temporal_score(CLIP[0]), ValueError, r"tokens: got shape \(3, 4\); allowed: \(T, P, D\)"),
+        (lambda: ek.temporal_score(CLIP[:0]), ValueError, "every dimension >= 1"),
+        (lambda: ek.temporal_score(CLIP[..., :0]), ValueError, "every dimension >= 1"),
+        (lambda: ek.temporal_score(CLIP.int()), TypeError, "dtype torch.int32"),
+        (lambda: ek.temporal_score(CLIP.transpose(0, 1)), ValueError, "contiguous"),
+        (lambda: ek.temporal_score(CLIP[..., ::2]), ValueError, "contiguous"),
+        (lambda: ek.temporal_score(CLIP, backend="cuda"), ValueError, "backend: got 'cuda'; allowed: auto, ref"),
+        (lambda: ek.cosine_score(CLIP), TypeError, "features: got dtype torch.uint8"),
+        (lambda: ek.select_topk(SCORES.long(), 3), TypeError, "scores: got dtype torch.int64"),
+        (lambda: ek.select_topk(SCORES[0], 3), ValueError, "scores: got shape"),
+        (lambda: ek.select_topk(SCORES.t(), 3), ValueError, "contiguous"),
+        (lambda: ek.select_topk(SCORES, 3.5), TypeError, "budget: got 3.5"),
+        (lambda: ek.select_topk(SCORES, -1), ValueError, "budget: got -1"),
+        (lambda: ek.select_topk(SCORES, 3, min_per_unit=-1), ValueError, "min_per_unit: got -1"),
+        (lambda: ek.select_topk(SCORES.float().log().sub(torch.inf).mul(0), 3), ValueError, "scores: got NaN"),
+        (lambda: ek.select_threshold(SCORES, float("nan")), ValueError, "threshold: got NaN"),
+        (lambda: ek.select_threshold(SCORES, "3"), TypeError, "threshold: got '3'"),
+        (lambda: ek.select_threshold(SCORES, 1, max_tokens=-1), ValueError, "max_tokens: got -1"),
+        (lambda: ek.gather_rows(ROWS, torch.tensor([0, 3])), ValueError, r"got values in \[0, 3\]; allowed: \[0, 2\]"),
+        (lambda: ek.gather_rows(ROWS, torch.tensor([-1])), ValueError, "indices: got values"),
+        (lambda: ek.gather_rows(ROWS, torch.tensor([0], dtype=torch.int32)), TypeError, "dtype torch.int32"),
+        (lambda: ek.gather_rows(ROWS.t(), torch.tensor([0])), ValueError, "contiguous"),
+        (lambda: ek.gather_rows(ROWS, torch.tensor([0], device="meta")), ValueError, "indices: got device meta"),
+        (lambda: ek.prune_topk(torch.full((2, 1, 1), torch.nan), 1), ValueError, "scores: got NaN"),
+        (lambda: ek.supported("score", "cpu", "cpu"), ValueError, "op: got 'score'"),
+    ],
+)
+def test_refuses(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_refuses_depth_whose_score_could_overflow():
+    depth = _validate.MAX_UINT8_DEPTH
+    assert depth * 255 <= 2**31 - 1 < (depth + 1) * 255
+    with pytest.raises(ValueError, match="cannot overflow"):
+        ek.temporal_score(torch.zeros((1, 1, depth + 1), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("backend", ["ref", "cpu"])
+def test_largest_uint8_score_is_exact(backend):
+    depth = _validate.MAX_UINT8_DEPTH
+    clip = torch.zeros((2, 1, depth), dtype=torch.uint8)
+    clip[1] = 255
+    assert ek.temporal_score(clip, backend=backend).tolist() == [[0], [depth * 255]]
+
+
+@pytest.mark.parametrize("backend", ["ref", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_nan_and_infinite_tokens_show_in_their_score_only(backend, dtype):
+    clip = torch.zeros((2, 3, 40), dtype=dtype)
+    clip[1, 0, 17], clip[1, 1, 3] = torch.nan, torch.inf
+    scores = ek.temporal_score(clip, backend=backend)
+    assert scores[1, 0].isnan() and scores[1, 1] == torch.inf and scores[1, 2] == 0
+
+
+def test_nan_is_not_looked_for_on_other_devices():
+    _validate.clip_scores(torch.empty((2, 2), device="meta"))
+
+
+def test_backend_variable(monkeypatch):
+    monkeypatch.setenv("EVS_KERNELS_BACKEND", "ref")
+    device = torch.device("cpu")
+    assert _dispatch.implementation("select_topk", "auto", device).__module__.endswith("select_topk._ref")
+    # An argument wins over the variable.
+    assert _dispatch.implementation("select_topk", "cpu", device).__module__.endswith("select_topk._cpu")
+    monkeypatch.setenv("EVS_KERNELS_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="EVS_KERNELS_BACKEND: got 'gpu'; allowed: auto"):
+        ek.select_topk(SCORES, 3)
+    monkeypatch.setenv("EVS_KERNELS_BACKEND", "")
+    assert _dispatch.implementation("select_topk", "auto", device).__module__.endswith("select_topk._cpu")
+
+
+def test_supported_gives_reasons():
+    for op in ek.OPS:
+        assert ek.supported(op, "ref", "cuda") == (True, "")
+        assert ek.supported(op, "cpu", "cpu") == (True, "")
+        ok, reason = ek.supported(op, "cpu", "cuda:1")
+        assert not ok and "host memory" in reason
+        ok, reason = ek.supported(op, "triton", "meta")
+        assert not ok and reason
+    with pytest.raises(ValueError, match="host memory"):
+        _dispatch.implementation("select_topk", "cpu", torch.device("cuda"))

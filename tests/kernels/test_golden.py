@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases worked out by hand, for every implementation including the reference."""
+
+import pytest
+import torch
+
+import evs_kernels as ek
+
+BACKENDS = ["ref", "cpu", "triton"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    ok, reason = ek.supported("prune_topk", request.param, "cpu")
+    if not ok:
+        pytest.skip(reason)
+    return request.param
+
+
+def kept(selection):
+    return selection.indices.tolist(), selection.counts.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32])
+def test_temporal_score(backend, dtype):
+    # Unit 1: both tokens jump by the whole range, one up and one down, which wraps to 1 in byte arithmetic.
+    clip = [[[0, 0, 0], [255, 255, 7]], [[255, 255, 0], [0, 255, 7]], [[255, 250, 1], [0, 255, 7]]]
+    scores = ek.temporal_score(torch.tensor(clip, dtype=dtype), backend=backend)
+    assert scores.tolist() == [[0, 0], [510, 255], [6, 0]]
+    assert scores.dtype == (torch.int32 if dtype == torch.uint8 else torch.float32)
+
+
+def test_uint8_sums_do_not_wrap(backend):
+    # 70000 * 255 does not fit 16 or 24 bits.
+    clip = torch.tensor([[0], [255]], dtype=torch.uint8).repeat_interleave(70_000, dim=1).view(2, 1, 70_000)
+    assert ek.temporal_score(clip, backend=backend).tolist() == [[0], [17_850_000]]
+    assert ek.temporal_score(clip.flip(0), backend=backend).tolist() == [[0], [17_850_000]]
+
+
+def test_half_precision_differences_are_not_rounded(backend):
+    # 2048 - 0.5 is not a float16, and 4096 of them would overflow it.
+    clip = torch.tensor([0.5, 2048.0], dtype=torch.float16).repeat_interleave(4096).view(2, 1, 4096)
+    assert ek.temporal_score(clip, backend=backend).tolist() == [[0], [2047.5 * 4096]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_cosine_score(backend, dtype):
+    # Columns: equal, opposite, right angle, scaled, from zero, to zero, both zero.
+    units = [
+        [[1, 2], [1, 2], [1, 0], [1, 1], [0, 0], [3, 4], [0, 0]],
+        [[1, 2], [-1, -2], [0, 5], [4, 4], [1, 2], [0, 0], [0, 0]],
+    ]
+    scores = ek.cosine_score(torch.tensor(units, dtype=dtype), backend=backend)
+    assert scores[0].tolist() == [0] * 7
+    torch.testing.assert_close(scores[1], torch.tensor([0, 2, 1, 0, 1, 1, 0.0]), rtol=0, atol=1e-6)
+    assert scores[1, 0] == 0 and scores[1, 6] == 0
+
+
+SCORES = [
+    [9, 9, 9, 9],
+    [1, 5, 5, 0],
+    [5, 2, 7, 5],
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+@pytest.mark.parametrize(
+    ("budget", "reserved", "indices", "counts"),
+    [
+        (0, 0, [0, 1, 2, 3], [4, 0, 0]),  # unit 0 is kept whole
+        (4, 0, [0, 1, 2, 3], [4, 0, 0]),
+        (5, 0, [0, 1, 2, 3, 10], [4, 0, 1]),
+        (7, 0, [0, 1, 2, 3, 5, 6, 10], [4, 2, 1]),  # four fives tie for two places: the lower indices win
+        (8, 0, [0, 1, 2, 3, 5, 6, 8, 10], [4, 2, 2]),
+        (0, 1, [0, 1, 2, 3, 5, 10], [4, 1, 1]),  # the minimum wins over the budget, ties to the lower index
+        (7, 1, [0, 1, 2, 3, 5, 6, 10], [4, 1 + 1, 1]),
+        (0, 3, [0, 1, 2, 3, 4, 5, 6, 8, 10, 11], [4, 3, 3]),
+        (12, 0, list(range(12)), [4, 4, 4]),
+        (99, 99, list(range(12)), [4, 4, 4]),
+    ],
+)
+def test_select_topk(backend, dtype, budget, reserved, indices, counts):
+    scores = torch.tensor(SCORES, dtype=dtype)
+    assert kept(ek.select_topk(scores, budget, min_per_unit=reserved, backend=backend)) == (indices, counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+@pytest.mark.parametrize(
+    ("threshold", "reserved", "cap", "indices", "counts"),
+    [
+        (5, 0, None, [0, 1, 2, 3, 5, 6, 8, 10, 11], [4, 2, 3]),  # at least, not above
+        (5.5, 0, None, [0, 1, 2, 3, 10], [4, 0, 1]),
+        (4.5, 0, None, [0, 1, 2, 3, 5, 6, 8, 10, 11], [4, 2, 3]),
+        (8, 1, None, [0, 1, 2, 3, 5, 10], [4, 1, 1]),
+        (5, 0, 9, [0, 1, 2, 3, 5, 6, 8, 10, 11], [4, 2, 3]),  # exactly the cap
+        (5, 0, 7, [0, 1, 2, 3, 5, 6, 10], [4, 2, 1]),
+        (5, 1, 0, [0, 1, 2, 3, 5, 10], [4, 1, 1]),  # the floor wins over the cap
+        (float("inf"), 0, None, [0, 1, 2, 3], [4, 0, 0]),
+        (float("-inf"), 0, None, list(range(12)), [4, 4, 4]),
+    ],
+)
+def test_select_threshold(backend, dtype, threshold, reserved, cap, indices, counts):
+    got = ek.select_threshold(
+        torch.tensor(SCORES, dtype=dtype), threshold, min_per_unit=reserved, max_tokens=cap, backend=backend
+    )
+    assert kept(got) == (indices, counts)
+
+
+def test_int32_extremes(backend):
+    low, high = -(2**31), 2**31 - 1
+    scores = torch.tensor([[0, 0, 0, 0], [low, high, high - 1, low + 1]], dtype=torch.int32)
+    assert kept(ek.select_topk(scores, 6, backend=backend))[0] == [0, 1, 2, 3, 5, 6]
+    assert kept(ek.select_topk(scores, 7, backend=backend))[0] == [0, 1, 2, 3, 5, 6, 7]
+    # 2**31 - 1.5 as a float64 lies between the two highest integers; as a float32 it would be 2**31.
+    assert kept(ek.select_threshold(scores, high - 0.5, backend=backend))[0] == [0, 1, 2, 3, 5]
+    assert kept(ek.select_threshold(scores, high, backend=backend))[0] == [0, 1, 2, 3, 5]
+    assert kept(ek.select_threshold(scores, high + 1, backend=backend))[0] == [0, 1, 2, 3]
+    assert kept(ek.select_threshold(scores, low - 1, backend=backend))[0] == list(range(8))
+    assert kept(ek.select_threshold(scores, low + 1, backend=backend))[0] == [0, 1, 2, 3, 5, 6, 7]
+
+
+def test_float_order(backend):
+    inf = float("inf")
+    scores = torch.tensor([[0.0] * 6, [-0.0, 0.0, -1.0, -inf, inf, -2.0]])
+    for budget, want in ((7, [10]), (8, [6, 10]), (9, [6, 7, 10]), (10, [6, 7, 8, 10]), (11, [6, 7, 8, 10, 11])):
+        assert kept(ek.select_topk(scores, budget, backend=backend))[0][6:] == want  # -0.0 ties with 0.0
+    assert kept(ek.select_threshold(scores, 0.0, backend=backend))[0][6:] == [6, 7, 10]
+    assert kept(ek.select_threshold(scores, -0.0, backend=backend))[0][6:] == [6, 7, 10]
+    # 0.7 is rounded to float32 as the score was, so a score of 0.7 passes a threshold of 0.7.
+    assert kept(ek.select_threshold(torch.tensor([[0.0], [0.7]]), 0.7, backend=backend))[0] == [0, 1]
+
+
+def test_gather_rows(backend):
+    source = torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.int16)
+    rows = ek.gather_rows(source, torch.tensor([2, 0, 2]), backend=backend)
+    assert rows.tolist() == [[5, 6], [1, 2], [5, 6]] and rows.dtype == torch.int16
+    assert ek.gather_rows(source, torch.empty(0, dtype=torch.int64), backend=backend).shape == (0, 2)
+
+
+def test_prune_topk(backend):
+    clip = torch.tensor([[[0], [10], [20]], [[3], [10], [29]], [[4], [200], [29]]], dtype=torch.uint8)
+    assert kept(ek.prune_topk(clip, 5, backend=backend)) == ([0, 1, 2, 5, 7], [3, 1, 1])
+    assert kept(ek.prune_topk(clip, 6, min_per_unit=1, backend=backend)) == ([0, 1, 2, 3, 5, 7], [3, 2, 1])

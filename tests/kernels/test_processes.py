@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads, forks, numba's cache: what a server does to these kernels."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import evs_kernels as ek
+from evs_kernels import _parallel
+
+ROOT = str(Path(ek.__file__).parents[1])
+
+
+def big_clip(generator):
+    # Large enough that the work is split over threads.
+    return torch.randint(0, 256, (6, 64, 4704), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_concurrent_calls(generator, threads):
+    clips = [big_clip(generator) for _ in range(4)]
+    features = [torch.randn((5, 40, 512), generator=generator).bfloat16() for _ in range(4)]
+
+    def work(i):
+        clip, feature = clips[i % 4], features[i % 4]
+        selection = ek.prune_topk(clip, 200, min_per_unit=2)
+        rows = ek.gather_rows(clip.view(-1, 4704), selection.indices)
+        return *selection, rows, ek.cosine_score(feature)
+
+    want = [work(i) for i in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        for i, got in enumerate(pool.map(work, range(48))):
+            assert all(torch.equal(a, b) for a, b in zip(got, want[i % 4], strict=True))
+
+
+def _child(clip, queue):
+    queue.put(ek.temporal_score(clip).sum().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_works_after_fork(generator, threads):
+    clip = big_clip(generator)
+    want = ek.temporal_score(clip).sum().item()  # the parent's pool exists now
+    assert _parallel._pool is not None or _parallel._cpus() == 1
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(clip, queue))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == want
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+
+
+@pytest.mark.parametrize("cpus", [1, 3, 16])
+@pytest.mark.parametrize("items", [0, 1, 2, 5, 64])
+def test_ranges_cover_every_item_once(monkeypatch, threads, cpus, items):
+    monkeypatch.setattr(_parallel, "_cpus", lambda: cpus)
+    seen = []
+    _parallel.for_ranges(lambda lo, hi: seen.extend(range(lo, hi)), 7, 7 + items, grain=1)
+    assert sorted(seen) == list(range(7, 7 + items))
+
+
+def test_error_of_a_part_reaches_the_caller(monkeypatch, threads):
+    monkeypatch.setattr(_parallel, "_cpus", lambda: 4)
+
+    def body(lo, hi):
+        if hi == 8:
+            raise KeyError("part")
+
+    with pytest.raises(KeyError, match="part"):
+        _parallel.for_ranges(body, 0, 8, grain=1)
+
+
+def run_python(code, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": ROOT} | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+WARMUP = "import evs_kernels as e, torch; e.warmup(dtypes=(torch.uint8, torch.bfloat16)); "
+
+
+def test_warmup_fills_the_cache_and_a_second_process_uses_it(tmp_path):
+    count = (
+        "from evs_kernels.temporal_score._cpu import _l1_uint8 as a;"
+        "from evs_kernels.select_topk._cpu import _emit as b;"
+        "print('compiled', *(sum(f.stats.cache_misses.values()) for f in (a, b)))"
+    )
+    assert "compiled 1 1" in run_python(WARMUP + count, NUMBA_CACHE_DIR=str(tmp_path))
+    assert list(tmp_path.rglob("*.nbc"))
+    assert "compiled 0 0" in run_python(WARMUP + count, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+def test_runs_where_no_cache_can_be_written():
+    # Tests may run as root, who can write anywhere: refuse in numba's own check instead.
+    code = (
+        "import numba.core.caching as c\n"
+        "def refuse(self): raise OSError('read-only file system')\n"
+        "c._CacheLocator.ensure_cache_path = refuse\n"
+    )
+    out = run_python(code + WARMUP + "print('done')")
+    assert "done" in out and "NUMBA_CACHE_DIR" in out
+
+
+def test_warmup_compiles_everything_the_cpu_backend_uses(tmp_path):
+    # After warm-up no call may compile: that is what the first request would wait for.
+    code = (
+        WARMUP
+        + """
+from numba.core import event
+with event.install_recorder("numba:compile") as seen:
+    clip = torch.randint(0, 256, (4, 5, 48), dtype=torch.uint8)
+    s = e.temporal_score(clip)
+    for m in (0, 2):
+        e.prune_topk(clip, 9, min_per_unit=m); e.select_topk(s, 9, min_per_unit=m)
+        e.select_threshold(s, 3.5, min_per_unit=m, max_tokens=9)
+    e.gather_rows(clip.view(20, 48), torch.tensor([3, 4]))
+    e.cosine_score(clip.bfloat16()); e.select_topk(e.temporal_score(clip.bfloat16()), 9)
+print("compilations", len(seen.buffer))
+"""
+    )
+    assert "compilations 0" in run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+def test_import_is_light():
+    banned = "('vllm', 'evs_vllm', 'triton')"
+    code = f"import sys, evs_kernels; print('loaded', [m for m in {banned} if m in sys.modules])"
+    assert "loaded []" in run_python(code)

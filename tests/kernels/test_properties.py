@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Properties of a selection, and the CPU kernels against the reference, on inputs hypothesis chooses."""
+
+import math
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import evs_kernels as ek
+
+SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+shapes = st.tuples(st.integers(1, 7), st.integers(1, 40))
+ints = st.one_of(st.integers(-3, 3), st.integers(-(2**31), 2**31 - 1))
+floats = st.one_of(st.sampled_from([0.0, -0.0, 1.0]), st.floats(width=32, allow_nan=False))
+scores = shapes.flatmap(
+    lambda s: st.one_of(hnp.arrays(np.int32, s, elements=ints), hnp.arrays("f4", s, elements=floats))
+)
+minimum = st.integers(0, 45)
+
+
+def same(got, want):
+    assert got.indices.tolist() == want.indices.tolist()
+    assert got.counts.tolist() == want.counts.tolist()
+
+
+@SETTINGS
+@given(scores, st.integers(0, 300), minimum)
+def test_topk(array, budget, reserved):
+    values = torch.from_numpy(array)
+    units, places = values.shape
+    got = ek.select_topk(values, budget, min_per_unit=reserved)
+    same(got, ek.select_topk(values, budget, min_per_unit=reserved, backend="ref"))
+    floor = places + (units - 1) * min(reserved, places)
+    assert len(got.indices) == min(units * places, max(budget, floor)) == got.counts.sum()
+    assert (got.indices.diff() > 0).all()
+    assert got.counts[0] == places and got.counts.min() >= min(reserved, places)
+    per_unit = torch.bincount(got.indices // places, minlength=units)
+    assert per_unit.tolist() == got.counts.tolist()
+
+
+@SETTINGS
+@given(scores, st.one_of(st.floats(allow_nan=False, width=32), st.integers(-(2**33), 2**33)), minimum, st.data())
+def test_threshold(array, threshold, reserved, data):
+    values = torch.from_numpy(array)
+    cap = data.draw(st.one_of(st.none(), st.integers(0, values.numel())))
+    got = ek.select_threshold(values, threshold, min_per_unit=reserved, max_tokens=cap)
+    same(got, ek.select_threshold(values, threshold, min_per_unit=reserved, max_tokens=cap, backend="ref"))
+
+
+@SETTINGS
+@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 200))))
+def test_uint8_score_is_the_integer_sum(array):
+    got = ek.temporal_score(torch.from_numpy(array))
+    wide = array.astype(np.int64)
+    assert got[1:].tolist() == np.abs(wide[1:] - wide[:-1]).sum(-1).tolist()
+    assert not got[0].any()
+
+
+@SETTINGS
+@given(hnp.arrays(np.float32, (2, 3, 9), elements=st.floats(-1e4, 1e4, width=32)))
+def test_cosine_of_equal_units_is_zero_and_range_is_two(array):
+    unit = torch.from_numpy(array)
+    got = ek.cosine_score(unit)
+    assert ((got >= 0) & (got <= 2)).all()
+    assert not ek.cosine_score(unit[:1].repeat(3, 1, 1)).any()
+    assert not any(math.isnan(x) for x in got.flatten().tolist())

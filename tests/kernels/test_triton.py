@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only the Triton implementations promise: launches, no waiting, many blocks per unit."""
+
+import pytest
+import torch
+
+import evs_kernels as ek
+from evs_kernels.testing import SPECS, assert_same
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OK, REASON = ek.supported("prune_topk", "triton", DEVICE)
+pytestmark = pytest.mark.skipif(not OK, reason=REASON)
+
+
+@pytest.fixture
+def select():
+    from evs_kernels.select_topk import _triton_kernels
+
+    return _triton_kernels
+
+
+@pytest.fixture
+def launches(monkeypatch, select):
+    """Names of the kernels launched, in order."""
+    from evs_kernels.temporal_score import _triton_kernels as score
+
+    seen = []
+
+    class Counting:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            seen.append(self.name)
+            return self.kernel[grid]
+
+    for module, name in ((score, "slice_kernel"), (score, "sum_kernel"), (select, "unit_kernel")):
+        monkeypatch.setattr(module, name, Counting(name, getattr(module, name)))
+    monkeypatch.setattr(select, "select_kernel", Counting("select_kernel", select.select_kernel))
+    return seen
+
+
+@pytest.mark.parametrize("depth", [8, 1500])
+@pytest.mark.parametrize("reserved", [0, 1])
+def test_prune_topk_launches_and_never_waits(launches, monkeypatch, depth, reserved):
+    clip = torch.ones((3, 2, depth), dtype=torch.uint8, device=DEVICE)
+
+    def wait(*_, **__):
+        raise AssertionError("the host waits for the device")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__index__"):
+            patch.setattr(torch.Tensor, name, wait)
+        selection = ek.prune_topk(clip, 3, min_per_unit=reserved, backend="triton")
+    assert 2 <= len(launches) <= 3
+    assert len(selection.indices) == max(3, 2 + 2 * reserved)
+
+
+@pytest.mark.parametrize("name", ["select_topk", "select_threshold", "prune_topk"])
+def test_triton_many_blocks(name, select, monkeypatch, generator):
+    """Small blocks, so that every loop runs several times on a clip the interpreter can do."""
+    for constant, value in (("UNIT_BLOCK", 8), ("SEARCH_BLOCK", 32), ("PROGRAMS", 3)):
+        monkeypatch.setattr(select, constant, value)
+    spec = next(s for s in SPECS if s.name == name)
+    shape = (5, 19, 300)[: 3 if name == "prune_topk" else 2]
+    for dtype in spec.dtypes:
+        for call in spec.calls(generator, dtype, shape):
+            want = spec.op(*call.args, **call.kwargs, backend="ref")
+            got = spec.op(call.args[0].to(DEVICE), *call.args[1:], **call.kwargs, backend="triton")
+            assert_same(tuple(part.cpu() for part in got), tuple(want))
+
+
+def test_triton_gather_never_reads_out_of_bounds():
+    from evs_kernels.gather_rows._triton_kernels import run
+
+    source = torch.tensor([[1, 2], [3, 4]], device=DEVICE)
+    rows = run(source, torch.tensor([1, 2, -1, 2**40], device=DEVICE))
+    assert rows.tolist() == [[3, 4], [0, 0], [0, 0], [0, 0]]
