@@ -322,12 +322,13 @@ def last_line(output):
     return lines[-1] if lines else "no output"
 
 
-def newer_python():
+def newer_python(run=run_command):
     """A Python on PATH that is recent enough, for systems whose python3 is not."""
-    for minor in (13, 12, 11, 14):
-        found = shutil.which(f"python3.{minor}")
-        if found:
-            return found
+    for minor in (12, 11, 13, 14):
+        # Asked, not just found: version managers put names on PATH that do not run.
+        code, output = run([f"python3.{minor}", "-c", "import ensurepip, sys; print(sys.executable)"])
+        if code == 0:
+            return last_line(output)
     return None
 
 

@@ -85,6 +85,14 @@ def test_unknown_backend_is_refused():
         bootstrap.detect_backend(FakeRunner(), {"EVS_BACKEND": "tpu"}, [])
 
 
+def test_an_old_python3_gives_way_to_a_newer_one_that_runs():
+    run = FakeRunner(
+        ("python3.12", 127, "pyenv: python3.12: command not found"), ("python3.11", 0, "/usr/bin/python3.11\n")
+    )
+    assert bootstrap.newer_python(run) == "/usr/bin/python3.11"
+    assert bootstrap.newer_python(FakeRunner(("python3.", 127, "not found"))) is None
+
+
 # --- install -------------------------------------------------------------------------------------------------------
 
 
