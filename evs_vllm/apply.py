@@ -21,11 +21,11 @@ def encoder_batches(plans: Sequence[RetentionPlan], max_tokens: int) -> Iterator
         max_tokens: Unpruned tokens that one encoder call may take; a larger single clip goes alone.
 
     Yields:
-        (start, stop) of consecutive, non-empty slices that cover `plans`.
+        (start, stop) of consecutive, non-empty slices that cover `plans`, each of one encoder mode.
     """
     start, tokens = 0, 0
     for i, plan in enumerate(plans):
-        if i > start and tokens + plan.num_tokens > max_tokens:
+        if i > start and (tokens + plan.num_tokens > max_tokens or plan.encoder != plans[start].encoder):
             yield start, i
             start, tokens = i, 0
         tokens += plan.num_tokens
@@ -37,7 +37,8 @@ def keep_rows(embeds: torch.Tensor, plan: RetentionPlan) -> torch.Tensor:
     """The embedding rows of a clip that stay.
 
     Args:
-        embeds: (R, hidden) the encoder's full output for the clip, any dtype and device.
+        embeds: The encoder's output for the clip, any dtype and device: (R, hidden), or with encoder "reuse" one row
+            for each of ``plan.computed``.
         plan: The clip's plan with its layout.
 
     Returns:
@@ -46,7 +47,12 @@ def keep_rows(embeds: torch.Tensor, plan: RetentionPlan) -> torch.Tensor:
     Raises:
         PlanError: The encoder gave another number of rows than the prompt was laid out for.
     """
-    rows = plan.layout.is_visual if plan.layout is not None else ()
-    if embeds.ndim != 2 or embeds.shape[0] != len(rows):
-        raise PlanError(f"The encoder returned {tuple(embeds.shape)} for a clip laid out for {len(rows)} rows.")
-    return evs_kernels.gather_rows(embeds.contiguous(), torch.from_numpy(plan.embed_index).to(embeds.device))
+    if plan.encoder == "reuse":
+        expected, index = len(plan.computed), plan.kept_in_computed
+    else:
+        expected, index = len(plan.layout.is_visual) if plan.layout is not None else 0, plan.embed_index
+    if embeds.ndim != 2 or embeds.shape[0] != expected:
+        raise PlanError(f"The encoder returned {tuple(embeds.shape)} for a clip laid out for {expected} rows.")
+    if len(index) == expected:
+        return embeds
+    return evs_kernels.gather_rows(embeds.contiguous(), torch.from_numpy(index).to(embeds.device))

@@ -195,3 +195,15 @@ def refuse_conflicts(model_config: Any) -> None:
             f"--mm-processor-kwargs holds {', '.join(ours)}, which are keys for requests. "
             "Set the server's own values with the --evs-* options."
         )
+
+
+def reuse_obstacle(engine_args: Any, model_config: Any) -> str:
+    """Why the vision tower cannot reuse keys and values under these vLLM options, or ""."""
+    mm_config = model_config.multimodal_config
+    if mm_config.mm_encoder_tp_mode == "data":
+        return "--mm-encoder-tp-mode data shards whole clips over ranks."
+    if mm_config.mm_encoder_attn_dtype is not None:
+        return f"--mm-encoder-attn-dtype {mm_config.mm_encoder_attn_dtype} has no reuse path."
+    if getattr(engine_args.compilation_config, "compile_mm_encoder", False):
+        return "compile_mm_encoder compiles the tower's stock attention."
+    return ""

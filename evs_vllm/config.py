@@ -8,7 +8,7 @@ This module imports neither torch nor vLLM.
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -21,6 +21,7 @@ REQUEST_PREFIX = "evs_"
 """Prefix of our keys in a request's ``mm_processor_kwargs``."""
 
 POSITIONS = ("keep", "sequential")
+ENCODERS = ("auto", "reuse", "full")
 REQUEST_OVERRIDES = ("none", "stricter", "any")
 
 
@@ -128,6 +129,22 @@ OPTIONS: tuple[Option, ...] = (
         "N",
     ),
     Option(
+        "encoder",
+        lambda v: v in ENCODERS,
+        " or ".join(ENCODERS),
+        "Vision tower: 'reuse' computes kept patches only and reuses the last keys and values of the others, 'full' "
+        "computes every patch, 'auto' is 'reuse' where the family supports it.",
+        "{" + ",".join(ENCODERS) + "}",
+        choices=ENCODERS,
+    ),
+    Option(
+        "encoder_refresh",
+        lambda v: _is_count(v, 0),
+        "an integer of at least 0 (0: never)",
+        "With encoder 'reuse', compute every patch of each N-th temporal unit anew, without keeping more tokens.",
+        "N",
+    ),
+    Option(
         "request_overrides",
         lambda v: v in REQUEST_OVERRIDES,
         " or ".join(REQUEST_OVERRIDES),
@@ -160,13 +177,17 @@ class EVSConfig:
     positions: str = "keep"
     min_tokens_per_unit: int = 0
     max_tokens: int | None = None
+    encoder: str = "auto"
+    encoder_refresh: int = 0
     request_overrides: str = "stricter"
+    reuse_obstacle: str = ""
+    """Not an option: why this server cannot run the encoder 'reuse', or "". Set at start-up by `resolve_encoder`."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for option in OPTIONS:
+            value = getattr(self, option.name)
             if value is not None:
-                _BY_NAME[field.name].check(value)
+                option.check(value)
         if self.rate and self.threshold:
             raise ConfigError(
                 f"rate={self.rate} and threshold={self.threshold} contradict each other: a rate fixes how many tokens "
@@ -192,7 +213,18 @@ class EVSConfig:
 
     def to_mapping(self) -> dict[str, Any]:
         """The inverse of `from_mapping`."""
-        return asdict(self)
+        return {option.name: getattr(self, option.name) for option in OPTIONS}
+
+    def resolve_encoder(self, obstacle: str) -> "EVSConfig":
+        """The settings of a server that can run the encoder 'reuse' unless there is an `obstacle`.
+
+        Raises:
+            ConfigError: 'reuse' was asked for and there is an obstacle.
+        """
+        if self.encoder == "reuse" and obstacle:
+            raise ConfigError(f"--evs-encoder reuse is not possible here: {obstacle} Use 'full' or 'auto'.")
+        encoder = self.encoder if self.encoder != "auto" else "full" if obstacle else "reuse"
+        return replace(self, encoder=encoder, reuse_obstacle=obstacle)
 
     @property
     def active(self) -> bool:
@@ -211,7 +243,8 @@ class EVSConfig:
         threshold = exact(self.threshold) if self.threshold else 0
         return (
             f"evs1 metric=rgb rate={rate} threshold={threshold} positions={self.positions} "
-            f"min={self.min_tokens_per_unit} max={self.max_tokens}"
+            f"min={self.min_tokens_per_unit} max={self.max_tokens} "
+            f"encoder={self.encoder} refresh={self.encoder_refresh if self.encoder == 'reuse' else 0}"
         )
 
     def describe(self) -> str:
@@ -226,7 +259,17 @@ class EVSConfig:
         if self.max_tokens:
             what.append(f"what exceeds {self.max_tokens} tokens per clip")
         kept = f", at least {self.min_tokens_per_unit} per unit kept" if self.min_tokens_per_unit else ""
-        return f"{' and '.join(what)}{kept} ({self.positions} positions)"
+        return f"{' and '.join(what)}{kept} ({self.positions} positions, {self.encoder} encoder)"
+
+    def costs_no_more_than(self, other: "EVSConfig") -> bool:
+        """Whether for every clip these settings keep and compute at most as many tokens as `other` does."""
+        refresh, other_refresh = self.encoder_refresh or math.inf, other.encoder_refresh or math.inf
+        if self.active and other.active and other.encoder == "reuse":
+            # A unit is refreshed when its number divides by N, so only a multiple of N never refreshes more.
+            seldom = refresh == math.inf or (other_refresh != math.inf and refresh % other_refresh == 0)
+            if self.encoder != "reuse" or not seldom:
+                return False
+        return self.cannot_keep_more_than(other)
 
     def cannot_keep_more_than(self, other: "EVSConfig") -> bool:
         """Whether for every clip these settings keep at most as many tokens as `other` does."""
@@ -271,19 +314,20 @@ class EVSConfig:
             effective = self._with(values)
         except ConfigError as error:
             raise RequestError(f"Bad mm_processor_kwargs: {error}") from None
-        if self.request_overrides == "stricter" and not effective.cannot_keep_more_than(self):
+        if effective.encoder == "reuse" and self.reuse_obstacle:
+            raise RequestError(f"evs_encoder 'reuse' is not possible on this server: {self.reuse_obstacle}")
+        if self.request_overrides == "stricter" and not effective.costs_no_more_than(self):
             raise RequestError(
                 f"The evs_* keys of this request ({', '.join(f'{k}={v}' for k, v in sorted(overrides.items()))}) could "
-                f"keep more video tokens than the server's setting, which drops {self.describe()}. Ask for less, or "
+                f"cost more than the server's setting, which drops {self.describe()}. Ask for less, or "
                 "start the server with --evs-request-overrides any."
             )
         return effective
 
     def _with(self, values: Mapping[str, Any]) -> "EVSConfig":
         if "rate" in values and not values["rate"]:
-            off = EVSConfig(rate=0, positions=self.positions, request_overrides=self.request_overrides)
-            return replace(off, **values)
-        changed = dict(values)
+            return replace(self, threshold=None, max_tokens=None, **values)
+        changed = {name: value for name, value in values.items() if (name, value) != ("encoder", "auto")}
         if "rate" in values:
             changed.setdefault("threshold", None)
         elif "threshold" in values:

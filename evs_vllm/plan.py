@@ -18,7 +18,8 @@ from evs_vllm.errors import PlanError
 FORMAT = 1
 """Version of the tensor format; a plan of another version is refused."""
 
-_HEADER = 9
+_HEADER = 11
+_PLAN_ENCODERS = ("full", "reuse")
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -65,6 +66,8 @@ class RetentionPlan:
         kept: (K,) int64, sorted flat indices ``t*P + row*W + column`` of the kept tokens.
         positions: "keep" or "sequential" (see `evs_vllm.positions`).
         layout: The unpruned prompt of the clip, or None before the prompt is known.
+        encoder: "full" if the vision tower computes every token, "reuse" if only `computed`.
+        refresh: With "reuse", every `refresh`-th unit is computed whole; 0 is never.
 
     Raises:
         PlanError: Indices unsorted, repeated or out of range, or a layout for another number of tokens.
@@ -74,10 +77,14 @@ class RetentionPlan:
     kept: IntArray
     positions: str = "keep"
     layout: Layout | None = None
+    encoder: str = "full"
+    refresh: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.grid) < 1 or self.positions not in POSITIONS:
-            raise PlanError(f"Bad grid {self.grid} or positions {self.positions!r} in a retention plan.")
+        if min(self.grid) < 1 or self.positions not in POSITIONS or self.encoder not in _PLAN_ENCODERS:
+            raise PlanError(
+                f"Bad grid {self.grid}, positions {self.positions!r} or encoder {self.encoder!r} in a plan."
+            )
         inside = len(self.kept) and self.kept[0] >= 0 and self.kept[-1] < self.num_tokens
         if not inside or not np.all(np.diff(self.kept) > 0):
             raise PlanError(f"Kept indices must be sorted, distinct and within 0..{self.num_tokens - 1}.")
@@ -116,6 +123,22 @@ class RetentionPlan:
         return mask.reshape(self.grid)
 
     @cached_property
+    def computed(self) -> IntArray:
+        """(C,) sorted flat indices of the tokens that the vision tower computes; the kept ones are among them."""
+        if self.encoder == "full":
+            return np.arange(self.num_tokens)
+        if not self.refresh:
+            return self.kept
+        mask = self.mask.copy()
+        mask[:: self.refresh] = True
+        return np.flatnonzero(mask)
+
+    @cached_property
+    def kept_in_computed(self) -> IntArray:
+        """(K,) for each kept token its index in `computed`."""
+        return np.searchsorted(self.computed, self.kept)
+
+    @cached_property
     def embed_index(self) -> IntArray:
         """Rows of the encoder's full output that stay, ascending; non-visual rows always do."""
         layout = self._layout()
@@ -143,7 +166,8 @@ class RetentionPlan:
         """The plan with its layout as one (L,) int64 array; `from_array` is the inverse."""
         layout = self._layout()
         runs = [_runs(a) for a in (layout.token_ids, layout.is_embed, layout.is_visual)]
-        header = [FORMAT, *self.grid, POSITIONS.index(self.positions), self.num_kept, *(len(r) for r in runs)]
+        header = [FORMAT, *self.grid, POSITIONS.index(self.positions)]
+        header += [_PLAN_ENCODERS.index(self.encoder), self.refresh, self.num_kept, *(len(r) for r in runs)]
         return np.concatenate([np.array(header, dtype=np.int64), self.kept, *runs])
 
     @classmethod
@@ -155,13 +179,13 @@ class RetentionPlan:
         """
         if array.ndim != 1 or len(array) < _HEADER or array[0] != FORMAT:
             raise PlanError("Not a retention plan of this evs-vllm version: do all processes run the same version?")
-        form, t, h, w, positions, num_kept, *num_runs = (int(x) for x in array[:_HEADER])
-        if len(array) != _HEADER + num_kept + sum(num_runs) or not 0 <= positions < len(POSITIONS):
+        form, t, h, w, positions, encoder, refresh, num_kept, *num_runs = (int(x) for x in array[:_HEADER])
+        if len(array) != _HEADER + num_kept + sum(num_runs) or positions not in (0, 1) or encoder not in (0, 1):
             raise PlanError(f"A retention plan of format {form} is cut short or damaged.")
         kept, *runs = np.split(array[_HEADER:], np.cumsum([num_kept, *num_runs])[:-1])
         token_ids, is_embed, is_visual = (_unrun(r) for r in runs)
         layout = Layout(token_ids, is_embed.astype(np.bool_), is_visual.astype(np.bool_))
-        return cls((t, h, w), kept, POSITIONS[positions], layout)
+        return cls((t, h, w), kept, POSITIONS[positions], layout, _PLAN_ENCODERS[encoder], refresh)
 
 
 def _runs(values: npt.NDArray[np.generic]) -> IntArray:

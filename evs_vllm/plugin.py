@@ -19,6 +19,8 @@ from evs_vllm.versions import tested_range, version_is_tested
 # A child of vLLM's logger, so that its handler and level apply.
 logger = logging.getLogger("vllm.evs_vllm")
 
+_NO_TOWER = "this model family's vision tower is not supported."
+
 # The settings of the engine that this API server process serves; the request check has no other way to them.
 _server_config: EVSConfig | None = None
 
@@ -95,6 +97,7 @@ def _start(engine_args: Any, model_config: Any) -> None:
             f"{', '.join(supported_architectures())}. Drop the --evs-* options to serve it unpruned."
         )
     compat.refuse_conflicts(model_config)
+    config = config.resolve_encoder(compat.reuse_obstacle(engine_args, model_config) if family.reuse else _NO_TOWER)
     compat.stamp(model_config, config)
     _server_config = config
     _compile_kernels()

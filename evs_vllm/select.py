@@ -63,4 +63,7 @@ def make_plan(tokens: "torch.Tensor", grid: tuple[int, int, int], config: EVSCon
         )
     else:
         selection = evs_kernels.prune_topk(tokens, budget, min_per_unit=config.min_tokens_per_unit)
-    return RetentionPlan(grid, selection.indices.cpu().numpy(), config.positions)
+    kept = selection.indices.cpu().numpy()
+    # A clip that keeps everything has nothing to reuse: it takes the stock path.
+    encoder = "reuse" if config.encoder == "reuse" and len(kept) < units * per_unit else "full"
+    return RetentionPlan(grid, kept, config.positions, None, encoder, config.encoder_refresh)

@@ -35,10 +35,20 @@ def options() -> str:
 def families() -> str:
     """Every supported family."""
     rows = [
-        (f.name, ", ".join(f"`{a}`" for a in f.architectures), f.positions, f.layout, f.proof, f.limits)
+        (
+            f.name,
+            ", ".join(f"`{a}`" for a in f.architectures),
+            f.positions,
+            f.layout,
+            "yes" if f.reuse else "no",
+            f.proof,
+            f.limits,
+        )
         for f in FAMILIES
     ]
-    return markdown(("family", "architectures", "positions", "layout", "compared with", "limits"), rows)
+    return markdown(
+        ("family", "architectures", "positions", "layout", "encoder reuse", "compared with", "limits"), rows
+    )
 
 
 TABLES = {"options": options, "families": families}

@@ -157,7 +157,10 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
     model.to_empty(device="cpu")
     _fill_weights(model, tokenizer, seed)
     model.generation_config = transformers.GenerationConfig(
-        do_sample=False, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]
+        do_sample=False,
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|im_end|>"],
+        pad_token_id=ids["<|endoftext|>"],
     )
     model.save_pretrained(directory)
     return directory
@@ -170,7 +173,10 @@ def _make_tokenizer() -> Any:
     split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -298,7 +304,9 @@ def real_clip_frames(name: str = "bikes", frames: int = 16, start: int = 0, step
         for index in range(start + (frames - 1) * step + 1):
             ok, picture = capture.read()
             if not ok:
-                raise ValueError(f"clip {name!r} ends at frame {index}; {start + (frames - 1) * step + 1} were asked for")
+                raise ValueError(
+                    f"clip {name!r} ends at frame {index}; {start + (frames - 1) * step + 1} were asked for"
+                )
             if index >= start and (index - start) % step == 0:
                 out.append(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
     finally:

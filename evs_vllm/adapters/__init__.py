@@ -23,6 +23,7 @@ class Family:
         adapter: "module:Class" of its `FamilyAdapter`.
         positions: The position scheme of the language model.
         layout: How the clip lies in the prompt.
+        reuse: Whether its vision tower can reuse keys and values (``--evs-encoder reuse``).
         proof: What its end-to-end tests compare with.
         limits: What does not work, or "".
     """
@@ -32,6 +33,7 @@ class Family:
     adapter: str
     positions: str
     layout: str
+    reuse: bool
     proof: str
     limits: str = ""
 
@@ -48,6 +50,7 @@ FAMILIES: tuple[Family, ...] = (
         "evs_vllm.adapters.qwen2_vl:Qwen2VL",
         "M-RoPE (t, h, w), t in real time",
         "contiguous",
+        True,
         "Hugging Face reference",
     ),
     Family(
@@ -56,6 +59,7 @@ FAMILIES: tuple[Family, ...] = (
         "evs_vllm.adapters.qwen2_vl:Qwen2VL",
         "M-RoPE (t, h, w)",
         "contiguous",
+        True,
         "Hugging Face reference",
     ),
 )

@@ -5,7 +5,7 @@ An adapter is stateless and knows nothing of budgets, plans' making, caches or v
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,18 @@ class FamilyAdapter(ABC):
         """The frames as the model sees them: (T * frames per unit, height, width, 3) uint8. For pictures only."""
 
     @abstractmethod
-    def select_clips(self, batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    def computed_pixels(self, item: Mapping[str, Any], plan: RetentionPlan) -> dict[str, Any]:
+        """The pixel fields of `item` reduced to the tokens that the tower computes; other fields are left out."""
+
+    @abstractmethod
+    def select_clips(
+        self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan], start: int, stop: int
+    ) -> dict[str, Any]:
         """The keyword arguments of ``embed_multimodal`` for clips `start` to `stop` of a batch."""
+
+    def reuse_tower(self, model: Any) -> "ReuseTower | None":
+        """The model's vision tower as one that can reuse keys and values, or None if the family has none."""
+        return None
 
     @abstractmethod
     def max_position(self, hf_config: Any) -> int:
@@ -72,7 +82,21 @@ class FamilyAdapter(ABC):
 
     def tower_rows(self, plan: RetentionPlan) -> int:
         """Embedding rows that the vision tower computes for the clip."""
+        if plan.encoder == "reuse":
+            return len(plan.computed)
         return len(plan.layout.is_visual) if plan.layout is not None else plan.num_tokens
+
+
+class ReuseTower(ABC):
+    """A vision tower that can compute some tokens of a clip and reuse keys and values for the rest."""
+
+    @abstractmethod
+    def attentions(self) -> Iterable[torch.nn.Module]:
+        """Its attention modules, called with query, key, value of (1, rows, heads, head size) and ``cu_seqlens``."""
+
+    @abstractmethod
+    def encode(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> torch.Tensor:
+        """(computed tokens of all clips, hidden) embeddings, in the order of ``plan.computed``."""
 
 
 def to_uint8(rows: torch.Tensor, channels: int, stats: PixelStats) -> torch.Tensor:

@@ -16,11 +16,12 @@ from evs_vllm.adapters.base import FamilyAdapter
 from evs_vllm.adapters.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
 from evs_vllm.apply import encoder_batches, keep_rows
 from evs_vllm.compat import stamped, stock_model_class
-from evs_vllm.config import CONFIG_KEY
+from evs_vllm.config import CONFIG_KEY, EVSConfig
 from evs_vllm.errors import UnsupportedError
 from evs_vllm.plan import RetentionPlan
 from evs_vllm.positions import PositionRequest, pruned_positions
 from evs_vllm.prompt import ClipSpan
+from evs_vllm.reuse import ReuseSchedule
 
 
 class EVSModelMixin:
@@ -44,6 +45,11 @@ class EVSModelMixin:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._evs_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        config: EVSConfig = stamped(vllm_config.model_config) or EVSConfig()
+        self._evs_tower = None if config.reuse_obstacle else self._evs.reuse_tower(self)
+        if self._evs_tower is not None:
+            for attention in self._evs_tower.attentions():
+                accept_schedules(attention)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         stock = super().embed_multimodal  # type: ignore[misc]
@@ -53,7 +59,12 @@ class EVSModelMixin:
         plans = [RetentionPlan.from_array(array.numpy()) for array in arrays]
         kept: list[torch.Tensor] = []
         for start, stop in encoder_batches(plans, self._evs_encoder_tokens):
-            embeds = stock(**self._evs.select_clips(kwargs, start, stop))
+            batch = self._evs.select_clips(kwargs, plans, start, stop)
+            if plans[start].encoder == "reuse" and self._evs_tower is not None:
+                embeds = self._evs_tower.encode(batch, plans[start:stop])
+                embeds = embeds.split([len(plan.computed) for plan in plans[start:stop]])
+            else:
+                embeds = stock(**batch)
             kept += [keep_rows(rows, plan) for rows, plan in zip(embeds, plans[start:stop], strict=True)]
         return tuple(kept)
 
@@ -80,6 +91,21 @@ class EVSModelMixin:
         return super().get_mm_lora_token_counts(  # type: ignore[misc]
             modality=modality, mm_kwargs=mm_kwargs, num_mm_embeds=num_mm_embeds
         )
+
+
+def accept_schedules(attention: torch.nn.Module) -> None:
+    """Lets a vision attention module take a `ReuseSchedule` for ``cu_seqlens``; with anything else it runs as before."""
+    stock = attention.forward
+    scale: float = attention.scale  # type: ignore[assignment]
+
+    def forward(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: Any = None, **others: Any
+    ) -> Any:
+        if isinstance(cu_seqlens, ReuseSchedule):
+            return cu_seqlens.attend(query[0], key[0], value[0], scale)[None]
+        return stock(query=query, key=key, value=value, cu_seqlens=cu_seqlens, **others)
+
+    attention.forward = forward  # type: ignore[method-assign]
 
 
 def _moved(item: PositionRequest, offset: int) -> Any:

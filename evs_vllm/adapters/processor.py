@@ -120,6 +120,10 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         array = pruned[0].content.plan.to_array()
         if any((update.content.plan.to_array() != array).any() for update in pruned[1:]):
             raise UnsupportedError("A clip has several ways to be laid out in the prompt; EVS needs exactly one.")
+        if plan.encoder == "reuse":
+            # Pixels that nobody computes need not be hashed, cached, serialised or copied to the device.
+            for key, data in self._evs.computed_pixels(fields, plan).items():
+                item[key] = replace(item[key], data=data)
         item[PLAN_FIELD] = MultiModalFieldElem(torch.from_numpy(array), MultiModalBatchedField(keep_on_cpu=True))
         metrics().planning_time.observe(time.perf_counter() - started)
         return pruned

@@ -5,13 +5,16 @@ The processor gives (T*h*w, C*2*14*14) patch rows ordered (t, h/2, w/2, 2, 2): t
 consecutive rows, each row holds (channel, frame of the unit, row, column). The clip is one run of the same placeholder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from evs_vllm.adapters.base import Clip, FamilyAdapter, PixelStats, to_uint8
+from evs_vllm.adapters.base import Clip, FamilyAdapter, PixelStats, ReuseTower, to_uint8
+from evs_vllm.plan import RetentionPlan
+from evs_vllm.reuse import ClipRows, ReuseSchedule, clip_rows
 
 PIXELS = "pixel_values_videos"
 GRID = "video_grid_thw"
@@ -44,12 +47,23 @@ class Qwen2VL(FamilyAdapter):
         frames = patches.permute(0, 6, 1, 3, 7, 2, 4, 8, 5)
         return frames.reshape(-1, height * patch, width * patch, channels).cpu().numpy()
 
-    def select_clips(self, batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-        grids: torch.Tensor = batch[GRID]
-        ends = np.concatenate([[0], np.cumsum(grids.prod(dim=-1).cpu().numpy())])
+    def computed_pixels(self, item: Mapping[str, Any], plan: RetentionPlan) -> dict[str, Any]:
+        rows = item[PIXELS]
+        tokens = rows.view(plan.num_tokens, -1, rows.shape[-1])
+        return {PIXELS: tokens[torch.from_numpy(plan.computed).to(rows.device)].flatten(0, 1)}
+
+    def select_clips(
+        self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan], start: int, stop: int
+    ) -> dict[str, Any]:
+        patches = [int(grid.prod()) // plan.num_tokens for grid, plan in zip(batch[GRID], plans, strict=True)]
+        rows = [len(plan.computed) * per_token for plan, per_token in zip(plans, patches, strict=True)]
+        ends = np.concatenate([[0], np.cumsum(rows)])
         pixels = batch[PIXELS][ends[start] : ends[stop]]
         per_clip = {key: value[start:stop] for key, value in batch.items() if key != PIXELS}
         return {PIXELS: pixels, **per_clip}
+
+    def reuse_tower(self, model: Any) -> ReuseTower:
+        return Qwen2VLTower(model.visual)
 
     def max_position(self, hf_config: Any) -> int:
         text = hf_config.get_text_config()
@@ -58,3 +72,58 @@ class Qwen2VL(FamilyAdapter):
         if rope.get("rope_type") == "yarn":
             length = int(rope.get("original_max_position_embeddings", length) * rope.get("factor", 1))
         return MROPE_CACHE_FACTOR * length
+
+
+class Qwen2VLTower(ReuseTower):
+    """The towers of Qwen2-VL (attention within a frame) and Qwen2.5-VL (within windows, in some blocks a frame).
+
+    Both run their own ``forward`` on the computed rows: it takes precomputed rotary phases, row orders and sequence
+    boundaries (``encoder_metadata``), and the schedules that we pass as boundaries are read by the attention alone.
+    """
+
+    def __init__(self, visual: Any) -> None:
+        self._visual = visual
+        self._windowed = hasattr(visual, "fullatt_block_indexes")
+
+    def attentions(self) -> Iterable[torch.nn.Module]:
+        return [block.attn.attn for block in self._visual.blocks]
+
+    def encode(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> torch.Tensor:
+        visual = self._visual
+        merge = visual.spatial_merge_size
+        window = visual.window_size // merge // visual.patch_size if self._windowed else None
+        clips: list[ClipRows] = []
+        order: list[np.ndarray] = []
+        phases = []
+        start = 0
+        for plan in plans:
+            rows, row_order = clip_rows(plan, window)
+            _, height, width = plan.grid
+            place = torch.from_numpy(plan.computed[row_order] % plan.tokens_per_unit)
+            phases.append([phase[place.to(phase.device)] for phase in self._phases(height * merge, width * merge)])
+            clips.append(rows)
+            order.append(row_order + start)
+            start += len(row_order)
+        cos, sin = (torch.cat(parts).flatten(0, 1) for parts in zip(*phases, strict=True))
+        index = torch.from_numpy(np.concatenate(order)).to(visual.device)
+        whole = [replace(rows, windows=rows.windows[[0, -1]]) for rows in clips]
+        metadata = {
+            "rotary_pos_emb_cos": cos.to(visual.device),
+            "rotary_pos_emb_sin": sin.to(visual.device),
+            "cu_seqlens": ReuseSchedule(whole, merge**2),
+            "cu_window_seqlens": ReuseSchedule(clips, merge**2),
+            "window_index": index,
+            "reverse_indices": torch.argsort(index),
+            "max_seqlen": None,
+            "max_seqlen_full": None,
+            "max_seqlen_window": None,
+        }
+        embeds: torch.Tensor = visual(batch[PIXELS], None, encoder_metadata=metadata)
+        return embeds
+
+    def _phases(self, height: int, width: int) -> list[torch.Tensor]:
+        """cos and sin of one unit of height x width patches: each (P, patches per token, rotary size)."""
+        if self._windowed:
+            return list(self._visual.rotary_pos_emb_thw(1, height, width))
+        per_token = self._visual.spatial_merge_size**2
+        return [phase.view(-1, per_token, phase.shape[-1]) for phase in self._visual.rot_pos_emb([[1, height, width]])]

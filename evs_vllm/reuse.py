@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""K/V reuse in the vision tower: compute some patches of a clip, let the others lend their last keys and values.
+
+The rule, layer by layer: queries, keys, values, attention output and MLP are computed for the computed tokens only; in
+unit t the keys and values of place p are those of the latest computed (t', p) with t' <= t, which exists because unit 0
+is whole. Attention stays within a unit (or a window of it), so a unit or window without computed tokens costs nothing.
+Rotary phases depend on the place alone, so rotated keys are reused as they are.
+
+Everything here is independent of vLLM and of the family: a family's tower calls it with (rows, heads, head size)
+queries, keys and values, and passes a `ReuseSchedule` where it would pass sequence boundaries.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from evs_vllm.plan import IntArray, RetentionPlan
+
+
+def window_order(height: int, width: int, window: int | None) -> tuple[IntArray, IntArray]:
+    """The places of a unit, window by window.
+
+    Args:
+        height, width: The unit's grid in tokens.
+        window: Side of a square window in tokens; windows at the right and lower edge may be smaller. None: no windows.
+
+    Returns:
+        order: (P,) the places ``row*width + column`` sorted by window, then by place.
+        starts: (number of windows + 1,) where each window begins in `order`.
+    """
+    row, column = np.divmod(np.arange(height * width), width)
+    side = window or max(height, width)
+    index = (row // side) * -(-width // side) + column // side
+    order = np.argsort(index, kind="stable")
+    return order, np.concatenate([[0], np.cumsum(np.bincount(index))])
+
+
+@dataclass(frozen=True)
+class ClipRows:
+    """The computed tokens of one clip in the order in which the tower holds them: by unit, then by window.
+
+    Attributes:
+        places: (C,) for each row its place within the unit, counted in window order.
+        units: (U+1,) row boundaries of the units that have rows.
+        windows: (number of windows + 1,) place boundaries of the windows; (0, P) without windows.
+    """
+
+    places: IntArray
+    units: IntArray
+    windows: IntArray
+
+    @property
+    def tokens_per_unit(self) -> int:
+        return int(self.windows[-1])
+
+    @cached_property
+    def sources(self) -> IntArray:
+        """(U, P) the row whose keys and values serve each place in each unit that has rows."""
+        out = np.empty((len(self.units) - 1, self.tokens_per_unit), dtype=np.int64)
+        latest = np.full(self.tokens_per_unit, -1, dtype=np.int64)
+        for unit, (start, stop) in enumerate(zip(self.units, self.units[1:], strict=False)):
+            latest[self.places[start:stop]] = np.arange(start, stop)
+            out[unit] = latest
+        return out
+
+    def sequences(self) -> Iterator[tuple[int, slice, slice]]:
+        """(unit, its rows in a window, the window's places) of each window that has rows."""
+        for unit, (start, stop) in enumerate(zip(self.units, self.units[1:], strict=False)):
+            cuts = start + np.searchsorted(self.places[start:stop], self.windows)
+            for window, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+                if first < last:
+                    yield (
+                        unit,
+                        slice(int(first), int(last)),
+                        slice(*(int(x) for x in self.windows[window : window + 2])),
+                    )
+
+
+def clip_rows(plan: RetentionPlan, window: int | None) -> tuple[ClipRows, IntArray]:
+    """Orders the computed tokens of a clip for the tower.
+
+    Returns:
+        The rows, and (C,) for each row its index in ``plan.computed``.
+    """
+    units, height, width = plan.grid
+    order, starts = window_order(height, width, window)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    unit, place = np.divmod(plan.computed, plan.tokens_per_unit)
+    row_order = np.lexsort((rank[place], unit))
+    counts = np.bincount(unit, minlength=units)
+    return ClipRows(rank[place][row_order], np.concatenate([[0], np.cumsum(counts[counts > 0])]), starts), row_order
+
+
+class ReuseSchedule:
+    """Who attends to what, for a batch of clips in one kind of layer (whole units, or windows).
+
+    It stands where a tower passes ``cu_seqlens`` to its attention, and nothing between reads it.
+
+    Args:
+        clips: The clips in the order of their rows.
+        patches: Patches per token (4 for 2x2 merging); each token is that many consecutive rows of the tower.
+    """
+
+    def __init__(self, clips: Sequence[ClipRows], patches: int) -> None:
+        self.clips = clips
+        self.patches = patches
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention of the computed patches.
+
+        Args:
+            query, key, value: (R, heads, head size), the computed patches of all clips, keys rotated.
+            scale: Factor on the scores.
+
+        Returns:
+            (R, heads, head size).
+        """
+        out = torch.empty_like(query)
+        start = 0
+        for clip in self.clips:
+            rows = slice(start, start + len(clip.places) * self.patches)
+            self._attend_clip(clip, query[rows], key[rows], value[rows], out[rows], scale)
+            start = rows.stop
+        return out
+
+    def _attend_clip(
+        self,
+        clip: ClipRows,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+    ) -> None:
+        # One unit after the other over a running state: only new keys and values are written, none are copied per unit.
+        m = self.patches
+        heads, size = query.shape[1:]
+        state = key.new_empty(2, heads, clip.tokens_per_unit * m, size)
+        place = torch.from_numpy(clip.places[:, None] * m + np.arange(m)).reshape(-1).to(key.device)
+        filled = -1
+        for unit, rows, places in clip.sequences():
+            if unit != filled:
+                new = slice(int(clip.units[unit]) * m, int(clip.units[unit + 1]) * m)
+                state[0].index_copy_(1, place[new], key[new].transpose(0, 1))
+                state[1].index_copy_(1, place[new], value[new].transpose(0, 1))
+                filled = unit
+            r, p = slice(rows.start * m, rows.stop * m), slice(places.start * m, places.stop * m)
+            attended = scaled_dot_product_attention(
+                query[r].transpose(0, 1)[None], state[0][None, :, p], state[1][None, :, p], scale=scale
+            )
+            out[r] = attended[0].transpose(0, 1)
