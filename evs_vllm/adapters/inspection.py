@@ -101,9 +101,7 @@ def _load(video: Path, model_config: Any) -> Any:
     connector = MediaConnector(
         model_config.multimodal_config.media_io_kwargs, allowed_local_media_path=str(video.resolve().parent)
     )
-    return connector.fetch_video(
-        video.resolve().as_uri(), video_processor=get_video_processor_cls_name(model_config)
-    )
+    return connector.fetch_video(video.resolve().as_uri(), video_processor=get_video_processor_cls_name(model_config))
 
 
 def _timed(call: Callable[[], T], video: Path) -> tuple[T, float]:
