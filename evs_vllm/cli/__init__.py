@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``evs-vllm``. Each subcommand is one module with `add_parser(subparsers)`; none imports torch at import."""
+"""The command ``evs-vllm``. Each subcommand is a module with `add_parser(subparsers)`; none imports torch by itself."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from evs_vllm.errors import EVSError
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each sets ``run``, a function of the parsed arguments that returns the exit code."""
+    """The parser of all subcommands; each sets ``run``: parsed arguments -> exit code."""
     parser = Parser(prog="evs-vllm", description="Efficient Video Sampling for vLLM: look at what it does, and try it.")
     parser.add_argument("--version", action="version", version=f"evs-vllm {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")

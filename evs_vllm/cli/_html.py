@@ -42,7 +42,7 @@ def make_html(clip: Inspection, max_units: int = 60) -> str:
     page = {
         "@TITLE@": html.escape(f"{clip.video.name} - evs-vllm"),
         "@ABOUT@": html.escape("  ·  ".join(part for part in subtitle(clip, len(shown)) if not _moves(part))),
-        "@TILE@": str(220 if width >= height else 150),
+        "@TILE@": str(260 if width >= height else 160),
         "@SELECT@": _resource("select.js"),
         "@DATA@": json.dumps(data).replace("</", "<\\/"),
     }

@@ -2,6 +2,7 @@
 """Arguments that several subcommands share. The EVS options come from `evs_vllm.config.OPTIONS`."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,9 +61,14 @@ def evs_config(args: argparse.Namespace) -> EVSConfig:
 
 
 def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds VIDEO, --model and what decides which frames the model sees."""
+    """Adds VIDEO, --model and the frame options."""
     parser.add_argument("video", metavar="VIDEO", type=Path, help="Video file.")
     parser.add_argument("--model", required=True, metavar="DIR", help="Model folder (or hub name), as for vllm serve.")
+    add_frame_options(parser)
+
+
+def add_frame_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what decides which frames the model sees."""
     group = parser.add_argument_group("frames", "As --media-io-kwargs '{\"video\": {...}}' of vllm serve.")
     group.add_argument(
         "--fps", type=_positive(float), metavar="FPS", help="Frames per second, for loaders that sample by rate."
@@ -77,9 +83,21 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def media_io_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """The video loader's settings that `add_clip_arguments` parsed."""
+    """The video loader's settings that `add_frame_options` parsed."""
     given = {"fps": args.fps, "num_frames": args.num_frames}
     return {name: int(v) if v == int(v) else v for name, v in given.items() if v is not None}
+
+
+def frame_words(args: argparse.Namespace) -> list[str]:
+    """The words of ``vllm serve`` for what `add_frame_options` parsed."""
+    given = media_io_kwargs(args)
+    words = ["--media-io-kwargs", json.dumps({"video": given})] if given else []
+    return words + ["--trust-remote-code"] * args.trust_remote_code
+
+
+def summary(doc: str | None) -> str:
+    """A module's docstring as the description of its command."""
+    return (doc or "").replace("``", "")
 
 
 def check_paths(video: Path, model: str) -> None:

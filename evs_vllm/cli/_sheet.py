@@ -15,7 +15,7 @@ FADE = 0.72
 """How far a dropped patch, grey already, is faded into the paper."""
 
 WIDTH, MARGIN, GAP, LABEL, STRIP = 1680, 48, 20, 34, 150
-ASPECT = 1.9
+ASPECT = 2.4
 """The grid of frames is made about this much wider than high."""
 
 
@@ -80,8 +80,9 @@ def grid_columns(tiles: int, tile_aspect: float) -> int:
 
 
 def headline(clip: Inspection) -> str:
-    plan = clip.plan
-    return f"{clip.video.name}: {plan.num_tokens} → {plan.num_kept} video tokens, {percent(clip.dropped_share)} dropped"
+    """The numbers; the font that comes with Pillow has letters, not arrows."""
+    kept, total = clip.plan.num_kept, clip.plan.num_tokens
+    return f"{clip.video.name}: {kept} of {total} video tokens kept, {percent(clip.dropped_share)} dropped"
 
 
 def subtitle(clip: Inspection, num_shown: int) -> list[str]:
@@ -89,7 +90,7 @@ def subtitle(clip: Inspection, num_shown: int) -> list[str]:
     parts = [
         clip.family,
         _setting(clip),
-        f"{units} units of {rows} × {columns} tokens, {width} × {height} pixels",
+        f"{units} units of {rows} x {columns} tokens, {width} x {height} pixels",
     ]
     if clip.frames_per_unit > 1:
         parts.append(f"first of each unit's {clip.frames_per_unit} frames")

@@ -17,6 +17,7 @@ from typing import Any
 
 from evs_vllm import __version__
 from evs_vllm.adapters import supported_architectures
+from evs_vllm.cli._options import summary
 from evs_vllm.cli._text import table
 from evs_vllm.versions import tested_range, version_is_tested
 
@@ -27,7 +28,9 @@ PLUGIN_GROUP = "vllm.general_plugins"
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("doctor", help="show versions, devices and what is supported", description=__doc__)
+    parser = subparsers.add_parser(
+        "doctor", help="show versions, devices and what is supported", description=summary(__doc__)
+    )
     parser.add_argument("--full", action="store_true", help="Import torch, Triton and vLLM, and ask them too (slow).")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     parser.set_defaults(run=run)
@@ -116,7 +119,12 @@ def _torch() -> dict[str, Any]:
     import torch
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "devices": devices}
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda or "no",
+        "hip": torch.version.hip or "no",
+        "devices": devices,
+    }
 
 
 def _vllm_platform() -> str:
@@ -134,8 +142,9 @@ def _triton() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, str]:
-    import evs_kernels
     import torch
+
+    import evs_kernels
 
     found = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from evs_vllm.adapters import FAMILIES
+from evs_vllm.cli._options import summary
 from evs_vllm.cli._text import table
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("families", help="list the supported model families", description=__doc__)
+    parser = subparsers.add_parser("families", help="list the supported model families", description=summary(__doc__))
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     parser.set_defaults(run=run)
 
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
         rows = [asdict(family) for family in FAMILIES]
         print(json.dumps(rows, indent=2))
         return 0
-    head = ("family", "architectures", "positions", "clip in the prompt", "compared with", "limits")
+    head: tuple[str, ...] = ("family", "architectures", "positions", "clip in the prompt", "compared with", "limits")
     body = [
         (family.name, ", ".join(family.architectures), family.positions, family.layout, family.proof, family.limits)
         for family in FAMILIES

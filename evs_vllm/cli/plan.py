@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from evs_vllm.cli._options import add_clip_arguments, add_evs_options, check_paths, evs_config, media_io_kwargs
+from evs_vllm.cli._options import add_clip_arguments, add_evs_options, check_paths, evs_config, media_io_kwargs, summary
 from evs_vllm.cli._text import bar, percent, seconds, table
 from evs_vllm.inspection import STAGES, Inspection
 
@@ -14,7 +14,7 @@ BAR_WIDTH = 32
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("plan", help="show which tokens of a video would stay", description=__doc__)
+    parser = subparsers.add_parser("plan", help="show which tokens of a video would stay", description=summary(__doc__))
     add_clip_arguments(parser)
     add_evs_options(parser)
     parser.add_argument("--json", action="store_true", help="Print JSON, with the grid and the kept indices.")

@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from evs_vllm.cli._options import add_clip_arguments, add_evs_options
+from evs_vllm.cli._options import add_clip_arguments, add_evs_options, summary
 from evs_vllm.cli.plan import inspect
 from evs_vllm.errors import EVSError
 from evs_vllm.inspection import Inspection
@@ -14,7 +14,7 @@ SUFFIXES = (".png", ".html")
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("view", help="draw which tokens of a video would stay", description=__doc__)
+    parser = subparsers.add_parser("view", help="draw which tokens of a video would stay", description=summary(__doc__))
     add_clip_arguments(parser)
     add_evs_options(parser)
     parser.add_argument(

@@ -93,6 +93,23 @@ def test_two_clips_of_one_request_are_told_apart(engine, ref):
     assert len(set(identifiers(engine))) == 2
 
 
+def test_one_clip_cached_and_one_new(engine, ref):
+    old, new = (Clip(synthetic_clip(12, noise=2, seed=72 + i), settings=Settings(0.75)) for i in range(2))
+    run_and_check(engine, ref, [Request(chat(VIDEO, "Why?"), [old])])
+    before = processor_hits(engine)
+    run_and_check(engine, ref, [Request(chat(VIDEO, VIDEO, "Compare."), media) for media in ([new, old], [old, new])])
+    assert processor_hits(engine) == before + 3
+
+
+def test_ids_given_by_the_user(engine, ref):
+    # A request may name its media; vLLM then hashes nothing, and the settings must still be told apart.
+    for kwargs, settings in (VARIANTS["server"], VARIANTS["rate 0.5"], VARIANTS["off"]):
+        request = ask(FRAMES, settings, **kwargs)
+        request.uuids = {"video": ["my-clip"]}
+        run_and_check(engine, ref, [request])
+    assert len(set(identifiers(engine))) == 3
+
+
 def test_without_processor_cache(engines, ref, family):
     engine = engines.get(family, {"rate": 0.75, "request_overrides": "any"}, mm_processor_cache_gb=0)
     requests = [ask(FRAMES, settings, **kwargs) for kwargs, settings in VARIANTS.values()]

@@ -125,7 +125,7 @@ def test_ngram_speculative_decoding(engines, ref, family, mode):
     settings, kwargs = MODES[mode]
     picture = Picture(synthetic_clip(1, (56, 84), "noise", seed=8)[0])
     requests = [
-        ask(clip(50, 12), settings, **kwargs),
+        ask(clip(52, 12), settings, **kwargs),
         Request(chat(IMAGE, VIDEO, "Why?"), [picture, Clip(clip(51, 9), settings=settings)], kwargs or None),
     ]
     for request in requests:
