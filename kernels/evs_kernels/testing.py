@@ -10,9 +10,9 @@ import torch
 from . import cosine_score, gather_rows, prune_topk, select_threshold, select_topk, temporal_score
 
 TOLERANCE = {
-    torch.float32: {"rtol": 1e-5, "atol": 2e-6},  # a sum of up to 10k float32 terms, in any order
+    torch.float32: (1e-5, 2e-6),  # a sum of up to 10k float32 terms, in any order
 }
-"""By dtype of the result; a dtype that is not listed must be equal bit for bit."""
+"""(rtol, atol) by dtype of the result; a dtype that is not listed must be equal bit for bit."""
 
 Shape = tuple[int, ...]
 
@@ -56,8 +56,8 @@ def assert_same(got: Any, want: Any) -> None:
         for mine, theirs in zip(got, want, strict=True):
             assert_same(mine, theirs)
         return
-    tolerance = {"rtol": 0.0, "atol": 0.0} | TOLERANCE.get(want.dtype, {})
-    torch.testing.assert_close(got, want, **tolerance, equal_nan=True)
+    rtol, atol = TOLERANCE.get(want.dtype, (0.0, 0.0))
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def random_tensor(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> torch.Tensor:

@@ -40,7 +40,7 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
                 yield f"cosine-{t}-{tag}", cosine.slice_kernel, args, {"SLICE": size}, depth, 1
         for t in ("u8", "i16", "i32", "i64"):
             args = [f"*{t}", "*i64", f"*{t}", "i32", "i32"]
-            size = gather.SLICE_BYTES // SIZES[t]
+            size = gather.slice_width(16 if wide else 17, SIZES[t])
             yield f"gather-{t}-{tag}", gather.copy_kernel, args, {"SLICE": size}, {"width"} if wide else set(), 4
     args = ["*fp32", "*fp32", "*fp32", "i32", "i32", "i32"]
     yield "cosine-finish", cosine.finish_kernel, args, {"BLOCK": score.BLOCK}, set(), 4

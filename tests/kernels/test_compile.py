@@ -15,6 +15,7 @@ from evs_kernels import _triton
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _triton.available()[0], reason=_triton.available()[1])
 @pytest.mark.parametrize("target", ["cuda 80", "cuda 90", "cuda 100", "hip gfx942"])
 def test_compiles_without_spills(target, tmp_path):

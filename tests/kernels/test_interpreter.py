@@ -15,6 +15,7 @@ from evs_kernels import _triton
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _triton.available()[0], reason=_triton.available()[1])
 @pytest.mark.skipif(_triton.interpreting(), reason="this process interprets already, so the cases run in it")
 def test_triton_cases_in_the_interpreter():

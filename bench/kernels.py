@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the kernels against torch eager, vLLM's own pruning mask and a plain copy, on one clip, in one run.
+
+Every row is checked first; a row whose result is wrong gets no time. Example:
+``python bench/kernels.py --shape 32 648 4704 --rate 0.75 --out bench/results/cpu/mine.json``
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+
+import evs_kernels as ek
+from evs_kernels.testing import assert_same, random_clip
+
+PATCH = 28  # pixels along the side of one token: 14-pixel patches, merged 2 x 2
+FRAMES = 2  # frames in a temporal unit
+MERGE = 2
+
+
+def main() -> None:
+    """Parses the command line, measures, prints a table and writes a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", type=Path, help="clip to score; needs OpenCV. Default: a synthetic clip")
+    parser.add_argument("--units", type=int, default=32, help="temporal units to take from the video (default: 32)")
+    shape = ("T", "P", "D")
+    parser.add_argument("--shape", type=int, nargs=3, metavar=shape, default=[32, 648, 4704], help="synthetic clip")
+    parser.add_argument("--rate", type=float, default=0.75, help="fraction of tokens to drop (default: 0.75)")
+    parser.add_argument("--hidden", type=int, default=3584, help="width of the embeddings (default: 3584)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="result file. Default: bench/results/<device>/<date>-<commit>-kernels")
+    args = parser.parse_args()
+
+    generator = torch.Generator().manual_seed(args.seed)
+    if args.video:
+        clip = load_video(args.video, args.units)
+    else:
+        clip = random_clip(generator, torch.uint8, tuple(args.shape))
+    units, places, depth = clip.shape
+    budget = max(places, int(units * places * (1 - args.rate)))
+    embeddings = torch.randn((units * places, args.hidden), generator=generator).bfloat16()
+    rows = make_rows(clip.to(args.device), embeddings.to(args.device), budget, args.rate)
+    env = harness.environment()
+    results = harness.measure(rows, repeats=args.repeats)
+
+    config = {
+        "video": args.video.name if args.video else None,
+        "shape": [units, places, depth],
+        "clip_bytes": clip.numel(),
+        "rate": args.rate,
+        "budget": budget,
+        "hidden": args.hidden,
+        "device": args.device,
+        "torch_threads": torch.get_num_threads(),
+        "repeats": args.repeats,
+        "seed": args.seed,
+    }
+    print(f"clip {units} x {places} x {depth} bytes = {clip.numel() / 1e6:.1f} MB, budget {budget}\n")
+    print(harness.markdown(results))
+    out = args.out or harness.default_path(Path(__file__).parent / "results", args.device, "kernels")
+    harness.write(harness.report("kernels", config, results, env), out)
+    print(f"\nwritten to {out}")
+
+
+def load_video(path: Path, units: int) -> torch.Tensor:
+    """Reads frames spread evenly over a video.
+
+    Returns:
+        (units, P, 2 * 28 * 28 * 3) uint8: the pixels of each token.
+    """
+    import cv2
+
+    capture = cv2.VideoCapture(str(path))
+    total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    if total < 1:
+        raise SystemExit(f"{path}: cannot be read as a video")
+    frames = []
+    for i in range(units * FRAMES):
+        capture.set(cv2.CAP_PROP_POS_FRAMES, i * total // (units * FRAMES))
+        ok, frame = capture.read()
+        if not ok:
+            raise SystemExit(f"{path}: frame {i * total // (units * FRAMES)} cannot be read")
+        height, width = (side // PATCH * PATCH for side in frame.shape[:2])
+        frames.append(torch.from_numpy(cv2.resize(frame, (width, height))))
+    video = torch.stack(frames)
+    high, wide = video.shape[1] // PATCH, video.shape[2] // PATCH
+    cells = video.view(units, FRAMES, high, PATCH, wide, PATCH, 3).permute(0, 2, 4, 1, 3, 5, 6)
+    return cells.reshape(units, high * wide, -1).contiguous()
+
+
+def make_rows(clip: torch.Tensor, embeddings: torch.Tensor, budget: int, rate: float) -> list[harness.Row]:
+    """The rows of the benchmark, the reference as judge of all of ours."""
+    wait = torch.cuda.synchronize if clip.is_cuda else lambda: None
+    scores = ek.temporal_score(clip, backend="ref")
+    chosen = ek.select_topk(scores, budget, backend="ref")
+    features = embeddings.view(*clip.shape[:2], -1)
+    copy = torch.empty_like(clip)
+    rows: list[harness.Row] = []
+
+    def add(name: str, run: Callable[[], Any], want: Any = None, **options: Any) -> None:
+        def waited() -> Any:
+            result = run()
+            wait()
+            return result
+
+        check = None if want is None else lambda: assert_same(run(), want)
+        rows.append(harness.Row(name, waited, check, **options))
+
+    def eager_clip() -> torch.Tensor:
+        wide = clip.to(torch.int16)
+        return torch.cat([first, (wide[1:] - wide[:-1]).abs().sum(-1, dtype=torch.int32)])
+
+    def eager_units() -> torch.Tensor:
+        pairs = zip(clip[1:], clip[:-1], strict=True)
+        later = [(a.to(torch.int16) - b.to(torch.int16)).abs_().sum(-1, dtype=torch.int32) for a, b in pairs]
+        return torch.cat([first, torch.stack(later)])
+
+    def eager_prune() -> torch.Tensor:
+        best = eager_units()[1:].flatten().topk(budget - places).indices + places
+        return torch.cat([torch.arange(places, device=clip.device), best.sort().values])
+
+    places, size = clip.shape[1], clip.numel()
+    first = torch.zeros_like(scores[:1])
+    kept, cosine = embeddings[chosen.indices], ek.cosine_score(features, backend="ref")
+    score, prune = {"group": "score", "nbytes": size}, {"group": "prune", "nbytes": size}
+    add("torch eager score, unit by unit", eager_units, scores, **score, baseline=True)
+    add("torch eager score, whole clip", eager_clip, scores, **score)
+    add("copy of the clip (limit)", lambda: copy.copy_(clip), clip, **score, note="torch copy_, all threads")
+    add("torch eager score + topk", eager_prune, **prune, baseline=True, note="ties in no fixed order: not checked")
+    mask = vllm_mask(embeddings, clip.shape[0], places, rate)
+    if mask is not None:
+        add("vLLM compute_retention_mask", mask, group="prune", note="other input: embeddings, after the tower")
+    add(
+        "torch index_select",
+        lambda: embeddings.index_select(0, chosen.indices),
+        kept,
+        group="gather",
+        baseline=True,
+        note="kept embeddings, bfloat16",
+    )
+    for backend in ("cpu", "triton"):
+        if not ek.supported("prune_topk", backend, clip.device)[0]:
+            continue
+        ours, kw = f"ours {backend}", {"backend": backend}
+        add(f"{ours}: temporal_score", lambda kw=kw: ek.temporal_score(clip, **kw), scores, **score)
+        add(f"{ours}: select_topk", lambda kw=kw: ek.select_topk(scores, budget, **kw), chosen)
+        add(f"{ours}: prune_topk", lambda kw=kw: ek.prune_topk(clip, budget, **kw), chosen, **prune)
+        add(f"{ours}: cosine_score", lambda kw=kw: ek.cosine_score(features, **kw), cosine, note="embeddings")
+        add(
+            f"{ours}: gather_rows", lambda kw=kw: ek.gather_rows(embeddings, chosen.indices, **kw), kept, group="gather"
+        )
+    return rows
+
+
+def vllm_mask(embeddings: torch.Tensor, units: int, places: int, rate: float) -> Callable[[], torch.Tensor] | None:
+    """vLLM's own pruning of the same clip, or None without vLLM."""
+    try:
+        from vllm.multimodal.video_prune.evs import compute_retention_mask
+    except ImportError:
+        return None
+    grid = (units, MERGE, MERGE * places)  # only the number of tokens matters to it
+    return lambda: compute_retention_mask(embeddings, grid, MERGE, rate)
+
+
+if __name__ == "__main__":
+    main()
