@@ -23,13 +23,18 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import vllm
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
 
 from evs_vllm.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from evs_vllm.reuse import Varlen
 
 _STAMP = "_evs_config"
 _WRAPPED = "__evs_wrapped__"
@@ -207,3 +212,34 @@ def reuse_obstacle(engine_args: Any, model_config: Any) -> str:
     if getattr(engine_args.compilation_config, "compile_mm_encoder", False):
         return "compile_mm_encoder compiles the tower's stock attention."
     return ""
+
+
+def flash_attention(
+    attention: Any, varlen: "Varlen", query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor"
+) -> "torch.Tensor":
+    """vLLM's FlashAttention with different query and key lengths. Written from its signature; not run on a GPU.
+
+    Args:
+        attention: The stock vision attention module.
+        varlen: Sequence boundaries and the rows to gather.
+        query, key, value: (rows, heads, head size) on CUDA.
+
+    Returns:
+        (rows, heads, head size).
+    """
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+    version = {} if attention._fa_version is None else {"fa_version": attention._fa_version}
+    out: torch.Tensor = flash_attn_varlen_func(
+        query.contiguous(),
+        key[varlen.key_rows],
+        value[varlen.key_rows],
+        cu_seqlens_q=varlen.query_starts,
+        cu_seqlens_k=varlen.key_starts,
+        max_seqlen_q=varlen.longest_query,
+        max_seqlen_k=varlen.longest_key,
+        softmax_scale=attention.scale,
+        causal=False,
+        **version,
+    )
+    return out

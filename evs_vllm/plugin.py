@@ -112,7 +112,6 @@ def _start(engine_args: Any, model_config: Any) -> None:
 def _compile_kernels() -> None:
     """Compiles before the first request what the first request will need."""
     import evs_kernels
-
     from evs_vllm import compat
 
     evs_kernels.warmup()

@@ -13,6 +13,7 @@ queries, keys and values, and passes a `ReuseSchedule` where it would pass seque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -96,6 +97,24 @@ def clip_rows(plan: RetentionPlan, window: int | None) -> tuple[ClipRows, IntArr
     return ClipRows(rank[place][row_order], np.concatenate([[0], np.cumsum(counts[counts > 0])]), starts), row_order
 
 
+class Varlen(NamedTuple):
+    """A schedule in the form that variable-length attention kernels take.
+
+    Attributes:
+        key_rows: (sum of key lengths,) int64, the row whose key and value stands at each place.
+        query_starts: (sequences + 1,) int32, cumulative query lengths; queries are all rows in order.
+        key_starts: (sequences + 1,) int32, cumulative key lengths.
+        longest_query: Largest number of queries of a sequence.
+        longest_key: Largest number of keys of a sequence.
+    """
+
+    key_rows: torch.Tensor
+    query_starts: torch.Tensor
+    key_starts: torch.Tensor
+    longest_query: int
+    longest_key: int
+
+
 class ReuseSchedule:
     """Who attends to what, for a batch of clips in one kind of layer (whole units, or windows).
 
@@ -109,6 +128,25 @@ class ReuseSchedule:
     def __init__(self, clips: Sequence[ClipRows], patches: int) -> None:
         self.clips = clips
         self.patches = patches
+        self._varlen: Varlen | None = None
+
+    def varlen(self, device: torch.device) -> Varlen:
+        """The schedule for one variable-length kernel over gathered keys; built once, used by every layer."""
+        if self._varlen is None:
+            m = self.patches
+            tokens, queries, keys = [], [], []
+            start = 0
+            for clip in self.clips:
+                for unit, rows, places in clip.sequences():
+                    tokens.append(start + clip.sources[unit, places])
+                    queries.append((rows.stop - rows.start) * m)
+                    keys.append((places.stop - places.start) * m)
+                start += len(clip.places)
+            key_rows = (np.concatenate(tokens)[:, None] * m + np.arange(m)).reshape(-1)
+            query_starts, key_starts = (np.cumsum([0, *lengths], dtype=np.int32) for lengths in (queries, keys))
+            index = (torch.from_numpy(array).to(device) for array in (key_rows, query_starts, key_starts))
+            self._varlen = Varlen(*index, max(queries), max(keys))
+        return self._varlen
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         """Attention of the computed patches.

@@ -15,7 +15,7 @@ from evs_vllm.adapters import Family, family_of
 from evs_vllm.adapters.base import FamilyAdapter
 from evs_vllm.adapters.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
 from evs_vllm.apply import encoder_batches, keep_rows
-from evs_vllm.compat import stamped, stock_model_class
+from evs_vllm.compat import flash_attention, stamped, stock_model_class
 from evs_vllm.config import CONFIG_KEY, EVSConfig
 from evs_vllm.errors import UnsupportedError
 from evs_vllm.plan import RetentionPlan
@@ -102,6 +102,8 @@ def accept_schedules(attention: torch.nn.Module) -> None:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: Any = None, **others: Any
     ) -> Any:
         if isinstance(cu_seqlens, ReuseSchedule):
+            if query.is_cuda and getattr(attention, "is_flash_attn_backend", False):
+                return flash_attention(attention, cu_seqlens.varlen(query.device), query[0], key[0], value[0])[None]
             return cu_seqlens.attend(query[0], key[0], value[0], scale)[None]
         return stock(query=query, key=key, value=value, cu_seqlens=cu_seqlens, **others)
 

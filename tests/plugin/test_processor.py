@@ -64,7 +64,7 @@ def model(request: pytest.FixtureRequest, model_dir: Callable[[str], Path]) -> P
 
 def test_a_painted_token_changes_its_score_and_no_other(model: Path) -> None:
     """Through the real Hugging Face processor: the rows we score are the pixels of that token, at that place."""
-    processor = processor_for(model, {"rate": 0.5})
+    processor = processor_for(model, {"rate": 0.5, "encoder": "full"})
     frames = np.full((8, *SIZE, 3), 100, dtype=np.uint8)
     grid = (4, SIZE[0] // 28, SIZE[1] // 28)
     rng = np.random.default_rng()
@@ -84,7 +84,7 @@ def test_a_painted_token_changes_its_score_and_no_other(model: Path) -> None:
 
 
 def test_frames_come_back_as_they_went_in(model: Path) -> None:
-    processor = processor_for(model, {"rate": 0.5})
+    processor = processor_for(model, {"rate": 0.5, "encoder": "full"})
     frames = synthetic_clip(frames=6, size=SIZE, moving=0.2)
     adapter = FAMILIES[0].load_adapter()
     item = fields(process(processor, frames))
@@ -113,6 +113,22 @@ def test_prompt_plan_and_placeholder_agree(model: Path) -> None:
     assert fields(result)["evs_plan"].dtype == torch.int64
 
 
+def test_pixels_that_nobody_computes_do_not_travel(model: Path) -> None:
+    frames = synthetic_clip(frames=16, size=SIZE, moving=0.2)
+    full = fields(process(processor_for(model, {"rate": 0.75, "encoder": "full"}), frames))["pixel_values_videos"]
+    processor = processor_for(model, {"rate": 0.75})
+    for kwargs, refreshed in ({}, []), ({"evs_encoder_refresh": 3}, [3, 6]):
+        strict = {"evs_rate": 0.75, **kwargs}
+        if kwargs:
+            processor = processor_for(model, {"rate": 0.75, "request_overrides": "any"})
+        result = process(processor, frames, **strict)
+        plan, pixels = plan_in(result), fields(result)["pixel_values_videos"]
+        assert plan is not None and plan.encoder == "reuse"
+        expected = sorted({*plan.kept.tolist(), *(t * 20 + p for t in refreshed for p in range(20))})
+        assert plan.computed.tolist() == expected
+        assert pixels.tolist() == full.view(-1, 4, full.shape[-1])[expected].flatten(0, 1).tolist()
+
+
 def test_cache_keys(model: Path) -> None:
     """Different settings never share an entry, equal ones always do, and rate 0 is the stock key."""
     frames = synthetic_clip(frames=8, size=SIZE, moving=0.2)
@@ -123,6 +139,7 @@ def test_cache_keys(model: Path) -> None:
         return str(process(p, frames, **kwargs)["mm_hashes"]["video"][0])
 
     plain = key(processor)
+    assert plain == key(processor, evs_encoder="reuse") == key(processor, evs_encoder="auto")
     assert plain == key(processor, evs_rate=0.75) == key(processor_for(model, {"rate": 0.75}))
     assert plain == key(processor, evs_positions="keep")
     other = [
@@ -131,6 +148,8 @@ def test_cache_keys(model: Path) -> None:
         key(processor, evs_positions="sequential"),
         key(processor, evs_min_tokens_per_unit=1),
         key(processor, evs_max_tokens=30),
+        key(processor, evs_encoder="full"),
+        key(processor, evs_encoder_refresh=2),
     ]
     stock = key(processor_for(model, None))
     assert len({plain, stock, *other}) == len(other) + 2
@@ -221,6 +240,7 @@ class FakeStock:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         self.calls: list[tuple[int, ...]] = []
+        self.visual = SimpleNamespace(blocks=[])
 
     def embed_multimodal(self, *, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> Any:
         self.calls.append(tuple(video_grid_thw.prod(-1).tolist()))
@@ -265,6 +285,8 @@ def test_lora_counts_are_those_of_the_whole_clip(fake: Any) -> None:
     plan = RetentionPlan((3, 2, 2), np.arange(5), layout=Layout.contiguous(1, 12))
     count = fake.get_mm_lora_token_counts
     assert count(modality="video", mm_kwargs=item_with(plan), num_mm_embeds=5) == (48, 12)
+    lent = replace(plan, encoder="reuse", refresh=2)
+    assert count(modality="video", mm_kwargs=item_with(lent), num_mm_embeds=5) == (4 * 9, 9)
     assert count(modality="image", mm_kwargs={}, num_mm_embeds=5) == (20, 5)
     assert count(modality="video", mm_kwargs=None, num_mm_embeds=5) == (20, 5)
 

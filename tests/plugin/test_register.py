@@ -198,6 +198,7 @@ def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             self.prefix = prefix
+            self.visual = SimpleNamespace(blocks=[])
 
     cls = models.model_class(Stock, FAMILIES[0])
     scheduler = SimpleNamespace(max_num_encoder_input_tokens=1)
@@ -209,6 +210,17 @@ def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
     assert type(cls(vllm_config=config)) is cls
     with pytest.raises(UnsupportedError, match="did not reach the model config"):
         cls(vllm_config=SimpleNamespace(additional_config=extra, model_config=off, scheduler_config=scheduler))
+
+
+def test_reuse_needs_the_stock_attention_path(qwen2_5_vl: Path) -> None:
+    from evs_vllm.compat import stamped
+
+    assert stamped(model_config(qwen2_5_vl, {"rate": 0.5})).encoder == "reuse"
+    for obstacle in ({"mm_encoder_tp_mode": "data"}, {"compilation_config": {"compile_mm_encoder": True}}):
+        config = stamped(model_config(qwen2_5_vl, {"rate": 0.5}, **obstacle))
+        assert config.encoder == "full" and config.reuse_obstacle
+        with pytest.raises(ConfigError, match="not possible here"):
+            model_config(qwen2_5_vl, {"rate": 0.5, "encoder": "reuse"}, **obstacle)
 
 
 def test_request_check(qwen2_5_vl: Path) -> None:
@@ -225,7 +237,7 @@ def test_request_check(qwen2_5_vl: Path) -> None:
     assert check is protocol.validate_request_mm_kwargs
     request({"evs_rate": 0.9})
     request(None)
-    with pytest.raises(RequestError, match="keep more"):
+    with pytest.raises(RequestError, match="cost more"):
         request({"evs_rate": 0.1}, trust=True)
     with pytest.raises(VLLMValidationError, match="trust-request-mm-kwargs"):
         request({"evs_rate": 0.9, "fps": 1})

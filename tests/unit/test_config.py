@@ -4,6 +4,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -20,6 +21,8 @@ GOOD = {
     "positions": ["keep", "sequential"],
     "min_tokens_per_unit": [0, 1, 100],
     "max_tokens": [1, 4096],
+    "encoder": ["auto", "reuse", "full"],
+    "encoder_refresh": [0, 4],
     "request_overrides": ["none", "stricter", "any"],
 }
 BAD = {
@@ -28,6 +31,8 @@ BAD = {
     "positions": ["", "Keep", 1, True, ["keep"]],
     "min_tokens_per_unit": [-1, 1.0, True, "1", None],
     "max_tokens": [0, -5, 2.0, True, "7"],
+    "encoder": ["none", "", True, None],
+    "encoder_refresh": [-1, 1.5, True, None],
     "request_overrides": ["all", "", 0, None],
 }
 
@@ -81,6 +86,8 @@ def test_rate_is_read_as_a_decimal() -> None:
 
 def test_identity_tells_settings_apart_and_spellings_not() -> None:
     assert EVSConfig(rate=0.5).identity == EVSConfig(rate=0.50, request_overrides="any").identity
+    refreshed = EVSConfig(rate=0.5, encoder="full", encoder_refresh=3)
+    assert refreshed.identity == EVSConfig(rate=0.5, encoder="full").identity, "nothing to refresh in a full tower"
     assert EVSConfig(threshold=6).identity == EVSConfig(threshold=6.0, rate=0).identity
     different = [
         EVSConfig(),
@@ -90,6 +97,9 @@ def test_identity_tells_settings_apart_and_spellings_not() -> None:
         EVSConfig(rate=0.5, positions="sequential"),
         EVSConfig(rate=0.5, min_tokens_per_unit=1),
         EVSConfig(rate=0.5, max_tokens=1),
+        EVSConfig(rate=0.5, encoder="full"),
+        EVSConfig(rate=0.5, encoder="reuse"),
+        EVSConfig(rate=0.5, encoder="reuse", encoder_refresh=2),
     ]
     assert len({config.identity for config in different}) == len(different)
     assert EVSConfig(rate=0, positions="sequential").identity == ""
@@ -115,6 +125,41 @@ def test_overrides(server: EVSConfig, request_kwargs: dict[str, object], expecte
     assert server.for_request(request_kwargs) == expected
 
 
+REUSE = EVSConfig(rate=0.5).resolve_encoder("")
+
+
+def test_encoder_is_resolved_at_start() -> None:
+    assert REUSE.encoder == "reuse" and EVSConfig(encoder="full").resolve_encoder("").encoder == "full"
+    assert EVSConfig().resolve_encoder("no tower.").encoder == "full"
+    with pytest.raises(ConfigError, match=r"not possible here: no tower"):
+        EVSConfig(encoder="reuse").resolve_encoder("no tower.")
+    assert "reuse_obstacle" not in EVSConfig().to_mapping()
+
+
+@pytest.mark.parametrize(
+    ("server", "request_kwargs", "admitted"),
+    [
+        (REUSE, {"evs_encoder": "auto", "evs_rate": 0.6}, True),
+        (REUSE, {"evs_encoder": "full"}, False),
+        (replace(REUSE, encoder="full"), {"evs_encoder": "reuse"}, True),
+        (REUSE, {"evs_encoder_refresh": 4}, False),
+        (replace(REUSE, encoder_refresh=4), {"evs_encoder_refresh": 8}, True),
+        (replace(REUSE, encoder_refresh=4), {"evs_encoder_refresh": 0}, True),
+        (replace(REUSE, encoder_refresh=4), {"evs_encoder_refresh": 6}, False),
+        (EVSConfig().resolve_encoder("no tower."), {"evs_rate": 0.5, "evs_encoder": "reuse"}, False),
+    ],
+)
+def test_a_request_cannot_make_the_tower_compute_more(
+    server: EVSConfig, request_kwargs: dict[str, object], admitted: bool
+) -> None:
+    if admitted:
+        effective = server.for_request(request_kwargs)
+        assert effective.encoder in ("reuse", "full")
+    else:
+        with pytest.raises(RequestError):
+            server.for_request(request_kwargs)
+
+
 def test_rate_zero_turns_everything_off() -> None:
     server = EVSConfig(threshold=3, max_tokens=100, min_tokens_per_unit=2, request_overrides="any")
     assert not server.for_request({"evs_rate": 0}).active
@@ -125,10 +170,10 @@ def test_rate_zero_turns_everything_off() -> None:
     [
         (EVSConfig(rate=0.5), {"evs_rate": 0.4}, "evs-request-overrides any"),
         (EVSConfig(rate=0.5), {"evs_rate": 0}, "evs-request-overrides any"),
-        (EVSConfig(rate=0.5), {"evs_threshold": 255}, "could keep more"),
-        (EVSConfig(threshold=5), {"evs_rate": 0.99}, "could keep more"),
-        (EVSConfig(rate=0.5), {"evs_min_tokens_per_unit": 1}, "could keep more"),
-        (EVSConfig(rate=0.5, max_tokens=5), {"evs_max_tokens": 6}, "could keep more"),
+        (EVSConfig(rate=0.5), {"evs_threshold": 255}, "could cost more"),
+        (EVSConfig(threshold=5), {"evs_rate": 0.99}, "could cost more"),
+        (EVSConfig(rate=0.5), {"evs_min_tokens_per_unit": 1}, "could cost more"),
+        (EVSConfig(rate=0.5, max_tokens=5), {"evs_max_tokens": 6}, "could cost more"),
         (EVSConfig(rate=0.5, request_overrides="none"), {"evs_rate": 0.9}, "takes no evs"),
         (EVSConfig(rate=0.5), {"evs_rat": 0.9}, "Unknown key.*evs_rat; .*evs_rate"),
         (EVSConfig(rate=0.5), {"evs_request_overrides": "any"}, "Unknown key"),

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The form that GPU kernels take: gathered keys and cumulative lengths give what the running state gives."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evs_vllm.plan import RetentionPlan
+from evs_vllm.reuse import ReuseSchedule, clip_rows
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 2**32),
+    st.lists(
+        st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(0, 3)), min_size=1, max_size=3
+    ),
+    st.sampled_from([None, 1, 2, 3]),
+    st.sampled_from([1, 4]),
+)
+def test_varlen_equals_running_state(
+    seed: int, grids: list[tuple[int, int, int, int]], window: int | None, patches: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    clips = []
+    for units, height, width, refresh in grids:
+        stays = rng.random((units, height * width)) < 0.3
+        stays[0] = True
+        kept = np.flatnonzero(stays)
+        plan = RetentionPlan((units, height, width), kept, encoder="reuse", refresh=refresh)
+        clips.append(clip_rows(plan, window)[0])
+    schedule = ReuseSchedule(clips, patches)
+    rows = sum(len(clip.places) for clip in clips) * patches
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = torch.randn(3, rows, 2, 8, generator=generator)
+    expected = schedule.attend(query, key, value, 0.3)
+    form = schedule.varlen(torch.device("cpu"))
+    assert form.query_starts[-1] == rows and form.key_starts[-1] == len(form.key_rows)
+    keys, values = key[form.key_rows], value[form.key_rows]
+    for i in range(len(form.query_starts) - 1):
+        q = slice(form.query_starts[i], form.query_starts[i + 1])
+        k = slice(form.key_starts[i], form.key_starts[i + 1])
+        assert 0 < q.stop - q.start <= form.longest_query and k.stop - k.start <= form.longest_key
+        scores = torch.einsum("qhd,khd->hqk", query[q], keys[k]) * 0.3
+        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values[k])
+        torch.testing.assert_close(out, expected[q], rtol=1e-5, atol=1e-5)
