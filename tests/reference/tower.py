@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The independent reference of K/V reuse: Hugging Face's vision towers, dense, in plain loops.
+
+Nothing here comes from `evs_vllm` or `evs_kernels`. Every patch of every unit has a row in every layer. The rows that
+reuse does not compute hold NaN, and their keys and values are filled in from the latest unit that computed that place;
+so a result that depends on anything but computed rows is NaN, and equals nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.reference.hf import Clip, Reference, Settings, select
+
+
+@dataclass(frozen=True)
+class TowerSettings(Settings):
+    """`Settings` with the vision tower's: "full", or "reuse" with every `refresh`-th unit computed whole (0: none)."""
+
+    encoder: str = "reuse"
+    refresh: int = 0
+
+
+def computed_tokens(grid: tuple[int, int, int], kept: np.ndarray, settings: TowerSettings) -> np.ndarray:
+    """(N,) bool over the clip's tokens: those that the tower computes."""
+    units, rows, columns = grid
+    per_unit = rows * columns
+    wanted = set(kept.tolist())
+    if settings.encoder == "full" or settings.off:
+        wanted = set(range(units * per_unit))
+    for t in range(units):
+        if settings.refresh and t % settings.refresh == 0:
+            wanted |= set(range(t * per_unit, (t + 1) * per_unit))
+    return np.array([i in wanted for i in range(units * per_unit)])
+
+
+@torch.inference_mode()
+def encode(
+    visual: Any, pixels: torch.Tensor, grid: tuple[int, int, int], computed: np.ndarray
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Runs a Hugging Face vision tower (Qwen2-VL or Qwen2.5-VL) by the rule of K/V reuse.
+
+    Args:
+        visual: The tower.
+        pixels: (T*P*4, values) normalised patch rows, 4 per token.
+        grid: (T, rows, columns) in tokens.
+        computed: (N,) bool, which tokens are computed; unit 0 is.
+
+    Returns:
+        (N, hidden) embeddings, and the hidden states (N*4, width) before the first and after every block. Rows of tokens
+        that are not computed are NaN.
+    """
+    units, rows, columns = grid
+    per_unit = rows * columns * 4
+    # Places in the order of the rows: token by token, in each token its 2 x 2 patches.
+    patch_row, patch_column, windows = [], [], []
+    side = visual.window_size // 28 if hasattr(visual, "fullatt_block_indexes") else None
+    for row in range(rows):
+        for column in range(columns):
+            for i in range(2):
+                for j in range(2):
+                    patch_row.append(2 * row + i)
+                    patch_column.append(2 * column + j)
+                    windows.append((row // side, column // side) if side else (0, 0))
+    same_window = torch.tensor([[a == b for b in windows] for a in windows])
+    anything = torch.ones_like(same_window)
+    places = torch.tensor([patch_row, patch_column]).T
+    cos, sin = visual.rotary_pos_emb(pixels, places)  # of one unit: phases do not depend on the unit
+
+    alive = torch.from_numpy(np.repeat(computed, 4)).reshape(units, per_unit)
+    latest = torch.zeros(units, per_unit, dtype=torch.long)
+    for t in range(units):
+        for p in range(per_unit):
+            latest[t, p] = t if alive[t, p] else latest[t - 1, p]
+    assert alive[0].all(), "unit 0 must be whole"
+
+    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.where(alive.reshape(-1, 1), hidden, torch.nan)
+
+    hidden = poisoned(visual.patch_embed(pixels))
+    states = [hidden]
+    place = torch.arange(per_unit)
+    for number, block in enumerate(visual.blocks):
+        attention = block.attn
+        heads = attention.num_heads
+        mask = anything if side is None or number in visual.fullatt_block_indexes else same_window
+        qkv = attention.qkv(block.norm1(hidden)).reshape(units, per_unit, 3, heads, -1)
+        query, key, value = (_rotated(qkv[:, :, 0], cos, sin), _rotated(qkv[:, :, 1], cos, sin), qkv[:, :, 2])
+        attended = torch.empty_like(query)
+        for t in range(units):
+            k, v = key[latest[t], place], value[latest[t], place]  # (places, heads, head size)
+            scores = torch.einsum("qhd,khd->hqk", query[t], k) * attention.scaling
+            weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
+            attended[t] = torch.einsum("hqk,khd->qhd", weights, v)
+        hidden = hidden + attention.proj(attended.reshape(units * per_unit, -1))
+        hidden = poisoned(hidden + block.mlp(block.norm2(hidden)))
+        states.append(hidden)
+    return visual.merger(hidden), states
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+class TowerReference(Reference):
+    """`Reference` for clips whose settings are `TowerSettings`; others get the full tower."""
+
+    def _see_clip(self, clip: Clip) -> tuple[torch.Tensor, tuple[int, int, int], np.ndarray]:
+        vectors, grid, pixels = super()._see_clip(clip)
+        settings = clip.settings
+        if isinstance(settings, TowerSettings) and settings.encoder == "reuse" and not settings.off:
+            kept = select(pixels, settings)
+            if len(kept) < len(vectors):
+                video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
+                seen = self.processor.video_processor(videos=[video], return_tensors="pt")
+                computed = computed_tokens(grid, kept, settings)
+                vectors, _ = encode(self.model.model.visual, seen["pixel_values_videos"], grid, computed)
+        return vectors, grid, pixels
