@@ -342,3 +342,17 @@ def split_request_kwargs(kwargs: Mapping[str, Any] | None) -> tuple[dict[str, An
     for key, value in (kwargs or {}).items():
         (ours if isinstance(key, str) and key.startswith(REQUEST_PREFIX) else rest)[key] = value
     return ours, rest
+
+
+def refuse_keys(kwargs: Mapping[str, Any] | None) -> None:
+    """The check of ``mm_processor_kwargs`` where EVS is off.
+
+    Raises:
+        RequestError: There is an ``evs_*`` key.
+    """
+    ours, _ = split_request_kwargs(kwargs)
+    if ours:
+        raise RequestError(
+            f"EVS is off here, but the request sets {', '.join(sorted(ours))}. Leave them out, or start vLLM with an "
+            "--evs-* option (--evs-rate 0 prunes only what requests ask for)."
+        )

@@ -12,8 +12,8 @@ from typing import Any
 
 from evs_vllm import envs
 from evs_vllm.adapters import family_of, supported_architectures
-from evs_vllm.config import CONFIG_KEY, OPTIONS, EVSConfig, split_request_kwargs
-from evs_vllm.errors import ConfigError, RequestError, UnsupportedError
+from evs_vllm.config import CONFIG_KEY, OPTIONS, EVSConfig, refuse_keys, split_request_kwargs
+from evs_vllm.errors import ConfigError, UnsupportedError
 from evs_vllm.versions import tested_range, version_is_tested
 
 # A child of vLLM's logger, so that its handler and level apply.
@@ -124,9 +124,7 @@ def _check_request(kwargs: dict[str, Any]) -> dict[str, Any]:
     if not ours:
         return kwargs
     if _server_config is None:
-        raise RequestError(
-            f"EVS is off on this server, but the request sets {', '.join(sorted(ours))}. Leave them out, or start the "
-            "server with an --evs-* option (--evs-rate 0 prunes only what requests ask for)."
-        )
-    _server_config.for_request(ours)
+        refuse_keys(ours)
+    else:
+        _server_config.for_request(ours)
     return rest

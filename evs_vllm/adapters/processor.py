@@ -3,7 +3,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from vllm.multimodal.processing.processor import BaseMultiModalProcessor, Prompt
 from evs_vllm.adapters import Family
 from evs_vllm.adapters.base import Clip, FamilyAdapter, PixelStats
 from evs_vllm.compat import stamped
-from evs_vllm.config import EVSConfig, split_request_kwargs
+from evs_vllm.config import EVSConfig, refuse_keys, split_request_kwargs
 from evs_vllm.errors import RequestError, UnsupportedError
 from evs_vllm.metrics import metrics
 from evs_vllm.plan import BoolArray, RetentionPlan
@@ -168,6 +168,16 @@ def processor_class(stock: type, family: Family) -> type:
     return type(f"EVS{stock.__name__}", (EVSProcessorMixin, stock), {"_evs": family.load_adapter()})
 
 
+def _refusing(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` of a stock processor, refusing the keys that Hugging Face's processor would ignore with a warning."""
+
+    def checked(inputs: Any, timing_ctx: Any) -> Any:
+        refuse_keys(inputs.hf_processor_mm_kwargs)
+        return apply(inputs, timing_ctx)
+
+    return checked
+
+
 @dataclass(frozen=True)
 class ProcessorFactory:
     """Builds the stock processor when EVS is off and ours when it is on. Put in place of the stock factory."""
@@ -177,7 +187,9 @@ class ProcessorFactory:
 
     def __call__(self, info: Any, dummy_inputs: Any, **kwargs: Any) -> Any:
         if stamped(info.ctx.model_config) is None:
-            return self.stock(info, dummy_inputs, **kwargs)
+            processor = self.stock(info, dummy_inputs, **kwargs)
+            processor.apply = _refusing(processor.apply)
+            return processor
         return processor_class(self.stock, self.family)(info, dummy_inputs, **kwargs)
 
 

@@ -191,7 +191,11 @@ def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
     from evs_vllm.adapters import models
 
     off = EngineArgs(model=str(qwen2_5_vl)).create_model_config()
-    assert type(MULTIMODAL_REGISTRY.create_processor(off)) is Qwen2_5_VLMultiModalProcessor
+    processor = MULTIMODAL_REGISTRY.create_processor(off)
+    assert type(processor) is Qwen2_5_VLMultiModalProcessor
+    with pytest.raises(RequestError, match="EVS is off here"):
+        processor("text", processor.info.parse_mm_data({}), hf_processor_mm_kwargs={"evs_rate": 0.5})
+    assert processor("text", processor.info.parse_mm_data({}))["prompt_token_ids"]
 
     class Stock:
         _processor_factory = MULTIMODAL_REGISTRY._get_model_cls(off)._processor_factory
@@ -246,7 +250,7 @@ def test_request_check(qwen2_5_vl: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     EngineArgs(model=str(qwen2_5_vl)).create_model_config()
-    with pytest.raises(RequestError, match="EVS is off on this server"):
+    with pytest.raises(RequestError, match="EVS is off here"):
         request({"evs_rate": 0.9}, trust=True)
     request({"fps": 1}, trust=True)
 
