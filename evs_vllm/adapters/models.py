@@ -94,7 +94,7 @@ class EVSModelMixin:
 
 
 def accept_schedules(attention: torch.nn.Module) -> None:
-    """Lets a vision attention module take a `ReuseSchedule` for ``cu_seqlens``; with anything else it runs as before."""
+    """Lets a vision attention module take a `ReuseSchedule` for ``cu_seqlens``; otherwise it runs as before."""
     stock = attention.forward
     scale: float = attention.scale  # type: ignore[assignment]
 
