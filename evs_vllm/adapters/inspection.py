@@ -3,9 +3,10 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from vllm.engine.arg_utils import EngineArgs
@@ -26,8 +27,6 @@ from evs_vllm.plan import RetentionPlan
 from evs_vllm.prompt import pruned_clip
 from evs_vllm.scoring import pixel_change
 from evs_vllm.select import make_plan
-
-T = TypeVar("T")
 
 
 def inspect_clip(
@@ -50,7 +49,7 @@ def inspect_clip(
         EVSError: The model or the video cannot be read, or EVS refuses them.
     """
     plugin.register()  # VLLM_PLUGINS may leave it out
-    try:
+    with _reported(f"load the model {model}"):
         model_config = EngineArgs(
             model=model,
             trust_remote_code=trust_remote_code,
@@ -58,14 +57,13 @@ def inspect_clip(
             additional_config={CONFIG_KEY: config.to_mapping()},
         ).create_model_config()
         processor = MULTIMODAL_REGISTRY.create_processor(model_config)
-    except EVSError:
-        raise
-    except Exception as error:
-        raise UnsupportedError(f"vLLM cannot load the model {model}: {error}") from error
-    media, decode = _timed(lambda: _load(video, model_config), video)
-    inputs = _inputs(processor, media)
-    # The second run is what a server does: the first one imports and compiles.
-    with set_default_torch_num_threads():
+    with _reported(f"decode {video}"):
+        started = time.perf_counter()
+        media = _load(video, model_config)
+        decode = time.perf_counter() - started
+    with _reported(f"process {video}"), set_default_torch_num_threads():
+        inputs = _inputs(processor, media)
+        # The second run is what a server does: the first one imports and compiles.
         processor.apply(inputs, TimingContext())
         timing = TimingContext()
         item = processor.apply(inputs, timing)["mm_kwargs"].require_data()[MODALITY][0]
@@ -104,12 +102,15 @@ def _load(video: Path, model_config: Any) -> Any:
     return connector.fetch_video(video.resolve().as_uri(), video_processor=get_video_processor_cls_name(model_config))
 
 
-def _timed(call: Callable[[], T], video: Path) -> tuple[T, float]:
-    started = time.perf_counter()
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Turns what vLLM raises into an error of ours; ours stay as they are."""
     try:
-        return call(), time.perf_counter() - started
+        yield
+    except EVSError:
+        raise
     except Exception as error:
-        raise EVSError(f"vLLM cannot decode {video}: {error}") from error
+        raise EVSError(f"vLLM cannot {what}: {error or type(error).__name__}") from error
 
 
 def _inputs(processor: Any, media: Any) -> ProcessorInputs:

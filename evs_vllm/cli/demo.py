@@ -6,6 +6,7 @@ Everything it starts is ended with it, also after Ctrl-C or a failure. Words aft
 
 import argparse
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from evs_vllm.errors import EVSError
 
 QUESTION = "Describe the video in one sentence."
 MAX_TOKENS = 16
-CLIP, WARM_UP_CLIP = "bikes", "carphone_pristine"
+CLIP, WARM_UP_CLIP = "bikes", "bigbuckbunny"
 
 
 class Run(NamedTuple):
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise EVSError(f"--repeats got {args.repeats}; allowed: at least 1.")
     config = evs_config(args)
+    if not config.active:
+        raise EVSError("these settings drop nothing; give a rate above 0, a threshold or --max-tokens.")
     check_output(args.output)
     video, warm_up = args.video or _clip(CLIP), _clip(WARM_UP_CLIP)
     if args.model is not None:
@@ -77,26 +80,40 @@ def run(args: argparse.Namespace) -> int:
     elif not video.is_file():
         raise EVSError(f"no such video file: {video}")
     logs = Path(tempfile.mkdtemp(prefix="evs-demo-"))
-    with stoppable():
-        random_weights = args.model is None
-        model = str(demo_model(_say)) if random_weights else os.path.expanduser(args.model)
-        words = [*frame_words(args), *(_demo_model_words() if random_weights else []), *args.serve_arguments]
-        _say(f"picture   {args.output}")
-        run_to_end(_view_command(args, video, model, config), logs / "view.log", _environment())
-        runs = []
-        for name, evs in (("dense", []), ("evs", _evs_words(config))):
-            _say(f"server    vllm serve {_short(model)} {' '.join(evs)}".rstrip())
-            runs.append(_ask_server([model, *evs, *words], logs / f"{name}.log", args, video, warm_up))
-        print("\n" + "\n".join(report(*runs, " ".join(_evs_words(config)))))
-        if random_weights:
-            print("\nThis model's weights are random: its answers mean nothing, only tokens and times do.")
-    print(f"Kept and dropped patches: {args.output}")
+    keep_logs = False
+    try:
+        with stoppable():
+            _compare(args, video, warm_up, config, logs)
+    except EVSError as error:
+        keep_logs = True
+        raise EVSError(f"{error} (logs: {logs})") from None
+    finally:
+        if not keep_logs:
+            shutil.rmtree(logs, ignore_errors=True)
     return 0
+
+
+def _compare(args: argparse.Namespace, video: Path, warm_up: Path, config: EVSConfig, logs: Path) -> None:
+    own = args.model is None
+    model = str(demo_model(_say)) if args.model is None else os.path.expanduser(args.model)
+    words = [*frame_words(args), *(_demo_model_words() if own else []), *args.serve_arguments]
+    _say(f"picture   {args.output}")
+    run_to_end(_view_command(args, video, model, config), logs / "view.log", _environment())
+    runs = {}
+    settings: dict[str, list[str]] = {"dense": [], "evs": _evs_words(config)}
+    for name, evs in settings.items():
+        _say(f"server    vllm serve {_short(model)} {' '.join(evs)}".rstrip())
+        runs[name] = _ask_server([model, *evs, *words], logs / f"{name}.log", args, video, warm_up)
+    _say("\n" + "\n".join(report(runs["dense"], runs["evs"], " ".join(settings["evs"]))))
+    if own:
+        _say("\nThis model's weights are random: its answers mean nothing, only tokens and times do.")
+    _say(f"Kept and dropped patches: {args.output}")
 
 
 def report(dense: Run, evs: Run, setting: str) -> list[str]:
     """The two servers side by side."""
-    assert evs.video_tokens is not None  # only the first server is without
+    if evs.video_tokens is None:
+        raise EVSError("the server with EVS says that it pruned no clip")
     before, kept = evs.video_tokens
     prompts = [run.answers[0].prompt_tokens for run in (dense, evs)]
     times = [run.ttft_s for run in (dense, evs)]

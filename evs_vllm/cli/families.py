@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
         return 0
     head: tuple[str, ...] = ("family", "architectures", "positions", "clip in the prompt", "compared with", "limits")
-    body = [
+    body: list[tuple[str, ...]] = [
         (family.name, ", ".join(family.architectures), family.positions, family.layout, family.proof, family.limits)
         for family in FAMILIES
     ]

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 
-from . import _triton
 from .cosine_score import cosine_score
 from .gather_rows import gather_rows
 from .prune_topk import prune_topk
@@ -27,9 +26,9 @@ def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] 
     Raises:
         TypeError: a dtype that temporal_score does not take.
     """
-    device = torch.device(device)
-    # Triton compiles apart for row lengths that allow wide loads and those that do not; numba does not care.
-    depths = (16, 17) if device.type == "cuda" and _triton.available()[0] else (16,)
+    # Triton compiles apart for rows of whole 16-element groups and others, and uses more kernels for rows longer than
+    # one program takes. numba does not care.
+    depths = (2048, 2049)
     for dtype in dtypes:
         for depth in depths:
             tokens = torch.ones((3, 2, depth), dtype=dtype, device=device)
@@ -38,6 +37,9 @@ def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] 
                 prune_topk(tokens, 4, min_per_unit=reserved)
                 select_topk(scores, 4, min_per_unit=reserved)
                 select_threshold(scores, 1, min_per_unit=reserved)
-            gather_rows(tokens.view(6, depth), torch.zeros(1, dtype=torch.int64, device=device))
             if dtype.is_floating_point:
                 cosine_score(tokens)
+    rows = torch.zeros(1, dtype=torch.int64, device=device)
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32):  # one of each element size, as rows are copied
+        for depth in depths:
+            gather_rows(torch.ones((2, depth), dtype=dtype, device=device), rows)

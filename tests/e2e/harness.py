@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the end-to-end tests are written in: requests, engines one can look into, and the comparison with the reference."""
+"""What the end-to-end tests are written in: requests, engines one can look into, the comparison with the reference."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ class Request:
     mm_processor_kwargs: dict[str, Any] | None = None
     max_tokens: int = MAX_TOKENS
     uuids: dict[str, list[str]] | None = None
+    precomputed: Reference | None = None
+    """Whose vision tower computes the clips' embeddings beforehand, instead of sending pixels."""
     answer: Result | None = None
     """The reference's, once it was asked."""
 
@@ -47,7 +49,9 @@ class Request:
         clips = [m for m in self.media if isinstance(m, Clip)]
         pictures = [m for m in self.media if isinstance(m, Picture)]
         data: dict[str, Any] = {}
-        if clips:
+        if clips and self.precomputed is not None:
+            data["video"] = self.precomputed.embeddings(clips)
+        elif clips:
             data["video"] = [(clip.frames, metadata(clip)) for clip in clips]
         if pictures:
             data["image"] = [to_pil(picture) for picture in pictures]
@@ -79,10 +83,10 @@ def metadata(clip: Clip) -> dict[str, Any]:
 
 
 def ask(
-    frames: np.ndarray, settings: Settings = Settings(), question: str = "Describe the video.", **kwargs: Any
+    frames: np.ndarray, settings: Settings | None = None, question: str = "Describe the video.", **kwargs: Any
 ) -> Request:
     """The commonest request: one clip and a question. `kwargs` are the request's `mm_processor_kwargs`."""
-    return Request(chat(VIDEO, question), [Clip(frames, settings=settings)], kwargs or None)
+    return Request(chat(VIDEO, question), [Clip(frames, settings=settings or Settings())], kwargs or None)
 
 
 @dataclass

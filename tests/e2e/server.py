@@ -96,7 +96,7 @@ def _healthy(server: Server) -> bool:
 
 
 def encode_frames(frames: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
-    """A clip as a `video_url` part (a sequence of JPEGs, one per second), and the frames that the server will decode."""
+    """A clip as a `video_url` part (JPEGs, one per second), and the frames that the server will decode."""
     from PIL import Image
 
     parts, decoded = [], []

@@ -100,9 +100,7 @@ def test_eight_requests_at_once_with_their_own_rates(engine, ref):
         frames = clip(10 + i, 9 + i, size=(56 + 28 * (i % 3), 140))
         requests.append(ask(frames, settings, f"Question {i}?", evs_rate=rate, evs_positions=positions))
     run_and_check(engine, ref, requests)
-    together = max(
-        len({s.request_id for s in engine.steps[i : i + 8]}) for i in range(len(engine.steps))
-    )
+    together = max(len({s.request_id for s in engine.steps[i : i + 8]}) for i in range(len(engine.steps)))
     assert together == 8, "the eight requests were not in flight together"
 
 
@@ -171,7 +169,9 @@ def test_the_comparison_can_fail(engine, ref):
 
     mistakes = {
         "one position ID off by one": wrong(distort=one_id_off),
-        "sequential instead of keep": wrong([Clip(request.media[0].frames, settings=Settings(0.75, positions="sequential"))]),
+        "sequential instead of keep": wrong(
+            [Clip(request.media[0].frames, settings=Settings(0.75, positions="sequential"))]
+        ),
         "one pixel row of one frame": wrong([Clip(_scratched(request.media[0].frames), settings=SERVER)]),
     }
     for what, result in mistakes.items():

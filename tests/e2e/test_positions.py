@@ -5,9 +5,20 @@ import numpy as np
 import pytest
 import torch
 
-from evs_vllm.testing import synthetic_clip
-from tests.e2e.harness import IMAGE, TOLERANCE, VIDEO, Request, ask, chat, check, expected
-from tests.reference.hf import Clip, Picture, Settings
+from evs_vllm.testing import make_model, synthetic_clip
+from tests.e2e.harness import (
+    IMAGE,
+    TOLERANCE,
+    VIDEO,
+    Request,
+    ask,
+    chat,
+    check,
+    expected,
+    start_engine,
+    stop_engine,
+)
+from tests.reference.hf import Clip, Picture, Reference, Settings
 
 pytestmark = pytest.mark.vllm
 
@@ -114,3 +125,24 @@ def test_ids_above_256_are_exact(engine, ref, seen, family):
     # The difference is not academic: with rounded IDs the same model gives other logprobs.
     broken = ref.generate(request.prompt, request.media, 1, lambda ids: rounded)
     assert np.abs(broken.logprobs[0] - result.logprobs[0]).max() > 100 * TOLERANCE
+
+
+def test_ids_beyond_the_context_length(engines, tmp_path):
+    """Kept IDs may exceed the context length (the cos/sin cache is four times as long), but never that cache."""
+    directory = make_model(tmp_path / "short", "qwen2_vl", max_position_embeddings=256)
+    ref = Reference(directory)
+    engines.close()
+    engine = start_engine(directory, {"rate": 0.95, "request_overrides": "any"}, max_model_len=256)
+    try:
+        within, beyond = (synthetic_clip(frames, (28, 28), moving=0.5, noise=2, seed=64) for frames in (1600, 2200))
+        request = ask(within, Settings(0.95))
+        result = expected(ref, request)
+        assert len(result.prompt_ids) < 256 < 700 < result.positions.max() < 4 * 256
+        check(engine.generate([request])[0], result)
+
+        with pytest.raises(ValueError, match="position"):
+            engine.generate([ask(beyond)])
+        request = ask(beyond, Settings(0.95, positions="sequential"), evs_positions="sequential")
+        check(engine.generate([request])[0], expected(ref, request))
+    finally:
+        stop_engine(engine)

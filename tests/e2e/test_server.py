@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 from evs_vllm.testing import real_clip_frames, real_clip_path, synthetic_clip
 from tests.e2e.harness import IMAGE, MIN_GAP, TOLERANCE, VIDEO, chat, measured
 from tests.e2e.server import (
-    API_SERVER, COMMON, SERVE, SYSTEM, body, encode_file, encode_frames, encode_image, serving,
-)  # fmt: skip
+    API_SERVER,
+    COMMON,
+    SERVE,
+    SYSTEM,
+    body,
+    encode_file,
+    encode_frames,
+    encode_image,
+    serving,
+)
 from tests.reference.hf import Clip, Picture, Settings
 
 pytestmark = pytest.mark.vllm

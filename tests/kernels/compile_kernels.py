@@ -42,6 +42,12 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
             args = [f"*{t}", "*i64", f"*{t}", "i32", "i32"]
             size = gather.slice_width(16 if wide else 17, SIZES[t])
             yield f"gather-{t}-{tag}", gather.copy_kernel, args, {"SLICE": size}, {"width"} if wide else set(), 4
+    # Triton turns an argument that is 1 into a constant.
+    args, one = ["*u8", "*i32", "i32", "i32"], {"depth": 1}
+    yield "score-u8-one", score.slice_kernel, args, {**one, "INTEGER": True, "SLICE": 256}, set(), 1
+    args = ["*bf16", "*fp32", "*fp32", "i32", "i32"]
+    yield "cosine-bf16-one", cosine.slice_kernel, args, {**one, "SLICE": 128}, set(), 1
+    yield "gather-u8-one", gather.copy_kernel, ["*u8", "*i64", "*u8", "i32"], {"width": 1, "SLICE": 2048}, set(), 4
     args = ["*fp32", "*fp32", "*fp32", "i32", "i32", "i32"]
     yield "cosine-finish", cosine.finish_kernel, args, {"BLOCK": score.BLOCK}, set(), 4
     for s in ("i32", "fp32"):

@@ -56,6 +56,12 @@ def test_cosine_score(backend, dtype):
     assert scores[1, 0] == 0 and scores[1, 6] == 0
 
 
+def test_cosine_score_of_equal_vectors_is_exactly_zero(backend, generator):
+    # By the formula alone, rounding leaves about 1e-7 at some of them, and still tokens would no longer tie.
+    unit = torch.randn((1, 40, 21), generator=generator)
+    assert not ek.cosine_score(unit.repeat(2, 1, 1), backend=backend).any()
+
+
 SCORES = [
     [9, 9, 9, 9],
     [1, 5, 5, 0],

@@ -76,3 +76,9 @@ def test_triton_gather_never_reads_out_of_bounds():
     source = torch.tensor([[1, 2], [3, 4]], device=DEVICE)
     rows = run(source, torch.tensor([1, 2, -1, 2**40], device=DEVICE))
     assert rows.tolist() == [[3, 4], [0, 0], [0, 0], [0, 0]]
+
+
+def test_triton_warmup_launches_every_kernel(launches, monkeypatch):
+    monkeypatch.setenv("EVS_KERNELS_BACKEND", "triton")
+    ek.warmup(device=DEVICE)
+    assert set(launches) == {"slice_kernel", "sum_kernel", "unit_kernel", "select_kernel"}

@@ -177,6 +177,20 @@ class Reference:
         tokens, logprobs = self._decode(torch.cat(rows), all_positions, following, max_tokens)
         return Result(prompt_ids, all_positions, kept, grids, following, tokens, logprobs)
 
+    @torch.inference_mode()
+    def embeddings(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
+        """The full embeddings of clips, as vLLM takes them precomputed."""
+        seen = [self._see_clip(clip) for clip in clips]
+        fields = {
+            "video_embeds": torch.cat([vectors for vectors, *_ in seen]).clone(),
+            "video_grid_thw": torch.tensor([[t, 2 * h, 2 * w] for _, (t, h, w), _ in seen]),
+        }
+        if hasattr(self.config.vision_config, "tokens_per_second"):
+            fields["second_per_grid_ts"] = torch.tensor(
+                [self.config.vision_config.temporal_patch_size / c.fps for c in clips]
+            )
+        return fields
+
     def _decode(self, rows: torch.Tensor, positions: np.ndarray, following: int, max_tokens: int) -> Any:
         from transformers import DynamicCache
 
@@ -209,7 +223,7 @@ class Reference:
         return vectors, (t, h // 2, w // 2), raw.numpy().reshape(t, (h // 2) * (w // 2), -1)
 
     def _time_step(self, clip: Clip) -> float:
-        """Position IDs per temporal unit: Qwen2.5-VL counts seconds (through fp32, like vLLM), Qwen2-VL counts units."""
+        """Position IDs per temporal unit: Qwen2.5-VL counts seconds (in fp32, like vLLM), Qwen2-VL units."""
         per_second = getattr(self.config.vision_config, "tokens_per_second", None)
         if per_second is None:
             return 1.0
