@@ -27,7 +27,7 @@ from torch import nn  # noqa: E402
 
 from evs_vllm.config import EVSConfig  # noqa: E402
 from evs_vllm.select import make_plan  # noqa: E402
-from evs_vllm.testing import real_clip_frames, synthetic_clip  # noqa: E402
+from evs_vllm.testing import real_clip_frames  # noqa: E402
 
 TOKEN = 28  # pixels along the side of a token
 GRIDS = ((6, 8), (8, 10), (5, 12), (7, 6), (4, 8), (6, 10))  # tokens, of the training units
@@ -47,7 +47,7 @@ THUMBNAIL = (4, 6)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=12.0, help="training time (default: 12)")
+    parser.add_argument("--minutes", type=float, default=12.0, help="CPU time to train for (default: 12)")
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--frames", type=int, default=32, help="frames of a measured clip, two per unit (default: 32)")
@@ -339,10 +339,10 @@ def train(model: Model, minutes: float, seed: int, batch: int = 8) -> dict[str, 
     film = np.stack([f[::2, ::2] for f in film])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
     losses: list[tuple[float, float]] = []
-    started = time.perf_counter()
+    started = time.process_time()
     budget = minutes * 60
     torch.manual_seed(seed)
-    while (spent := time.perf_counter() - started) < budget:
+    while (spent := time.process_time() - started) < budget:
         grid = GRIDS[generator.integers(len(GRIDS))]
         size = (grid[0] * TOKEN, grid[1] * TOKEN)
         frames = np.concatenate(
@@ -373,7 +373,7 @@ def train(model: Model, minutes: float, seed: int, batch: int = 8) -> dict[str, 
     return {
         "steps": len(losses),
         "units_seen": len(losses) * batch,
-        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - started,
         "parameters": sum(p.numel() for p in model.visual.parameters()),
         "last_losses": {"masked_pixels": last[0], "unit_thumbnail": last[1]},
     }
@@ -452,7 +452,8 @@ def markdown(content: dict[str, Any]) -> str:
     training = content["training"]
     lines += [
         f"Trained tower: {content['config']['depth']} layers, width {content['config']['width']}, "
-        f"{training['parameters'] / 1e6:.1f}M parameters, {training['units_seen']} units in {training['seconds']:.0f} s. "
+        f"{training['parameters'] / 1e6:.1f}M parameters, {training['units_seen']} units in "
+        f"{training['cpu_seconds']:.0f} CPU seconds. "
         "Share of variance explained on clips that it was not trained on (half of the tokens masked): "
         + ", ".join(
             f"{k} pixels {v['masked_pixels']:.2f}, thumbnail {v['unit_thumbnail']:.2f}"
@@ -461,15 +462,16 @@ def markdown(content: dict[str, Any]) -> str:
         )
         + ".",
         "",
-        "Mean over clips and frame steps; kept tokens after unit 0. `centred`: cosine without the mean embedding of the "
-        "clip. `skip`: dropped patches absent. `previous`: the full tower's embedding of the same place one unit earlier.",
+        "Mean over clips and frame steps; kept tokens after unit 0. `centred`: cosine without the mean embedding "
+        "of the clip. `skip`: dropped patches absent. `previous`: the full tower's embedding of the same place one unit "
+        "earlier.",
     ]
     for tower in ("trained", "random"):
         for held_out in (True, False):
             some = [r for r in rows if r["tower"] == tower and (not held_out or not r["seen_in_training"])]
             lines += ["", f"## {tower} tower, {'held-out clips' if held_out else 'all clips'}", ""]
             lines += [
-                "| rate | way | computed | mean age | cosine | p05 | centred | p05 | relative error | thumbnail R2 (full) |"
+                "| rate | way | computed | mean age | cosine | p05 | centred | p05 | rel. error | thumbnail R2 (full) |"
             ]
             lines += ["|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
             for rate, way in dict.fromkeys((r["rate"], r["way"]) for r in some):
@@ -486,13 +488,19 @@ def markdown(content: dict[str, Any]) -> str:
                 )
         lines += ["", f"### {tower} tower, all clips: cosine after each layer (0: patch embedding)", ""]
         depth = content["config"]["depth"]
-        lines += ["| rate | way | " + " | ".join(str(i) for i in range(depth + 1)) + " |", "|---:|---|" + "---:|" * (depth + 1)]
+        lines += [
+            "| rate | way | " + " | ".join(str(i) for i in range(depth + 1)) + " |",
+            "|---:|---|" + "---:|" * (depth + 1),
+        ]
         some = [r for r in rows if r["tower"] == tower]
         for rate, way in dict.fromkeys((r["rate"], r["way"]) for r in some if r["way"] != "previous"):
             mine = [r["cosine_by_layer"] for r in some if (r["rate"], r["way"]) == (rate, way)]
             lines.append(f"| {rate} | {way} | " + " | ".join(f"{statistics.fmean(x):.4f}" for x in zip(*mine)) + " |")
         lines += ["", f"### {tower} tower, all clips, refresh 0: centred cosine by mean age of the unit's keys", ""]
-        lines += ["| rate | " + " | ".join(f"<= {e}" for e in STALENESS[1:]) + " |", "|---:|" + "---:|" * (len(STALENESS) - 1)]
+        lines += [
+            "| rate | " + " | ".join(f"<= {e}" for e in STALENESS[1:]) + " |",
+            "|---:|" + "---:|" * (len(STALENESS) - 1),
+        ]
         for rate in dict.fromkeys(r["rate"] for r in some):
             cells = []
             for edge in STALENESS[1:]:

@@ -144,8 +144,13 @@ class ReuseSchedule:
                 start += len(clip.places)
             key_rows = (np.concatenate(tokens)[:, None] * m + np.arange(m)).reshape(-1)
             query_starts, key_starts = (np.cumsum([0, *lengths], dtype=np.int32) for lengths in (queries, keys))
-            index = (torch.from_numpy(array).to(device) for array in (key_rows, query_starts, key_starts))
-            self._varlen = Varlen(*index, max(queries), max(keys))
+            self._varlen = Varlen(
+                torch.from_numpy(key_rows).to(device),
+                torch.from_numpy(query_starts).to(device),
+                torch.from_numpy(key_starts).to(device),
+                max(queries),
+                max(keys),
+            )
         return self._varlen
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

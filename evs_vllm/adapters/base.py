@@ -65,6 +65,10 @@ class FamilyAdapter(ABC):
     def max_position(self, hf_config: Any) -> int:
         """Number of position IDs that the language model's cos/sin cache holds."""
 
+    def position_span(self, item: Mapping[str, Any], grid: tuple[int, int, int], hf_config: Any) -> int:
+        """Position IDs that the unpruned clip takes up: the text after it starts that much later. By default N."""
+        return grid[0] * grid[1] * grid[2]
+
     def layout(self, token_ids: Sequence[int], is_embed: BoolArray | None, clip: Clip) -> Layout:
         """The unpruned layout of the clip's prompt.
 

@@ -51,9 +51,15 @@ def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
 
 @dataclass
 class PrunedUpdateDetails(PromptUpdateDetails):
-    """A clip's shortened placeholders; it stays in the processor cache, so cache hits know the numbers too."""
+    """A clip's shortened placeholders; it stays in the processor cache, so cache hits know the numbers too.
+
+    Attributes:
+        plan: The clip's plan.
+        position_span: Position IDs that the clip takes up.
+    """
 
     plan: RetentionPlan | None = None
+    position_span: int = 0
 
 
 class _FixedMask:
@@ -116,7 +122,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             logger.warning_once("EVS: precomputed video embeddings have no pixels to compare; they are not pruned.")
             return updates
         plan = make_plan(clip.tokens, clip.grid, settings)
-        pruned = [replace(update, content=self._pruned_details(update.content, clip, plan)) for update in updates]
+        span = self._evs.position_span(fields, clip.grid, self.info.get_hf_config())
+        pruned = [replace(u, content=self._pruned_details(u.content, clip, plan, span)) for u in updates]
         array = pruned[0].content.plan.to_array()
         if any((update.content.plan.to_array() != array).any() for update in pruned[1:]):
             raise UnsupportedError("A clip has several ways to be laid out in the prompt; EVS needs exactly one.")
@@ -128,37 +135,40 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         metrics().planning_time.observe(time.perf_counter() - started)
         return pruned
 
-    def _pruned_details(self, stock: PromptUpdateDetails, clip: Clip, plan: RetentionPlan) -> PrunedUpdateDetails:
+    def _pruned_details(
+        self, stock: PromptUpdateDetails, clip: Clip, plan: RetentionPlan, span: int
+    ) -> PrunedUpdateDetails:
         # Evaluated once, on the unpruned sequence: some families' masks are precomputed and ignore their argument.
         mask = None if stock.is_embed is None else stock.is_embed(stock.full).numpy()
         plan = plan.with_layout(self._evs.layout(stock.full, mask, clip))
         ids, embeds = pruned_clip(plan)
-        return PrunedUpdateDetails(ids, None if mask is None else _FixedMask(embeds), plan)
+        span = span if plan.positions == "keep" else plan.num_kept
+        return PrunedUpdateDetails(ids, None if mask is None else _FixedMask(embeds), plan, span)
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         result = super()._maybe_apply_prompt_updates(mm_items, mm_res)
         updates = mm_res.prompt_updates.get(MODALITY, ())
         contents = [item_updates[0].content for item_updates in updates if item_updates]
-        plans = [c.plan for c in contents if isinstance(c, PrunedUpdateDetails) and c.plan is not None]
-        if plans:
-            self._check_positions(len(result[0]), plans)
+        clips = [c for c in contents if isinstance(c, PrunedUpdateDetails) and c.plan is not None]
+        if clips:
+            self._check_positions(len(result[0]), clips)
             count = metrics()
-            count.clips.inc(len(plans))
-            count.tokens.inc(sum(plan.num_tokens for plan in plans))
-            count.tokens_kept.inc(sum(plan.num_kept for plan in plans))
+            count.clips.inc(len(clips))
+            count.tokens.inc(sum(clip.plan.num_tokens for clip in clips if clip.plan))
+            count.tokens_kept.inc(sum(clip.plan.num_kept for clip in clips if clip.plan))
         return result
 
-    def _check_positions(self, prompt_tokens: int, plans: list[RetentionPlan]) -> None:
-        """Kept positions run as far as the unpruned prompt did, possibly past the end of the model's cos/sin cache."""
-        dropped = sum(plan.num_tokens - plan.num_kept for plan in plans if plan.positions == "keep")
-        model_config = self.info.ctx.model_config
+    def _check_positions(self, prompt_tokens: int, clips: list[PrunedUpdateDetails]) -> None:
+        """Kept positions run as far as the unpruned prompt did, possibly past the end of the model's rotary cache."""
+        kept = sum(clip.plan.num_kept for clip in clips if clip.plan)
+        span = sum(clip.position_span for clip in clips)
+        longest = max(prompt_tokens, self.info.ctx.model_config.max_model_len)
         limit = self._evs.max_position(self.info.get_hf_config())
-        if dropped and dropped + max(prompt_tokens, model_config.max_model_len) > limit:
+        if any(c.plan and c.plan.positions == "keep" for c in clips) and longest - kept + span > limit:
             raise RequestError(
-                f"Before pruning, the video(s) of this request have {dropped} tokens more than after it. "
-                f"Kept positions could exceed the model's {limit} IDs (max_model_len {model_config.max_model_len}). "
-                "Send fewer frames or a lower resolution, set evs_positions to 'sequential', or serve with a lower "
-                "--max-model-len."
+                f"The video(s) of this request take up {span} position IDs before pruning. With a context of {longest} "
+                f"tokens, IDs could exceed the {limit} that the model has. Send fewer frames or a shorter video, set "
+                "evs_positions to 'sequential', or serve with a lower --max-model-len."
             )
 
 

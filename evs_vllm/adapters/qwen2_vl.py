@@ -65,6 +65,13 @@ class Qwen2VL(FamilyAdapter):
     def reuse_tower(self, model: Any) -> ReuseTower:
         return Qwen2VLTower(model.visual)
 
+    def position_span(self, item: Mapping[str, Any], grid: tuple[int, int, int], hf_config: Any) -> int:
+        # As get_mrope_input_positions of the two models: time counts in seconds where the config says how many IDs one
+        # second takes, so a slow clip can take more IDs than it has tokens.
+        seconds = item.get("second_per_grid_ts")
+        step = getattr(hf_config.vision_config, "tokens_per_second", 1.0) * (1.0 if seconds is None else float(seconds))
+        return max(int((grid[0] - 1) * step), grid[1] - 1, grid[2] - 1) + 1
+
     def max_position(self, hf_config: Any) -> int:
         text = hf_config.get_text_config()
         rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}

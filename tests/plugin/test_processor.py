@@ -38,12 +38,16 @@ def processor_for(model: Path, evs: dict[str, Any] | None, **kwargs: Any) -> Any
     return MULTIMODAL_REGISTRY.create_processor(args.create_model_config())
 
 
-def process(processor: Any, frames: np.ndarray, cache: Any = None, **mm_kwargs: Any) -> Any:
+def process(processor: Any, frames: np.ndarray, cache: Any = None, fps_of_clip: float = 2.0, **mm_kwargs: Any) -> Any:
     count = len(frames)
     metadata = {
-        "fps": 2.0, "duration": count / 2, "total_num_frames": count, "frames_indices": list(range(count)),
-        "video_backend": "opencv", "do_sample_frames": False,
-    }  # fmt: skip
+        "fps": fps_of_clip,
+        "duration": count / fps_of_clip,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
     items = processor.info.parse_mm_data({"video": [(frames, metadata)]})
     return processor(PROMPT, items, hf_processor_mm_kwargs=mm_kwargs, cache=cache)
 
@@ -204,20 +208,48 @@ def test_video_embeddings_pass_unpruned(model: Path) -> None:
     assert result["mm_placeholders"]["video"][0].length == 40
 
 
-def test_positions_beyond_the_rotary_cache_are_refused(model: Path, tmp_path: Path) -> None:
-    processor = processor_for(model, {"rate": 0.75}, hf_overrides={"max_position_embeddings": 4096})
-    text = processor.info.get_hf_config().get_text_config()
-    frames = synthetic_clip(frames=24, size=SIZE, moving=0.2)
-    limit = FAMILIES[0].load_adapter().max_position(processor.info.get_hf_config())
-    assert limit == 4 * text.max_position_embeddings
-    plan = RetentionPlan((limit, 1, 1), np.array([0]))
+def test_positions_beyond_the_rotary_cache_are_refused(model: Path) -> None:
+    """The bound is the largest ID that the model's own numbering can reach, whatever the clip's rate of frames."""
+    from evs_vllm.adapters.processor import PrunedUpdateDetails
+
+    processor = processor_for(model, {"rate": 0.75, "encoder": "full"})
+    config = processor.info.get_hf_config()
+    adapter = FAMILIES[0].load_adapter()
+    limit = adapter.max_position(config)
+    assert limit == 4 * config.get_text_config().max_position_embeddings
+
+    def check(span: int, positions: str = "keep") -> None:
+        plan = RetentionPlan((2, 5, 1), np.arange(5), positions)
+        processor._check_positions(100, [PrunedUpdateDetails([], None, plan, span)])
+
+    most = limit - (4096 - 5)
+    check(most)
     with pytest.raises(RequestError, match="sequential"):
-        processor._check_positions(10, [plan])
-    processor._check_positions(10, [replace(plan, positions="sequential")])
-    processor._check_positions(10, [RetentionPlan((limit - 4095, 1, 1), np.array([0]))])
-    with pytest.raises(RequestError):
-        processor._check_positions(10, [RetentionPlan((limit - 4094, 1, 1), np.array([0]))])
-    assert plan_in(process(processor, frames)) is not None
+        check(most + 1)
+    check(most + 1, "sequential")
+
+
+@pytest.mark.parametrize("fps", [0.25, 1.0, 2.0, 30.0])
+def test_position_span_is_what_the_model_makes(model: Path, fps: float) -> None:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+    from evs_vllm import compat
+
+    processor = processor_for(model, {"rate": 0.75, "encoder": "full"})
+    frames = synthetic_clip(frames=14, size=SIZE, moving=0.2)
+    result = process(processor, frames, fps_of_clip=fps, evs_rate=0.75)
+    stock = process(processor_for(model, None), frames, fps_of_clip=fps)
+    feature = MultiModalFeatureSpec(stock["mm_kwargs"]["video"][0], "video", "x", stock["mm_placeholders"]["video"][0])
+    config = processor.info.get_hf_config()
+    self = SimpleNamespace(config=config)
+    cls = compat.stock_model_class(config.architectures[0])
+    self.iter_mm_grid_thw = lambda features: cls.iter_mm_grid_thw(self, features)  # type: ignore[attr-defined]
+    positions, _ = cls.get_mrope_input_positions(self, stock["prompt_token_ids"], [feature])  # type: ignore[attr-defined]
+    place = feature.mm_position
+    after = int(positions[0, place.offset + place.length]) - int(positions[0, place.offset])
+    plan = plan_in(result)
+    assert plan is not None
+    assert FAMILIES[0].load_adapter().position_span(fields(result), plan.grid, config) == after
 
 
 def test_memory_is_profiled_unpruned(model: Path) -> None:

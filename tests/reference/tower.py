@@ -51,8 +51,8 @@ def encode(
         computed: (N,) bool, which tokens are computed; unit 0 is.
 
     Returns:
-        (N, hidden) embeddings, and the hidden states (N*4, width) before the first and after every block. Rows of tokens
-        that are not computed are NaN.
+        (N, hidden) embeddings, and the hidden states (N*4, width) before the first and after every block. Rows of
+        tokens that are not computed are NaN.
     """
     units, rows, columns = grid
     per_unit = rows * columns * 4
