@@ -83,12 +83,13 @@ def run_to_end(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Non
     """Runs `command` to its end.
 
     Raises:
-        EVSError: It failed; the text is the last line that it wrote.
+        EVSError: It failed; the text is the last line that it wrote about an error.
     """
     with running(command, log, env) as process:
         if process.wait():
             lines = tail(log)
-            raise EVSError(lines[-1] if lines else f"{command[0]} failed without a word")
+            about = [line for line in lines if "error" in line.lower()] or lines
+            raise EVSError(about[-1] if about else f"{command[0]} failed without a word")
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ def draw_sheet(clip: Inspection, max_units: int = 40) -> Image.Image:
     for place, unit in enumerate(shown):
         x = MARGIN + place % columns * (tile_width + GAP)
         y = top + place // columns * (tile_height + LABEL + GAP // 2)
+        draw.rectangle((x - 1, y - 1, x + tile_width, y + tile_height), outline=TRACK)  # bright frames have no edge
         sheet.paste(draw_tile(clip, unit, (tile_width, tile_height)), (x, y))
         kept = f"{clip.plan.counts[unit]} / {clip.plan.tokens_per_unit}"
         draw.text((x, y + tile_height + 6), unit_label(clip, unit, long=tile_width >= 200), INK, font(17))

@@ -20,6 +20,7 @@ from evs_vllm.cli._demo_model import demo_model
 from evs_vllm.cli._options import add_evs_options, add_frame_options, check_paths, evs_config, frame_words, summary
 from evs_vllm.cli._servers import run_to_end, serving, stoppable
 from evs_vllm.cli._text import percent, seconds, table
+from evs_vllm.cli.doctor import nvidia_gpus
 from evs_vllm.cli.view import check_output
 from evs_vllm.config import OPTIONS, EVSConfig
 from evs_vllm.errors import EVSError
@@ -123,11 +124,17 @@ def report(dense: Run, evs: Run, setting: str) -> list[str]:
         ("", "without EVS", setting, ""),
         ("prompt tokens", *map(str, prompts), f"{percent(1 - prompts[1] / prompts[0])} fewer"),
         ("video tokens", str(before), str(kept), f"{percent(1 - kept / before)} dropped"),
-        ("time to first token", *map(seconds, times), f"{times[0] / times[1]:.2f}x as fast"),
-        (f"  of {len(dense.answers)} requests", *spread, ""),
+        (f"TTFT, median of {len(dense.answers)}", *map(seconds, times), f"{times[0] / times[1]:.2f}x as fast"),
+        ("  fastest to slowest", *spread, ""),
+        ("answer", *(shorten(run.answers[0].text) for run in (dense, evs)), ""),
     ]
-    answers = [f"answer {name}: {run.answers[0].text!r}" for name, run in (("without EVS", dense), ("with EVS", evs))]
-    return [*table(rows, right=(1, 2), gap="   "), "", *answers]
+    return table(rows, right=(1, 2), gap="   ")
+
+
+def shorten(text: str, width: int = 40) -> str:
+    """`text` in quotes on one line, cut where it is longer than `width`."""
+    line = " ".join(text.split())
+    return f'"{line}"' if len(line) <= width else f'"{line[: width - 3]}..."'
 
 
 def _ask_server(words: Sequence[str], log: Path, args: argparse.Namespace, video: Path, warm_up: Path) -> Run:
@@ -170,14 +177,10 @@ def _view_command(args: argparse.Namespace, video: Path, model: str, config: EVS
 
 def _demo_model_words() -> list[str]:
     # Eager: compiling takes longer than the demo. The whole clip must fit the encoder cache, which is as large as a
-    # batch; the rest bounds memory.
-    sizes = {
-        "--max-model-len": "16384",
-        "--max-num-batched-tokens": "8192",
-        "--max-num-seqs": "4",
-        "--dtype": "float32",
-    }
-    return ["--enforce-eager", *(word for pair in sizes.items() for word in pair)]
+    # batch; the rest bounds memory. Without a GPU, fp32 is what every CPU computes fast.
+    sizes = {"--max-model-len": "16384", "--max-num-batched-tokens": "8192", "--max-num-seqs": "4"}
+    dtype = {} if nvidia_gpus() else {"--dtype": "float32"}
+    return ["--enforce-eager", *(word for pair in (sizes | dtype).items() for word in pair)]
 
 
 def _environment() -> dict[str, str]:

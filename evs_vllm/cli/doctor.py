@@ -47,7 +47,7 @@ def examine(full: bool = False) -> dict[str, Any]:
     sections: dict[str, Callable[[], Any]] = {
         "versions": _versions,
         "system": _system,
-        "gpu": _gpu,
+        "gpu": nvidia_gpus,
         "vllm": _vllm,
         "plugin": _plugin,
         "environment": _environment,
@@ -84,7 +84,7 @@ def _system() -> dict[str, Any]:
     return {"platform": platform.platform(), "machine": platform.machine(), "cpus": usable, "python": sys.executable}
 
 
-def _gpu() -> list[str]:
+def nvidia_gpus() -> list[str]:
     """NVIDIA GPUs as the driver lists them."""
     if shutil.which("nvidia-smi") is None:
         return []

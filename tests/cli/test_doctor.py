@@ -89,7 +89,9 @@ def test_rust_frontend(installed, monkeypatch):
     assert "Python frontend" in doctor.examine()["advice"][0]
 
 
-@pytest.mark.parametrize("section", ["_versions", "_system", "_gpu", "_vllm", "_plugin", "_environment", "_advice"])
+@pytest.mark.parametrize(
+    "section", ["_versions", "_system", "nvidia_gpus", "_vllm", "_plugin", "_environment", "_advice"]
+)
 def test_a_question_that_fails_is_answered_by_its_error(capsys, monkeypatch, section):
     def breaks(*args):
         raise RuntimeError("broken\nhere")

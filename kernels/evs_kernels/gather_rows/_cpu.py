@@ -6,7 +6,7 @@ import torch
 from .._numba import njit
 from .._parallel import for_ranges
 
-_GRAIN_BYTES = 256 * 1024
+_GRAIN_BYTES = 1024 * 1024  # below it, handing work to a thread costs more than the copy
 
 
 @njit()
