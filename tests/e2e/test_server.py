@@ -56,7 +56,7 @@ class TestServe:
     @pytest.fixture(scope="class")
     def server(self, model_dir, family, tmp_path_factory):
         log = tmp_path_factory.mktemp("serve") / "log.txt"
-        options = ["--evs-rate", "0.75", "--evs-request-overrides", "any"]
+        options = ["--evs-rate", "0.75", "--evs-encoder", "full", "--evs-request-overrides", "any"]
         with serving([*SERVE, str(model_dir(family)), *COMMON, *options], log) as server:
             yield server
 
@@ -182,7 +182,7 @@ class TestStricter:
     @pytest.fixture(scope="class")
     def server(self, model_dir, tmp_path_factory):
         folder = tmp_path_factory.mktemp("stricter")
-        (folder / "server.yaml").write_text("evs-rate: 0.5\nevs-max-tokens: 100\n")
+        (folder / "server.yaml").write_text("evs-rate: 0.5\nevs-max-tokens: 100\nevs-encoder: full\n")
         command = [*API_SERVER, str(model_dir("qwen2_5_vl")), *COMMON, "--config", str(folder / "server.yaml")]
         with serving(command, folder / "log.txt") as server:
             yield server

@@ -44,9 +44,9 @@ def refused(engine, *words, **kwargs):
 def test_stricter_is_the_default(engines, ref):
     engine = engines.get(FAMILY, {"rate": 0.5})
     refused(engine, "evs_rate=0.4", "--evs-request-overrides any", evs_rate=0.4)
-    refused(engine, "more video tokens", evs_rate=0)
-    refused(engine, "more video tokens", evs_threshold=200)
-    refused(engine, "more video tokens", evs_min_tokens_per_unit=1)
+    refused(engine, "cost more", evs_rate=0)
+    refused(engine, "cost more", evs_threshold=200)
+    refused(engine, "cost more", evs_min_tokens_per_unit=1)
     settings = Settings(0.8, positions="sequential", max_tokens=25)
     run_and_check(engine, ref, [ask(FRAMES, settings, evs_rate=0.8, evs_positions="sequential", evs_max_tokens=25)])
     run_and_check(engine, ref, [ask(FRAMES, Settings(0.5))])
