@@ -463,8 +463,8 @@ def markdown(content: dict[str, Any]) -> str:
         + ".",
         "",
         "Mean over clips and frame steps; kept tokens after unit 0. `centred`: cosine without the mean embedding "
-        "of the clip. `skip`: dropped patches absent. `previous`: the full tower's embedding of the same place one unit "
-        "earlier.",
+        "of the clip. `skip`: dropped patches absent. `previous`: the full tower's embedding of the same place one "
+        "unit earlier.",
     ]
     for tower in ("trained", "random"):
         for held_out in (True, False):

@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision tower alone: stock, full with pruning after it, and K/V reuse; in one vLLM process, in turns.
+
+Also times other ways to write the attention of reuse, and reads the peak memory of each tower call. Every row is
+checked first. Example: ``python bench/tower.py --out bench/results/cpu/tower.json``
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model must be in this process
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import harness  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
+
+from evs_vllm.reuse import ClipRows, ReuseSchedule  # noqa: E402
+
+# The vision:language cost ratio of Qwen2.5-VL-7B at a size for two cores.
+SIZES = {"hidden_size": 768, "layers": 12, "heads": 12, "kv_heads": 2, "vision_hidden": 384, "vision_layers": 8}
+PROMPT = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What moves?<|im_end|>\n<|im_start|>assistant\n"
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="qwen2_5_vl", choices=["qwen2_5_vl", "qwen2_vl"])
+    parser.add_argument("--model", type=Path, help="a model folder instead of one with random weights made here")
+    parser.add_argument("--clip", default="bikes")
+    parser.add_argument("--frames", type=int, default=32)
+    parser.add_argument("--tokens-per-frame", type=int, default=240, help="at most; the clip is resized to it")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.75, 0.9])
+    parser.add_argument("--variants-at", type=float, nargs="*", default=[0.75], help="rates at which to time variants")
+    parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-memory", action="store_true", help="leave out the (slow) memory profile")
+    parser.add_argument("--out", type=Path, help="result file. Default: bench/results/cpu/<date>-<commit>-tower.json")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        tower = Tower(args, folder)
+        rows = [harness.Row("stock vLLM", tower.runner(0), baseline=True, group="tower")]
+        full = {"evs_encoder": "full", "evs_rate": args.rates[0]}
+        rows.append(harness.Row("full tower, pruned after", tower.runner(**full), tower.checker(**full), "tower"))
+        for rate in args.rates:
+            note = f"{tower.plan(rate).num_kept} of {tower.plan(rate).num_tokens} tokens"
+            rows.append(harness.Row(f"reuse {rate}", tower.runner(rate), tower.checker(rate), "tower", note=note))
+        for rate in args.variants_at:
+            for name, attend in VARIANTS.items():
+                title = f"reuse {rate}, {name}"
+                run = tower.with_attention(attend, tower.runner(rate))
+                check = tower.with_attention(attend, tower.checker(rate))
+                rows.append(harness.Row(title, run, check, "tower"))
+            rows += attention_rows(tower, rate)
+        with torch.inference_mode():
+            results = harness.measure(rows, repeats=args.repeats, warmup=1)
+            memory = {} if args.no_memory else tower.memory([0, *args.rates])
+        state = {f"{rate}": state_bytes(tower, rate) for rate in args.rates}
+
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
+    config |= {"sizes": SIZES, "torch_threads": torch.get_num_threads(), "grid": tower.plan(args.rates[0]).grid}
+    content = harness.report("tower", config, results)
+    content |= {"peak_bytes_of_the_call": memory, "bytes_per_layer": state}
+    out = args.out or harness.default_path(Path(__file__).parent / "results", "cpu", "tower")
+    harness.write(content, out)
+    table = harness.markdown(results) + "\n\n" + side_tables(content)
+    out.with_suffix(".md").write_text(table)
+    print(table)
+    print(f"\nwritten to {out}")
+
+
+class Tower:
+    """An engine whose model is at hand, and the arguments that a clip gives its `embed_multimodal`."""
+
+    def __init__(self, args: argparse.Namespace, folder: str) -> None:
+        from vllm import LLM
+
+        from evs_vllm.testing import make_model, real_clip_frames
+
+        model = args.model or make_model(folder, args.family, max_tokens_per_frame=args.tokens_per_frame, **SIZES)
+        self.llm: Any = LLM(
+            str(model),
+            additional_config={"evs": {"rate": 0, "request_overrides": "any"}},
+            dtype=args.dtype,
+            enforce_eager=True,
+            max_model_len=16384,
+            max_num_batched_tokens=16384,
+            enable_prefix_caching=False,
+            mm_processor_cache_gb=0,
+        )
+        self.frames = real_clip_frames(args.clip, args.frames)
+        self.tolerance = TOLERANCE[args.dtype]
+        self.cache: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.wanted: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    @property
+    def model(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+    def inputs(self, evs_rate: float, **kwargs: Any) -> dict[str, Any]:
+        """What the runner gives the model for a request with these keys."""
+        from vllm import SamplingParams
+
+        key = (evs_rate, *sorted(kwargs.items()))
+        if key not in self.cache:
+            caught: list[dict[str, Any]] = []
+            model, stock = self.model, self.model.embed_multimodal
+
+            def catching(**given: Any) -> Any:
+                caught.append(dict(given))
+                return stock(**given)
+
+            model.embed_multimodal = catching
+            count = len(self.frames)
+            metadata = {
+                "fps": 2.0, "duration": count / 2, "total_num_frames": count, "frames_indices": list(range(count)),
+                "video_backend": "opencv", "do_sample_frames": False,
+            }  # fmt: skip
+            request = {
+                "prompt": PROMPT,
+                "multi_modal_data": {"video": [(self.frames, metadata)]},
+                "mm_processor_kwargs": {"evs_rate": evs_rate, **kwargs},
+            }
+            self.llm.generate(request, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+            del model.embed_multimodal
+            (self.cache[key],) = caught
+        return self.cache[key]
+
+    def plan(self, rate: float, **kwargs: Any) -> Any:
+        from evs_vllm.adapters.processor import PLAN_FIELD
+        from evs_vllm.plan import RetentionPlan
+
+        return RetentionPlan.from_array(self.inputs(rate, **kwargs)[PLAN_FIELD][0].numpy())
+
+    def runner(self, evs_rate: float, **kwargs: Any) -> Callable[[], Any]:
+        inputs = self.inputs(evs_rate, **kwargs)
+        return lambda: self.model.embed_multimodal(**dict(inputs))
+
+    def checker(self, evs_rate: float, **kwargs: Any) -> Callable[[], None]:
+        """Full: kept rows of the stock tower. Reuse: what attention over keys gathered one by one gives."""
+        run = self.runner(evs_rate, **kwargs)
+
+        def check() -> None:
+            plan = self.plan(evs_rate, **kwargs)
+            (got,) = run()
+            if plan.encoder == "full":
+                (stock,) = self.runner(0)()
+                want = stock[torch.from_numpy(plan.kept)]
+            else:
+                key = (evs_rate, *sorted(kwargs.items()))
+                if key not in self.wanted:
+                    (self.wanted[key],) = self.with_attention(one_by_one, run)()
+                want = self.wanted[key]
+            error = float((got - want).abs().max() / want.abs().max())
+            if not error <= self.tolerance:
+                raise ValueError(f"embeddings differ by {error:.1e}")
+
+        return check
+
+    def with_attention(self, attend: Callable[..., torch.Tensor], run: Callable[[], Any]) -> Callable[[], Any]:
+        def replaced() -> Any:
+            stock = ReuseSchedule.attend
+            ReuseSchedule.attend = attend  # type: ignore[assignment, method-assign]
+            try:
+                return run()
+            finally:
+                ReuseSchedule.attend = stock  # type: ignore[method-assign]
+
+        return replaced
+
+    def memory(self, rates: list[float]) -> dict[str, dict[str, int]]:
+        """Peak of torch's allocations during one call, above what stood before it, and the pixels that it was given."""
+        from torch.profiler import ProfilerActivity, profile
+
+        found = {}
+        for rate in rates:
+            run, level, peak = self.runner(rate), 0, 0
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                run()
+            events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+            for event in sorted(events, key=lambda e: e.start_ns()):
+                level += event.nbytes()
+                peak = max(peak, level)
+            pixels = self.inputs(rate)["pixel_values_videos"]
+            found["stock" if not rate else f"reuse {rate}"] = {
+                "peak": peak,
+                "pixels_travelled": pixels.numel() * pixels.element_size(),
+            }
+        return found
+
+
+# --- variants of the attention ---------------------------------------------------------------------------------------
+
+
+def sequences(schedule: ReuseSchedule) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(query rows, key rows) of every sequence of a schedule, in patches."""
+    m, start, found = schedule.patches, 0, []
+    for clip in schedule.clips:
+        for unit, rows, places in clip.sequences():
+            keys = start + clip.sources[unit, places]
+            queries = np.arange(start + rows.start, start + rows.stop)
+            found.append(tuple((x[:, None] * m + np.arange(m)).reshape(-1) for x in (queries, keys)))
+        start += len(clip.places)
+    return found
+
+
+def once(schedule: ReuseSchedule, name: str, make: Callable[[], Any]) -> Any:
+    """Schedules serve many layers; what a variant needs is made by the first."""
+    if not hasattr(schedule, name):
+        setattr(schedule, name, make())
+    return getattr(schedule, name)
+
+
+def one_by_one(schedule: ReuseSchedule, query: Any, key: Any, value: Any, scale: float) -> torch.Tensor:
+    """The plainest: gather every sequence's keys and attend. What the others are checked against."""
+    out = torch.empty_like(query)
+    for queries, keys in sequences(schedule):
+        q, k = torch.from_numpy(queries), torch.from_numpy(keys)
+        q_, k_, v_ = (x.transpose(0, 1)[None] for x in (query[q], key[k], value[k]))
+        out[q] = scaled_dot_product_attention(q_, k_, v_, scale=scale)[0].transpose(0, 1)
+    return out
+
+
+def gathered(
+    schedule: ReuseSchedule, query: Any, key: Any, value: Any, scale: float, buckets: tuple[int, ...] = ()
+) -> torch.Tensor:
+    """All sequences of one key length at once: keys gathered, queries padded to the longest of their bucket."""
+
+    def groups() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        by_size = defaultdict(list)
+        for queries, keys in sequences(schedule):
+            bucket = next((b for b in buckets if len(queries) <= b), 1 << 30)
+            by_size[len(keys), bucket].append((queries, keys))
+        made = []
+        for members in by_size.values():
+            longest = max(len(q) for q, _ in members)
+            padded = np.stack([np.pad(q, (0, longest - len(q)), mode="edge") for q, _ in members])
+            real = np.stack([np.arange(longest) < len(q) for q, _ in members])
+            made.append((padded, np.stack([k for _, k in members]), real))
+        return [tuple(torch.from_numpy(x) for x in group) for group in made]
+
+    out = torch.empty_like(query)
+    for queries, keys, real in once(schedule, f"_groups{buckets}", groups):
+        q, k, v = (x.transpose(1, 2) for x in (query[queries], key[keys], value[keys]))
+        attended = scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+        out[queries[real]] = attended[real]
+    return out
+
+
+def row_state(schedule: ReuseSchedule, query: Any, key: Any, value: Any, scale: float) -> torch.Tensor:
+    """A running state kept as rows of (heads, head size), so that new keys are copied whole."""
+    out, start, m = torch.empty_like(query), 0, schedule.patches
+    for clip in schedule.clips:
+        state = key.new_empty(2, clip.tokens_per_unit * m, *key.shape[1:])
+        rows_at = start + clip.units * m
+        filled = -1
+        place = torch.from_numpy(clip.places[:, None] * m + np.arange(m)).reshape(-1)
+        for unit, rows, places in clip.sequences():
+            if unit != filled:
+                first, last = int(rows_at[unit]), int(rows_at[unit + 1])
+                where = place[first - start : last - start]
+                state[0].index_copy_(0, where, key[first:last])
+                state[1].index_copy_(0, where, value[first:last])
+                filled = unit
+            r = slice(start + rows.start * m, start + rows.stop * m)
+            p = slice(places.start * m, places.stop * m)
+            q_, k_, v_ = (x.transpose(0, 1)[None] for x in (query[r], state[0, p], state[1, p]))
+            out[r] = scaled_dot_product_attention(q_, k_, v_, scale=scale)[0].transpose(0, 1)
+        start += len(clip.places) * m
+    return out
+
+
+def unit_windows(schedule: ReuseSchedule, query: Any, key: Any, value: Any, scale: float) -> torch.Tensor:
+    """A running state of rows; the windows of one size of a unit in one call, queries padded."""
+
+    def steps(clip: ClipRows, m: int) -> list[Any]:
+        by_unit: dict[int, dict[int, list[tuple[np.ndarray, np.ndarray]]]] = defaultdict(lambda: defaultdict(list))
+        for unit, rows, places in clip.sequences():
+            q, p = (np.arange(s.start * m, s.stop * m) for s in (rows, places))
+            by_unit[unit][len(p)].append((q, p))
+        made = []
+        for unit, sizes in by_unit.items():
+            calls = []
+            for members in sizes.values():
+                longest = max(len(q) for q, _ in members)
+                padded = np.stack([np.pad(q, (0, longest - len(q)), mode="edge") for q, _ in members])
+                real = np.stack([np.arange(longest) < len(q) for q, _ in members])
+                calls.append(tuple(map(torch.from_numpy, (padded, np.stack([p for _, p in members]), real))))
+            made.append((unit, calls))
+        return made
+
+    out, start, m = torch.empty_like(query), 0, schedule.patches
+    plans = once(schedule, "_steps", lambda: [steps(clip, m) for clip in schedule.clips])
+    for clip, plan in zip(schedule.clips, plans, strict=True):
+        q, k, v = (x[start : start + len(clip.places) * m] for x in (query, key, value))
+        o = out[start : start + len(clip.places) * m]
+        state = key.new_empty(2, clip.tokens_per_unit * m, *key.shape[1:])
+        place = torch.from_numpy(clip.places[:, None] * m + np.arange(m)).reshape(-1)
+        for unit, calls in plan:
+            new = slice(int(clip.units[unit]) * m, int(clip.units[unit + 1]) * m)
+            state[0].index_copy_(0, place[new], k[new])
+            state[1].index_copy_(0, place[new], v[new])
+            for queries, places, real in calls:
+                q_, k_, v_ = (x.transpose(1, 2) for x in (q[queries], state[0][places], state[1][places]))
+                attended = scaled_dot_product_attention(q_, k_, v_, scale=scale).transpose(1, 2)
+                o[queries[real]] = attended[real]
+        start += len(clip.places) * m
+    return out
+
+
+def mixed(schedule: ReuseSchedule, query: Any, key: Any, value: Any, scale: float) -> torch.Tensor:
+    """Windows gathered and batched; whole units over a running state of rows."""
+    windowed = any(len(clip.windows) > 2 for clip in schedule.clips)
+    return (bucketed if windowed else row_state)(schedule, query, key, value, scale)
+
+
+bucketed = partial(gathered, buckets=(4, 8, 16, 32, 64))
+
+VARIANTS: dict[str, Callable[..., torch.Tensor]] = {
+    "gather every sequence": one_by_one,
+    "row state": row_state,
+    "windows of a unit batched": unit_windows,
+    "gather all, padded": gathered,
+    "gather all, padded in buckets": lambda *a, **k: bucketed(*a, **k),
+    "windows gathered, units by state": mixed,
+}
+
+
+def attention_rows(tower: Tower, rate: float) -> list[harness.Row]:
+    """The attention alone, of one windowed and one full layer."""
+    caught: dict[str, ReuseSchedule] = {}
+    shapes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]] = []
+
+    def catching(schedule: ReuseSchedule, query: Any, key: Any, value: Any, scale: float) -> torch.Tensor:
+        kind = "windows" if any(len(clip.windows) > 2 for clip in schedule.clips) else "whole units"
+        caught.setdefault(kind, schedule)
+        if not shapes:
+            shapes.append((query.clone(), key.clone(), value.clone(), scale))
+        return one_by_one(schedule, query, key, value, scale)
+
+    with torch.inference_mode():
+        tower.with_attention(catching, tower.runner(rate))()
+    rows = []
+    for kind, schedule in caught.items():
+        want = one_by_one(schedule, *shapes[0])
+
+        def check(attend: Any, schedule: ReuseSchedule = schedule, want: torch.Tensor = want) -> None:
+            error = float((attend(schedule, *shapes[0]) - want).abs().max() / want.abs().max())
+            if not error <= tower.tolerance:
+                raise ValueError(f"attention differs by {error:.1e}")
+
+        for name, attend in {"running state (in use)": ReuseSchedule.attend, **VARIANTS}.items():
+            rows.append(
+                harness.Row(
+                    f"one layer's attention at {rate}, {kind}: {name}",
+                    partial(attend, schedule, *shapes[0]),
+                    partial(check, attend),
+                    group=f"{kind} {rate}",
+                    baseline=attend is ReuseSchedule.attend,
+                )
+            )
+    return rows
+
+
+def state_bytes(tower: Tower, rate: float) -> dict[str, int]:
+    """Bytes of keys and values that are written per layer besides the projection's own output."""
+    config = tower.model.config.vision_config
+    width = getattr(config, "embed_dim", None) or config.hidden_size
+    item = tower.model.visual.patch_embed.proj.weight.element_size()
+    found: dict[str, int] = {}
+
+    def catching(schedule: ReuseSchedule, query: Any, key: Any, value: Any, scale: float) -> torch.Tensor:
+        kind = "windows" if any(len(clip.windows) > 2 for clip in schedule.clips) else "whole units"
+        found.setdefault("running state", 2 * len(key) * width * item)
+        found.setdefault(f"gathered, {kind}", 2 * sum(len(k) for _, k in sequences(schedule)) * width * item)
+        return query
+
+    with torch.inference_mode():
+        tower.with_attention(catching, tower.runner(rate))()
+    return found
+
+
+def side_tables(content: dict[str, Any]) -> str:
+    lines = []
+    if memory := content["peak_bytes_of_the_call"]:
+        lines += ["| tower call | peak MB above before | pixels MB |", "|---|---:|---:|"]
+        lines += [f"| {k} | {v['peak'] / 1e6:.1f} | {v['pixels_travelled'] / 1e6:.1f} |" for k, v in memory.items()]
+        lines.append("")
+    lines += ["| rate | keys and values written per layer | MB |", "|---:|---|---:|"]
+    for rate, found in content["bytes_per_layer"].items():
+        lines += [f"| {rate} | {name} | {count / 1e6:.1f} |" for name, count in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
