@@ -131,6 +131,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def warnings(env: dict[str, Any]) -> list[str]:
+    """What makes the figures unfit to be quoted."""
+    load, cpus = env["load_average"], env["cpus"]
+    if load and cpus and load[0] > cpus / 2:
+        return [f"busy machine: load average {load[0]:.1f} on {cpus} CPUs before the run; do not quote the ratios"]
+    return []
+
+
 def report(kind: str, config: dict[str, Any], results: Sequence[Result], env: dict[str, Any]) -> dict[str, Any]:
     """The content of a result file.
 
@@ -145,6 +153,7 @@ def report(kind: str, config: dict[str, Any], results: Sequence[Result], env: di
         "kind": kind,
         "config": config,
         "environment": env,
+        "warnings": warnings(env),
         "results": [asdict(result) for result in results],
     }
 

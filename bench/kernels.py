@@ -61,7 +61,7 @@ def main() -> None:
         "seed": args.seed,
     }
     print(f"clip {units} x {places} x {depth} bytes = {clip.numel() / 1e6:.1f} MB, budget {budget}\n")
-    print(harness.markdown(results))
+    print("\n".join([harness.markdown(results), *harness.warnings(env)]))
     out = args.out or harness.default_path(Path(__file__).parent / "results", args.device, "kernels")
     harness.write(harness.report("kernels", config, results, env), out)
     print(f"\nwritten to {out}")

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 600  # half a minute on an idle machine
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 """What the chat template puts first."""
 

@@ -31,7 +31,7 @@ def reports(model_dir, family, tmp_path_factory):
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
         file = folder / f"{name}.json"
         command = [sys.executable, "-m", "tests.e2e.off_worker", directory, json.dumps(evs), str(file)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-5000:]
         return json.loads(file.read_text())
 

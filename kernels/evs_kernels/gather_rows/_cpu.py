@@ -12,7 +12,10 @@ _GRAIN_BYTES = 1024 * 1024  # below it, handing work to a thread costs more than
 @njit()
 def _copy_rows(source, indices, out):
     for k in range(indices.shape[0]):
-        out[k, :] = source[indices[k], :]
+        # Not a slice assignment: numba checks that for overlap and then copies byte by byte.
+        row, into = source[indices[k]], out[k]
+        for i in range(row.shape[0]):
+            into[i] = row[i]
 
 
 def run(source: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
