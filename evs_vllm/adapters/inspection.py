@@ -54,7 +54,8 @@ def inspect_clip(
             model=model,
             trust_remote_code=trust_remote_code,
             media_io_kwargs={MODALITY: dict(media_io_kwargs or {})},
-            additional_config={CONFIG_KEY: config.to_mapping()},
+            # Which tokens stay does not depend on the encoder, and with "reuse" the pixels of the others are gone.
+            additional_config={CONFIG_KEY: config.to_mapping() | {"encoder": "full"}},
         ).create_model_config()
         processor = MULTIMODAL_REGISTRY.create_processor(model_config)
     with _reported(f"decode {video}"):
