@@ -32,23 +32,27 @@ def options() -> str:
     return markdown(("flag", "per request", "allowed", "default", "meaning"), rows)
 
 
-def families() -> str:
-    """Every supported family."""
+def family_rows(architecture: str = "{}") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and one row per supported family; `architecture` is the format of an architecture's name."""
+    head = ("family", "architectures", "positions", "clip in the prompt", "encoder reuse", "compared with", "limits")
     rows = [
         (
-            f.name,
-            ", ".join(f"`{a}`" for a in f.architectures),
-            f.positions,
-            f.layout,
-            "yes" if f.reuse else "no",
-            f.proof,
-            f.limits,
+            family.name,
+            ", ".join(architecture.format(name) for name in family.architectures),
+            family.positions,
+            family.layout,
+            "yes" if family.reuse else "no",
+            family.proof,
+            family.limits,
         )
-        for f in FAMILIES
+        for family in FAMILIES
     ]
-    return markdown(
-        ("family", "architectures", "positions", "layout", "encoder reuse", "compared with", "limits"), rows
-    )
+    return (head, rows) if any(row[-1] for row in rows) else (head[:-1], [row[:-1] for row in rows])
+
+
+def families() -> str:
+    """Every supported family."""
+    return markdown(*family_rows("`{}`"))
 
 
 TABLES = {"options": options, "families": families}

@@ -9,6 +9,7 @@ from typing import Any
 from evs_vllm.adapters import FAMILIES
 from evs_vllm.cli._options import summary
 from evs_vllm.cli._text import table
+from evs_vllm.tables import family_rows
 
 
 def add_parser(subparsers: Any) -> None:
@@ -22,12 +23,6 @@ def run(args: argparse.Namespace) -> int:
         rows = [asdict(family) for family in FAMILIES]
         print(json.dumps(rows, indent=2))
         return 0
-    head: tuple[str, ...] = ("family", "architectures", "positions", "clip in the prompt", "compared with", "limits")
-    body: list[tuple[str, ...]] = [
-        (family.name, ", ".join(family.architectures), family.positions, family.layout, family.proof, family.limits)
-        for family in FAMILIES
-    ]
-    if not any(row[-1] for row in body):
-        head, body = head[:-1], [row[:-1] for row in body]
+    head, body = family_rows()
     print("\n".join(table([head, *body])))
     return 0
