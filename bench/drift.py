@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="result file. Default: bench/results/cpu/<date>-<commit>-drift.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    environment = harness.environment()
 
     towers = {"random": Model(args.depth, args.width, args.seed)}
     randomize(towers["random"].visual, args.seed)
@@ -93,7 +94,7 @@ def main() -> None:
     config = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "train_only")}
     config |= {"clips": {k: list(v) for k, v in CLIPS.items()}, "staleness_edges": STALENESS}
     out = args.out or harness.default_path(Path(__file__).parent / "results", "cpu", "drift")
-    content = harness.report("drift", config, [])
+    content = harness.report("drift", config, [], environment)
     content |= {"training": training, "explained_variance": quality, "rows": rows}
     harness.write(content, out)
     table = markdown(content)
@@ -143,14 +144,15 @@ class Model(nn.Module):
         masked = torch.rand(own.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5
         tokens = self(rows, grid, masked)
         return {
-            "masked_pixels": r2(self.own(tokens)[masked], own[masked]),
-            "unit_thumbnail": r2(self.unit(tokens), unit[:, None].expand(-1, tokens.shape[1], -1)),
+            "masked_pixels": explained(self.own(tokens)[masked], own[masked], 6),
+            "unit_thumbnail": explained(self.unit(tokens), unit[:, None].expand(-1, tokens.shape[1], -1)),
         }
 
 
-def r2(guess: torch.Tensor, truth: torch.Tensor) -> float:
-    mean = truth.reshape(-1, truth.shape[-1]).mean(0)
-    return float(1 - (guess - truth).square().mean() / (truth - mean).square().mean())
+def explained(guess: torch.Tensor, truth: torch.Tensor, planes: int = 3) -> float:
+    """Share that `guess` explains of the variance of `truth` around the mean of each plane (colour) of each row."""
+    rows = truth.reshape(-1, planes, truth.shape[-1] // planes)
+    return float(1 - (guess - truth).square().mean() / (rows - rows.mean(-1, keepdim=True)).square().mean())
 
 
 def randomize(visual: nn.Module, seed: int) -> None:
@@ -396,13 +398,16 @@ def measure(
     centre = full.mean((0, 1))
     found = []
     for rate in rates:
-        for way in [f"reuse/{r}" for r in refreshes] + ["skip", "previous"]:
+        ways = [f"reuse/{r}" for r in refreshes] + [f"changed/{r}" for r in refreshes if r] + ["skip", "previous"]
+        for way in ways:
             refresh = int(way.split("/")[1]) if "/" in way else 0
             plan = make_plan(tokens, (units, *grid), EVSConfig(rate=rate, encoder="reuse", encoder_refresh=refresh))
             kept = torch.from_numpy(plan.mask).view(units, places)
             computed = torch.zeros(units * places, dtype=torch.bool)
             computed[torch.from_numpy(plan.computed)] = True
             computed = computed.view(units, places)
+            if way.startswith("changed"):
+                computed = most_changed(tokens, kept, int(computed.sum()))
             latest = latest_of(computed)
             age = (torch.arange(units)[:, None] - latest).float().mean(1)
             if way == "skip":
@@ -439,11 +444,32 @@ def measure(
                     "relative_error": float(error[judged].mean()),
                     "centred_cosine_by_age": {str(k): [statistics.fmean(v), len(v)] for k, v in by_age.items() if v},
                     "cosine_by_layer": layers,
-                    "thumbnail_r2": r2(model.unit(got)[judged], truth),
-                    "thumbnail_r2_full": r2(model.unit(full)[judged], truth),
+                    "thumbnail": explained(model.unit(got)[judged], truth),
+                    "thumbnail_full": explained(model.unit(full)[judged], truth),
                 }
             )
     return found
+
+
+def most_changed(tokens: torch.Tensor, kept: torch.Tensor, count: int) -> torch.Tensor:
+    """The kept tokens and, up to `count`, those that differ most from when their place was last computed.
+
+    What an interval spends on whole units, spent on the places that went stale: one threshold on the mean change.
+    """
+
+    def at(level: float) -> torch.Tensor:
+        computed, last = kept.clone(), pixels[0].clone()
+        for t in range(1, len(pixels)):
+            computed[t] |= (pixels[t] - last).abs().mean(-1) >= level
+            last[computed[t]] = pixels[t][computed[t]]
+        return computed
+
+    pixels = tokens.float()
+    low, high = 0.0, 256.0
+    for _ in range(14):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle).sum() > count else (low, middle)
+    return at(high)
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -463,15 +489,17 @@ def markdown(content: dict[str, Any]) -> str:
         + ".",
         "",
         "Mean over clips and frame steps; kept tokens after unit 0. `centred`: cosine without the mean embedding "
-        "of the clip. `skip`: dropped patches absent. `previous`: the full tower's embedding of the same place one "
-        "unit earlier.",
+        "of the clip. `reuse/R`: encoder_refresh R. `changed/R`: as many tokens as reuse/R computes, but those that "
+        "differ most from when their place was last computed. `skip`: dropped patches absent. `previous`: the full "
+        "tower's embedding of the same place one unit earlier. `thumbnail`: share of the unit's picture, around its "
+        "mean colour, that a head trained with the tower reads off one embedding.",
     ]
     for tower in ("trained", "random"):
         for held_out in (True, False):
             some = [r for r in rows if r["tower"] == tower and (not held_out or not r["seen_in_training"])]
             lines += ["", f"## {tower} tower, {'held-out clips' if held_out else 'all clips'}", ""]
             lines += [
-                "| rate | way | computed | mean age | cosine | p05 | centred | p05 | rel. error | thumbnail R2 (full) |"
+                "| rate | way | computed | mean age | cosine | p05 | centred | p05 | rel. error | thumbnail (full) |"
             ]
             lines += ["|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
             for rate, way in dict.fromkeys((r["rate"], r["way"]) for r in some):
@@ -484,7 +512,7 @@ def markdown(content: dict[str, Any]) -> str:
                     f"| {rate} | {way} | {mean('computed_share'):.2f} | {mean('mean_age_units'):.1f} "
                     f"| {mean('cosine'):.4f} | {mean('cosine_p05'):.4f} | {mean('centred_cosine'):.4f} "
                     f"| {mean('centred_cosine_p05'):.4f} | {mean('relative_error'):.3f} "
-                    f"| {mean('thumbnail_r2'):.3f} ({mean('thumbnail_r2_full'):.3f}) |"
+                    f"| {mean('thumbnail'):.3f} ({mean('thumbnail_full'):.3f}) |"
                 )
         lines += ["", f"### {tower} tower, all clips: cosine after each layer (0: patch embedding)", ""]
         depth = content["config"]["depth"]
