@@ -73,13 +73,12 @@ def draw(content: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             plt.close(canvas)
 
     points = [point for point in content["results"] if not point["error"]]
+    load = "requests at a time"
     ttft, rate = ("ttft_p50_s", "ttft_spread_s"), ("requests_per_s", "requests_per_s_spread")
     figure("ttft-rate", lambda axes: sweep(axes, points, "rate", ttft, "share of video tokens dropped"))
     figure("ttft-frames", lambda axes: sweep(axes, points, "frames", ttft, "frames", log=True))
-    figure("ttft-concurrency", lambda axes: sweep(axes, points, "concurrency", ttft, "requests at a time", log=True))
-    figure(
-        "throughput-concurrency", lambda axes: sweep(axes, points, "concurrency", rate, "requests at a time", log=True)
-    )
+    figure("ttft-concurrency", lambda axes: sweep(axes, points, "concurrency", ttft, load, log=True))
+    figure("throughput-concurrency", lambda axes: sweep(axes, points, "concurrency", rate, load, log=True))
     figure("ttft-moving", lambda axes: sweep(axes, points, "moving", ttft, "share of the picture that moves"))
     figure("stages", lambda axes: stage_bars(axes, content["stages"]))
     return written
