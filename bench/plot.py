@@ -108,6 +108,7 @@ def sweep(
     if log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     else:
@@ -135,7 +136,7 @@ def stage_bars(axes: Axes, entries: Sequence[dict[str, Any]]) -> bool:
     axes.figure.set_size_inches(7.5, 1.6 + 0.35 * len(entries))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("share of vanilla vLLM's time to first token, %")
-    axes.figure.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0.02, 1.0))
+    axes.figure.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0.02, 0.88))
     return True
 
 
