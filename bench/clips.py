@@ -3,8 +3,13 @@
 
 The same arguments give the same file; files are kept in the temporary directory. A clip's number decides its source,
 place in time, crop, mirroring and brightness, so no two numbers give the same clip and no cache can help a server.
+
+    python bench/clips.py out/clips --count 8 --frames 32
+
+writes clips, and beside them ``sharegpt.json``, which ``vllm bench serve --dataset-name sharegpt`` reads.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -25,6 +30,8 @@ VERSION = 1
 SOURCES = ("bikes", "bigbuckbunny", "carphone_pristine")
 TOKEN = 28
 """Pixels along the side of one token of the Qwen-VL families."""
+
+QUESTION = "Describe the video in one sentence."
 
 FPS = 2.0
 """What the processors of the Qwen-VL families sample at: they take every frame of such a file."""
@@ -72,6 +79,26 @@ def clip_file(spec: ClipSpec, folder: Path | None = None) -> Path:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def main() -> None:
+    """Writes clips for a tool of another's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=8, help="how many distinct clips (default: 8)")
+    parser.add_argument("--frames", type=int, default=32, help="of each clip (default: 32)")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=[336, 640])
+    parser.add_argument("--moving", type=float, help="drawn clips of which this share moves, instead of real ones")
+    args = parser.parse_args()
+    entries = []
+    for number in range(args.count):
+        made = clip_file(ClipSpec(number, args.frames, *args.size, args.moving))
+        path = args.folder.resolve() / f"{number:03}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(made, path)
+        turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": "Two people ride their bikes."}]
+        entries.append({"conversations": turns, "video": str(path)})
+    (args.folder / "sharegpt.json").write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def frames_of(spec: ClipSpec) -> Iterator[np.ndarray]:
@@ -175,3 +202,7 @@ def _encode(frames: Iterator[np.ndarray], path: Path, codec: str, spec: ClipSpec
             writer.write(np.ascontiguousarray(frame))
     finally:
         writer.release()
+
+
+if __name__ == "__main__":
+    main()

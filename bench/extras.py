@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import load
 import points
+from clips import QUESTION
 from points import Cell
 from servers import Server, server_of
 
 if TYPE_CHECKING:
     from serve import Bench
 
-QUESTIONS = ("Describe the video in one sentence.", "How many people ride their bikes down the street?")
+QUESTIONS = (QUESTION, "How many people ride their bikes down the street?")
 TURNS = ("first question", "same clip, other question", "second turn")
 
 STAGES = {

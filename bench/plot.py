@@ -73,13 +73,12 @@ def draw(content: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             plt.close(canvas)
 
     points = [point for point in content["results"] if not point["error"]]
+    load = "requests at a time"
     ttft, rate = ("ttft_p50_s", "ttft_spread_s"), ("requests_per_s", "requests_per_s_spread")
     figure("ttft-rate", lambda axes: sweep(axes, points, "rate", ttft, "share of video tokens dropped"))
     figure("ttft-frames", lambda axes: sweep(axes, points, "frames", ttft, "frames", log=True))
-    figure("ttft-concurrency", lambda axes: sweep(axes, points, "concurrency", ttft, "requests at a time", log=True))
-    figure(
-        "throughput-concurrency", lambda axes: sweep(axes, points, "concurrency", rate, "requests at a time", log=True)
-    )
+    figure("ttft-concurrency", lambda axes: sweep(axes, points, "concurrency", ttft, load, log=True))
+    figure("throughput-concurrency", lambda axes: sweep(axes, points, "concurrency", rate, load, log=True))
     figure("ttft-moving", lambda axes: sweep(axes, points, "moving", ttft, "share of the picture that moves"))
     figure("stages", lambda axes: stage_bars(axes, content["stages"]))
     return written
@@ -109,6 +108,7 @@ def sweep(
     if log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     else:
@@ -136,7 +136,7 @@ def stage_bars(axes: Axes, entries: Sequence[dict[str, Any]]) -> bool:
     axes.figure.set_size_inches(7.5, 1.6 + 0.35 * len(entries))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("share of vanilla vLLM's time to first token, %")
-    axes.figure.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0.02, 1.0))
+    axes.figure.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0.02, 0.88))
     return True
 
 

@@ -24,7 +24,7 @@ import extras
 import harness
 import load
 import points
-from clips import ClipSpec, clip_file
+from clips import QUESTION, ClipSpec, clip_file
 from points import Cell, Point, Repeat
 from servers import STOCK_NOTE, Live, Pool, Server, flags, request_options, server_of
 from settings import Settings, as_json, load_settings, local_model
@@ -32,7 +32,6 @@ from settings import Settings, as_json, load_settings, local_model
 from evs_vllm.cli._servers import stoppable
 from evs_vllm.errors import EVSError
 
-QUESTION = "Describe the video in one sentence."
 WARM_UP = 1_000_000
 """Number of the clip that is asked for warm-up only."""
 
@@ -60,6 +59,8 @@ class Bench:
         if missing:
             say(f"servers   starting {', '.join(dict.fromkeys(missing))}")
         cold = {live.server.name for live in self.pool.need(list(servers.values()))}
+        if (vanilla := servers["vanilla"].name) in self.pool.failed:
+            raise EVSError(f"{self.pool.failed[vanilla]}: there is nothing to compare with")
         alive = [row for row, server in servers.items() if server.name not in self.pool.failed]
         turns = load.messages(self.clip(WARM_UP, 16), QUESTION)
         for row in alive:

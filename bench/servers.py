@@ -8,7 +8,9 @@ and a drift of the machine meets all of them alike.
 import contextlib
 import json
 import os
+import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evs_vllm.cli._servers import free_port, read_url, running, tail
+from evs_vllm.cli._servers import read_url, running, tail
 from evs_vllm.errors import EVSError
 
 HERE = Path(__file__).resolve().parent
@@ -169,10 +171,9 @@ class Pool:
             for server in batch:
                 self._start(server)
             for server in batch:
-                try:
-                    self._wait(server)
-                except EVSError as error:
-                    self.failed[server.name] = str(error)
+                if not self._healthy_in_time(server):
+                    print(f"the end of {self.log(server)}:", *tail(self.log(server)), sep="\n  | ", file=sys.stderr)
+                    self.failed[server.name] = f"the server {server.name!r} did not start"
                     self._live.pop(server.name).stack.close()
         return [self[server.name] for server in missing if server.name not in self.failed]
 
@@ -193,7 +194,7 @@ class Pool:
         return [self._model, *self._arguments, *server.arguments]
 
     def _start(self, server: Server) -> None:
-        port = free_port()
+        port = _free_port()
         own = {"VLLM_PLUGINS": ",".join(server.plugins), "EVS_BENCH_STAGES": str(self.stages_file(server))}
         paths = [str(self._folder / "plugins"), str(HERE / "serverside"), self._env.get("PYTHONPATH", "")]
         # The installed packages are measured, not what happens to lie in the current folder.
@@ -204,14 +205,23 @@ class Pool:
         process = stack.enter_context(running([*command, *where], self.log(server), env))
         self._live[server.name] = Live(server, f"http://127.0.0.1:{port}", process, stack)
 
-    def _wait(self, server: Server) -> None:
+    def _healthy_in_time(self, server: Server) -> bool:
         live, started = self[server.name], time.monotonic()
         while not _healthy(live.url):
             if live.process.poll() is not None or time.monotonic() - started > START_S:
-                end = "\n".join(tail(self.log(server)))
-                print(f"the end of the log of {server.name!r}:\n{end}", file=sys.stderr)
-                raise EVSError(f"the server {server.name!r} did not start")
+                return False
             time.sleep(0.5)
+        return True
+
+
+def _free_port() -> int:
+    # Below the range that systems hand out by themselves: a server binds its port only after it has imported vLLM, and
+    # by then anybody's connection may have been given one of those.
+    while True:
+        port = random.randrange(15000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _total(metrics: str, name: str) -> float:

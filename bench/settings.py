@@ -69,7 +69,9 @@ class Settings:
     def __post_init__(self) -> None:
         self.cells()
         for part in (self.caches, self.stages):
-            _check_rows(part.get("rows", []))
+            if part:
+                part["rows"] = list(dict.fromkeys(["vanilla", *part.get("rows", self.rows)]))
+                _check_rows(part["rows"])
         if self.repeats < 1:
             raise EVSError("repeats: at least 1")
 

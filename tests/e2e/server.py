@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -70,6 +71,7 @@ def serving(command: Sequence[str], log_file: Path) -> Iterator[Server]:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True,
+            preexec_fn=_end_with_parent,
         )  # fmt: skip
     try:
         server = Server(f"http://127.0.0.1:{port}", log_file)
@@ -86,6 +88,11 @@ def serving(command: Sequence[str], log_file: Path) -> Iterator[Server]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _end_with_parent() -> None:
+    """Linux ends the server when the test process dies without cleaning up."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _healthy(server: Server) -> bool:
