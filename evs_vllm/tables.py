@@ -34,8 +34,16 @@ def options() -> str:
 
 def family_rows(architecture: str = "{}") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and one row per supported family; `architecture` is the format of an architecture's name."""
-    head = ("family", "architectures", "positions", "clip in the prompt", "encoder reuse", "compared with", "limits")
-    rows = [
+    head: tuple[str, ...] = (
+        "family",
+        "architectures",
+        "positions",
+        "clip in the prompt",
+        "encoder reuse",
+        "compared with",
+        "limits",
+    )
+    rows: list[tuple[str, ...]] = [
         (
             family.name,
             ", ".join(architecture.format(name) for name in family.architectures),

@@ -193,7 +193,7 @@ def start_engine(directory: Path, evs: dict[str, Any] | None = None, **options: 
         "dtype": "float32", "disable_log_stats": False, "limit_mm_per_prompt": {"image": 4, "video": 4}, "seed": 0,
     }  # fmt: skip
     if evs is not None:
-        # The reference runs the whole tower; tests/e2e/test_reuse.py compares the other encoder with a reference of its own.
+        # The reference runs the whole tower; test_reuse.py compares the other encoder with a reference of its own.
         whole = {"encoder": "full", **evs} if isinstance(evs, dict) else evs
         defaults["additional_config"] = {"evs": whole}
     return Engine(LLM(str(directory), **(defaults | options)))
