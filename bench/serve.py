@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import bars
+import clips
+import cv2
 import extras
 import harness
 import load
@@ -117,8 +119,6 @@ def _repeat(live: Live, bodies: list[bytes], cell: Cell) -> Repeat:
     peaks = live.reset_peak_memory()
     before = live.planning()
     samples, wall = load.run(live.url, bodies, cell.concurrency)
-    if live.process.poll() is not None:
-        return Repeat(samples, wall)
     seconds, clips = (now - then for now, then in zip(live.planning(), before))
     return Repeat(samples, wall, seconds / clips if clips else None, live.peak_memory_mb() if peaks else None)
 
@@ -148,9 +148,12 @@ def run(settings: Settings, args: argparse.Namespace, out: Path) -> int:
     if args.device == "cuda":
         import torch  # noqa: F401  (so that the harness can name the GPU)
     model = args.model or str(local_model(settings.model))
-    config = as_json(settings) | {"settings": args.settings.name, "model_given": bool(args.model)}
+    # The folder's name alone: where it lies is nobody's business.
+    config = as_json(settings) | {"settings": args.settings.name, "model_name": Path(model).name}
+    config["clips"] = {"version": clips.VERSION, "opencv": cv2.__version__}
     content = harness.report("serve", config, [], harness.environment())
     content |= {"caches": [], "stages": [], "complete": False}
+    started = time.monotonic()
     content["load_average"] = [os.getloadavg()]
     if content["load_average"][0][0] > 0.5 * content["environment"]["cpus"]:
         say(f"warning   the machine is busy: load average {os.getloadavg()[0]:.1f}")
@@ -166,7 +169,7 @@ def run(settings: Settings, args: argparse.Namespace, out: Path) -> int:
     with Pool(model, flags(settings.serve), env, logs, settings.max_servers, args.device == "cpu") as pool:
         bench = Bench(settings, model, args.device, pool)
         steps(bench, done)
-    content["complete"] = True
+    content |= {"complete": True, "wall_s": time.monotonic() - started}
     content["bars"] = bars.bars(content)
     harness.write(content, out)
     table = report(content)
@@ -211,7 +214,7 @@ def report(content: dict[str, Any]) -> str:
     lines = [
         f"`{environment['command']}`, commit {(environment['commit'] or '?')[:10]}, {environment['time_utc']}",
         f"\n{environment['cpus']} x {environment['cpu']}, GPU: {environment['gpu'] or 'none'}; load average "
-        f"{loads[0][0]:.1f} before, {max(load[0] for load in loads):.1f} at most",
+        f"{loads[0][0]:.1f} before, {max(load[0] for load in loads):.1f} at most; {content['wall_s'] / 60:.0f} minutes",
         "",
         points.table(content["results"]),
         extras.cache_table(content["caches"]),

@@ -96,7 +96,10 @@ class Live:
 
     def planning(self) -> tuple[float, float]:
         """Seconds spent planning and clips planned, by the plugin's own metric; zeros without the plugin."""
-        text = read_url(f"{self.url}/metrics")
+        try:
+            text = read_url(f"{self.url}/metrics")
+        except OSError:  # it just died: the requests tell
+            return 0.0, 0.0
         return _total(text, "evs:planning_time_seconds_sum"), _total(text, "evs:planning_time_seconds_count")
 
     def reset_peak_memory(self) -> bool:

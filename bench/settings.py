@@ -115,8 +115,11 @@ def as_json(settings: Settings) -> dict[str, Any]:
 
 def local_model(model: Mapping[str, Any]) -> Path:
     """A random-weight model with the cost ratio that the settings ask for, made on first use."""
+    from transformers.utils import logging
+
     from evs_vllm.testing import make_model
 
+    logging.disable_progress_bar()
     sizes = SIZES | dict(model.get("sizes", {}))
     sizes.setdefault("vision_layers", max(2, round(model.get("tower_to_prefill", 0.66) / RATIO_PER_TOWER_LAYER)))
     family = model.get("family", "qwen2_5_vl")
