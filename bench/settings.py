@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from points import Cell
+from servers import ROWS
 
 from evs_vllm.errors import EVSError
 

@@ -178,7 +178,7 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
 
 
 def cached_model(family: str = "qwen2_5_vl", **sizes: Any) -> Path:
-    """`make_model` in a folder of the temporary directory, made on first use and reused by calls with the same sizes."""
+    """`make_model` in a folder of the temporary directory, made on first use; the same arguments find it again."""
     import hashlib
     import os
     import shutil
