@@ -30,8 +30,9 @@ types: env ## check types
 demo: env ## show what is kept of a video, and what it saves (MODEL=, VIDEO=, RATE=)
 	@$(BIN)/evs-vllm demo $(if $(MODEL),--model "$(MODEL)") $(if $(VIDEO),--video "$(VIDEO)") $(if $(RATE),--rate "$(RATE)")
 
-bench: env ## measure the kernels (ARGS= goes to the script)
-	@$(BIN)/python bench/kernels.py $(ARGS)
+bench: env ## measure the kernels, then serving for ten minutes (CONFIG= for another file of configs/bench)
+	@$(BIN)/python bench/kernels.py
+	@$(BIN)/python bench/serve.py $(or $(CONFIG),configs/bench/ten_minutes.yaml) $(ARGS)
 
 clean: ## remove the environment, caches and build output
 	rm -rf .venv .venv.lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of ``configs/bench``: what a run measures, with which model, on which servers."""
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -115,26 +111,11 @@ def as_json(settings: Settings) -> dict[str, Any]:
 
 def local_model(model: Mapping[str, Any]) -> Path:
     """A random-weight model with the cost ratio that the settings ask for, made on first use."""
-    from transformers.utils import logging
+    from evs_vllm.testing import cached_model
 
-    from evs_vllm.testing import make_model
-
-    logging.disable_progress_bar()
     sizes = SIZES | dict(model.get("sizes", {}))
     sizes.setdefault("vision_layers", max(2, round(model.get("tower_to_prefill", 0.66) / RATIO_PER_TOWER_LAYER)))
-    family = model.get("family", "qwen2_5_vl")
-    key = hashlib.sha256(json.dumps([family, sizes], sort_keys=True).encode()).hexdigest()[:10]
-    folder = Path(tempfile.gettempdir()) / f"evs-vllm-bench-{os.getuid()}" / f"{family}-{key}"
-    if not folder.is_dir():
-        folder.parent.mkdir(mode=0o700, exist_ok=True)
-        # Made aside and moved: what an interrupted run leaves is not taken for a model.
-        unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
-        try:
-            make_model(unfinished, family, **sizes)
-            unfinished.replace(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+    return cached_model(model.get("family", "qwen2_5_vl"), **sizes)
 
 
 def _check_rows(rows: list[str]) -> None:

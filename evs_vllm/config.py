@@ -259,7 +259,8 @@ class EVSConfig:
         if self.max_tokens:
             what.append(f"what exceeds {self.max_tokens} tokens per clip")
         kept = f", at least {self.min_tokens_per_unit} per unit kept" if self.min_tokens_per_unit else ""
-        return f"{' and '.join(what)}{kept} ({self.positions} positions, {self.encoder} encoder)"
+        encoder = "" if self.encoder == "auto" else f", {self.encoder} encoder"
+        return f"{' and '.join(what)}{kept} ({self.positions} positions{encoder})"
 
     def costs_no_more_than(self, other: "EVSConfig") -> bool:
         """Whether for every clip these settings keep and compute at most as many tokens as `other` does."""

@@ -23,7 +23,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FAMILIES", "TinyFamily", "make_model", "real_clip_path", "real_clip_frames", "synthetic_clip"]
+__all__ = [
+    "FAMILIES",
+    "TinyFamily",
+    "cached_model",
+    "make_model",
+    "real_clip_path",
+    "real_clip_frames",
+    "synthetic_clip",
+]
 
 # Qwen2-VL's own added tokens, in its own order (the ids are ours: the vocabulary is tiny).
 SPECIAL_TOKENS = (
@@ -167,6 +175,32 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
     )
     model.save_pretrained(directory)
     return directory
+
+
+def cached_model(family: str = "qwen2_5_vl", **sizes: Any) -> Path:
+    """`make_model` in a folder of the temporary directory, made on first use; the same arguments find it again."""
+    import hashlib
+    import os
+    import shutil
+    import tempfile
+
+    from transformers.utils import logging
+
+    from evs_vllm import __version__
+
+    key = hashlib.sha256(json.dumps([__version__, family, sizes], sort_keys=True).encode()).hexdigest()[:10]
+    folder = Path(tempfile.gettempdir()) / f"evs-vllm-{os.getuid()}" / f"{family}-{key}"
+    if not folder.is_dir():
+        logging.disable_progress_bar()
+        folder.parent.mkdir(mode=0o700, exist_ok=True)
+        # Made aside and moved: what an interrupted run leaves is not taken for a model.
+        unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
+        try:
+            make_model(unfinished, family, **sizes)
+            unfinished.replace(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
 
 
 def _make_tokenizer() -> Any:

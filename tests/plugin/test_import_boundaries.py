@@ -44,7 +44,7 @@ def test_light_modules_stay_light(name: str) -> None:
     assert not {"torch", "vllm", "numpy"} & imported([name])
 
 
-ORDER = ["errors", "config", "plan", "scoring", "select", "prompt", "positions", "apply"]
+ORDER = ["errors", "config", "plan", "scoring", "select", "prompt", "positions", "apply", "reuse"]
 
 
 @pytest.mark.parametrize("name", ORDER)
