@@ -13,7 +13,7 @@ from tests.reference.tower import TowerReference, TowerSettings
 
 pytestmark = pytest.mark.vllm
 
-EVS = {"rate": 0.75, "request_overrides": "any"}
+EVS = {"rate": 0.75, "encoder": "auto", "request_overrides": "any"}
 CACHED = {"block_size": 32, "enable_prefix_caching": True}
 REUSE = TowerSettings(0.75)
 PIXELS = "pixel_values_videos"
