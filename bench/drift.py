@@ -144,15 +144,18 @@ class Model(nn.Module):
         masked = torch.rand(own.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5
         tokens = self(rows, grid, masked)
         return {
-            "masked_pixels": explained(self.own(tokens)[masked], own[masked], 6),
-            "unit_thumbnail": explained(self.unit(tokens), unit[:, None].expand(-1, tokens.shape[1], -1)),
+            "masked_pixels": explained(self.own(tokens)[masked], own[masked]),
+            "unit_thumbnail": explained(self.unit(tokens), unit[:, None].expand(-1, tokens.shape[1], -1), 3),
         }
 
 
-def explained(guess: torch.Tensor, truth: torch.Tensor, planes: int = 3) -> float:
-    """Share that `guess` explains of the variance of `truth` around the mean of each plane (colour) of each row."""
-    rows = truth.reshape(-1, planes, truth.shape[-1] // planes)
-    return float(1 - (guess - truth).square().mean() / (rows - rows.mean(-1, keepdim=True)).square().mean())
+def explained(guess: torch.Tensor, truth: torch.Tensor, colours: int = 0) -> float:
+    """Share of variance that `guess` explains: around the mean row or, with `colours`, each row's mean colour."""
+    mean = truth.reshape(-1, truth.shape[-1]).mean(0)
+    if colours:
+        size = truth.shape[-1] // colours
+        mean = truth.unflatten(-1, (colours, size)).mean(-1).repeat_interleave(size, -1)
+    return float(1 - (guess - truth).square().mean() / (truth - mean).square().mean())
 
 
 def randomize(visual: nn.Module, seed: int) -> None:
@@ -444,8 +447,8 @@ def measure(
                     "relative_error": float(error[judged].mean()),
                     "centred_cosine_by_age": {str(k): [statistics.fmean(v), len(v)] for k, v in by_age.items() if v},
                     "cosine_by_layer": layers,
-                    "thumbnail": explained(model.unit(got)[judged], truth),
-                    "thumbnail_full": explained(model.unit(full)[judged], truth),
+                    "thumbnail": explained(model.unit(got)[judged], truth, 3),
+                    "thumbnail_full": explained(model.unit(full)[judged], truth, 3),
                 }
             )
     return found
