@@ -126,6 +126,8 @@ def make_rows(clip: torch.Tensor, embeddings: torch.Tensor, budget: int, rate: f
 
     places, size = clip.shape[1], clip.numel()
     first = torch.zeros_like(scores[:1])
+    dropped = clip.shape[0] * places - len(chosen.indices)
+    stale = ek.select_stale(clip, chosen.indices, dropped // 8, backend="ref")
     kept, cosine = embeddings[chosen.indices], ek.cosine_score(features, backend="ref")
     score, prune = {"group": "score", "nbytes": size}, {"group": "prune", "nbytes": size}
     add("torch eager score, unit by unit", eager_units, scores, **score, baseline=True)
@@ -150,6 +152,7 @@ def make_rows(clip: torch.Tensor, embeddings: torch.Tensor, budget: int, rate: f
         add(f"{ours}: temporal_score", lambda kw=kw: ek.temporal_score(clip, **kw), scores, **score)
         add(f"{ours}: select_topk", lambda kw=kw: ek.select_topk(scores, budget, **kw), chosen)
         add(f"{ours}: prune_topk", lambda kw=kw: ek.prune_topk(clip, budget, **kw), chosen, **prune)
+        add(f"{ours}: select_stale", lambda kw=kw: ek.select_stale(clip, chosen.indices, dropped // 8, **kw), stale)
         add(f"{ours}: cosine_score", lambda kw=kw: ek.cosine_score(features, **kw), cosine, note="embeddings")
         add(
             f"{ours}: gather_rows", lambda kw=kw: ek.gather_rows(embeddings, chosen.indices, **kw), kept, group="gather"

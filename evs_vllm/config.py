@@ -140,8 +140,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "encoder_refresh",
         lambda v: _is_count(v, 0),
-        "an integer of at least 0 (0: never)",
-        "With encoder 'reuse', compute every patch of each N-th temporal unit anew, without keeping more tokens.",
+        "an integer of at least 0 (0: none)",
+        "With encoder 'reuse', compute up to one in N of the dropped tokens all the same: those that differ most from "
+        "when their place was last computed.",
         "N",
     ),
     Option(
@@ -178,7 +179,7 @@ class EVSConfig:
     min_tokens_per_unit: int = 0
     max_tokens: int | None = None
     encoder: str = "auto"
-    encoder_refresh: int = 0
+    encoder_refresh: int = 8
     request_overrides: str = "stricter"
     reuse_obstacle: str = ""
     """Not an option: why this server cannot run the encoder 'reuse', or "". Set at start-up by `resolve_encoder`."""
@@ -263,13 +264,11 @@ class EVSConfig:
         return f"{' and '.join(what)}{kept} ({self.positions} positions{encoder})"
 
     def costs_no_more_than(self, other: "EVSConfig") -> bool:
-        """Whether for every clip these settings keep and compute at most as many tokens as `other` does."""
+        """Whether for every clip these settings may keep and compute at most as many tokens as `other` may."""
         refresh, other_refresh = self.encoder_refresh or math.inf, other.encoder_refresh or math.inf
-        if self.active and other.active and other.encoder == "reuse":
-            # A unit is refreshed when its number divides by N, so only a multiple of N never refreshes more.
-            seldom = refresh == math.inf or (other_refresh != math.inf and refresh % other_refresh == 0)
-            if self.encoder != "reuse" or not seldom:
-                return False
+        computes_less = self.encoder == "reuse" and refresh >= other_refresh
+        if self.active and other.active and other.encoder == "reuse" and not computes_less:
+            return False
         return self.cannot_keep_more_than(other)
 
     def cannot_keep_more_than(self, other: "EVSConfig") -> bool:

@@ -6,7 +6,7 @@ clip's multimodal fields). Placeholders, positions, embedding rows and cache ide
 cannot disagree.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from evs_vllm.config import POSITIONS
 from evs_vllm.errors import PlanError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the tensor format; a plan of another version is refused."""
 
 _HEADER = 11
@@ -67,10 +67,12 @@ class RetentionPlan:
         positions: "keep" or "sequential" (see `evs_vllm.positions`).
         layout: The unpruned prompt of the clip, or None before the prompt is known.
         encoder: "full" if the vision tower computes every token, "reuse" if only `computed`.
-        refresh: With "reuse", every `refresh`-th unit is computed whole; 0 is never.
+        refreshed: With "reuse", (S,) int64, sorted: the dropped tokens that the tower computes all the same, because
+            their place has changed much since it was last computed. None of them is kept.
 
     Raises:
-        PlanError: Indices unsorted, repeated or out of range, or a layout for another number of tokens.
+        PlanError: Indices unsorted, repeated, out of range or both kept and refreshed, or a layout for another number
+            of tokens.
     """
 
     grid: tuple[int, int, int]
@@ -78,20 +80,27 @@ class RetentionPlan:
     positions: str = "keep"
     layout: Layout | None = None
     encoder: str = "full"
-    refresh: int = 0
+    refreshed: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         if min(self.grid) < 1 or self.positions not in POSITIONS or self.encoder not in _PLAN_ENCODERS:
             raise PlanError(
                 f"Bad grid {self.grid}, positions {self.positions!r} or encoder {self.encoder!r} in a plan."
             )
-        inside = len(self.kept) and self.kept[0] >= 0 and self.kept[-1] < self.num_tokens
-        if not inside or not np.all(np.diff(self.kept) > 0):
+        if not len(self.kept) or not self._is_selection(self.kept):
             raise PlanError(f"Kept indices must be sorted, distinct and within 0..{self.num_tokens - 1}.")
+        if len(self.refreshed):
+            again = np.isin(self.refreshed, self.kept, assume_unique=True)
+            if self.encoder == "full" or not self._is_selection(self.refreshed) or again.any():
+                raise PlanError("Refreshed indices must be sorted, distinct, dropped, and of a plan that reuses.")
         if self.layout is not None and self.layout.is_visual.sum() != self.num_tokens:
             raise PlanError(
                 f"The prompt has {int(self.layout.is_visual.sum())} video tokens for a grid of {self.num_tokens}."
             )
+
+    def _is_selection(self, indices: IntArray) -> bool:
+        inside = indices[0] >= 0 and indices[-1] < self.num_tokens
+        return bool(inside and np.all(np.diff(indices) > 0))
 
     @property
     def num_units(self) -> int:
@@ -127,11 +136,7 @@ class RetentionPlan:
         """(C,) sorted flat indices of the tokens that the vision tower computes; the kept ones are among them."""
         if self.encoder == "full":
             return np.arange(self.num_tokens)
-        if not self.refresh:
-            return self.kept
-        mask = self.mask.copy()
-        mask[:: self.refresh] = True
-        return np.flatnonzero(mask)
+        return np.union1d(self.kept, self.refreshed) if len(self.refreshed) else self.kept
 
     @cached_property
     def kept_in_computed(self) -> IntArray:
@@ -167,8 +172,9 @@ class RetentionPlan:
         layout = self._layout()
         runs = [_runs(a) for a in (layout.token_ids, layout.is_embed, layout.is_visual)]
         header = [FORMAT, *self.grid, POSITIONS.index(self.positions)]
-        header += [_PLAN_ENCODERS.index(self.encoder), self.refresh, self.num_kept, *(len(r) for r in runs)]
-        return np.concatenate([np.array(header, dtype=np.int64), self.kept, *runs])
+        parts = [self.kept, self.refreshed, *runs]
+        header += [_PLAN_ENCODERS.index(self.encoder), *(len(part) for part in parts)]
+        return np.concatenate([np.array(header, dtype=np.int64), *parts])
 
     @classmethod
     def from_array(cls, array: IntArray) -> "RetentionPlan":
@@ -179,13 +185,13 @@ class RetentionPlan:
         """
         if array.ndim != 1 or len(array) < _HEADER or array[0] != FORMAT:
             raise PlanError("Not a retention plan of this evs-vllm version: do all processes run the same version?")
-        form, t, h, w, positions, encoder, refresh, num_kept, *num_runs = (int(x) for x in array[:_HEADER])
-        if len(array) != _HEADER + num_kept + sum(num_runs) or positions not in (0, 1) or encoder not in (0, 1):
+        form, t, h, w, positions, encoder, *lengths = (int(x) for x in array[:_HEADER])
+        if len(array) != _HEADER + sum(lengths) or min(lengths) < 0 or positions not in (0, 1) or encoder not in (0, 1):
             raise PlanError(f"A retention plan of format {form} is cut short or damaged.")
-        kept, *runs = np.split(array[_HEADER:], np.cumsum([num_kept, *num_runs])[:-1])
+        kept, refreshed, *runs = np.split(array[_HEADER:], np.cumsum(lengths)[:-1])
         token_ids, is_embed, is_visual = (_unrun(r) for r in runs)
         layout = Layout(token_ids, is_embed.astype(np.bool_), is_visual.astype(np.bool_))
-        return cls((t, h, w), kept, POSITIONS[positions], layout, _PLAN_ENCODERS[encoder], refresh)
+        return cls((t, h, w), kept, POSITIONS[positions], layout, _PLAN_ENCODERS[encoder], refreshed)
 
 
 def _runs(values: npt.NDArray[np.generic]) -> IntArray:

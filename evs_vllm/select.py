@@ -6,6 +6,7 @@ Source: arXiv 2510.14624 (unit 0 whole, the highest scores over the whole clip);
 """
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import evs_kernels
@@ -64,6 +65,12 @@ def make_plan(tokens: "torch.Tensor", grid: tuple[int, int, int], config: EVSCon
     else:
         selection = evs_kernels.prune_topk(tokens, budget, min_per_unit=config.min_tokens_per_unit)
     kept = selection.indices.cpu().numpy()
-    # A clip that keeps everything has nothing to reuse: it takes the stock path.
-    encoder = "reuse" if config.encoder == "reuse" and len(kept) < units * per_unit else "full"
-    return RetentionPlan(grid, kept, config.positions, None, encoder, config.encoder_refresh)
+    dropped = units * per_unit - len(kept)
+    if config.encoder != "reuse" or not dropped:
+        # A clip that keeps everything has nothing to reuse: it takes the stock path.
+        return RetentionPlan(grid, kept, config.positions)
+    plan = RetentionPlan(grid, kept, config.positions, encoder="reuse")
+    budget = dropped // config.encoder_refresh if config.encoder_refresh else 0
+    if not budget:
+        return plan
+    return replace(plan, refreshed=evs_kernels.select_stale(tokens, selection.indices, budget).cpu().numpy())

@@ -6,7 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Machines are shared: how long an example takes says nothing.
+hypothesis.settings.register_profile("evs", deadline=None)
+hypothesis.settings.load_profile("evs")
 
 # Engines run inside the test process, where a test can look into them; servers are processes of their own.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

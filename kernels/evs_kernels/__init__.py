@@ -7,6 +7,7 @@ from ._warmup import warmup
 from .cosine_score import cosine_score
 from .gather_rows import gather_rows
 from .prune_topk import prune_topk
+from .select_stale import select_stale
 from .select_threshold import select_threshold
 from .select_topk import select_topk
 from .temporal_score import temporal_score
@@ -18,6 +19,7 @@ __all__ = [
     "cosine_score",
     "gather_rows",
     "prune_topk",
+    "select_stale",
     "select_threshold",
     "select_topk",
     "supported",

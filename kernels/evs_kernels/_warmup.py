@@ -8,6 +8,7 @@ import torch
 from .cosine_score import cosine_score
 from .gather_rows import gather_rows
 from .prune_topk import prune_topk
+from .select_stale import select_stale
 from .select_threshold import select_threshold
 from .select_topk import select_topk
 from .temporal_score import temporal_score
@@ -37,6 +38,8 @@ def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] 
                 prune_topk(tokens, 4, min_per_unit=reserved)
                 select_topk(scores, 4, min_per_unit=reserved)
                 select_threshold(scores, 1, min_per_unit=reserved)
+            if dtype == torch.uint8:
+                select_stale(tokens, torch.arange(2, device=device), 1)
             if dtype.is_floating_point:
                 cosine_score(tokens)
     rows = torch.zeros(1, dtype=torch.int64, device=device)

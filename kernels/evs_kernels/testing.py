@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import cosine_score, gather_rows, prune_topk, select_threshold, select_topk, temporal_score
+from . import cosine_score, gather_rows, prune_topk, select_stale, select_threshold, select_topk, temporal_score
 
 TOLERANCE = {
     torch.float32: (1e-5, 2e-6),  # a sum of up to 10k float32 terms, in any order
@@ -115,8 +115,23 @@ def _prune(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iter
         yield Call((clip, budget), {"min_per_unit": reserved})
 
 
+def _stale(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    clip = random_clip(generator, dtype, shape)
+    units, places, _ = shape
+    for share in (0.0, 0.4):
+        stays = torch.rand((units, places), generator=generator) < share
+        stays[0] = True
+        kept = stays.flatten().nonzero().flatten()
+        dropped = units * places - len(kept)
+        for budget in (0, dropped // 4, dropped):
+            yield Call((clip, kept, budget), {})
+    # Noise: distances between units are all about the same, so one level more or less changes much.
+    yield Call((random_tensor(generator, dtype, shape), torch.arange(places), (units - 1) * places // 2), {})
+
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CLIPS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (6, 5, 33), (4, 3, 272), (3, 2, 1200))
+_STALE = ((1, 1, 1), (2, 1, 5), (5, 3, 33), (3, 2, 9500))
 _SCORES = ((1, 1), (1, 9), (4, 1), (2, 3), (3, 13))
 
 SPECS = (
@@ -124,6 +139,7 @@ SPECS = (
     OpSpec("cosine_score", cosine_score, _one, _FLOATS, _CLIPS, ((9, 131, 1024), (3, 67, 3584))),
     OpSpec("select_topk", select_topk, _topk, (torch.int32, torch.float32), _SCORES, ((33, 650), (3, 9001))),
     OpSpec("select_threshold", select_threshold, _threshold, (torch.int32, torch.float32), _SCORES, ((33, 650),)),
+    OpSpec("select_stale", select_stale, _stale, (torch.uint8,), _STALE, ((9, 131, 1176), (17, 67, 4704))),
     OpSpec(
         "gather_rows",
         gather_rows,

@@ -251,7 +251,7 @@ class TestStricter:
         count = 0
 
         @settings(
-            max_examples=120, deadline=None, derandomize=True, database=None,
+            max_examples=120, derandomize=True, database=None,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(malformed())

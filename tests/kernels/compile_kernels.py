@@ -29,6 +29,7 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
     cosine = import_module("evs_kernels.cosine_score._triton_kernels")
     select = import_module("evs_kernels.select_topk._triton_kernels")
     gather = import_module("evs_kernels.gather_rows._triton_kernels")
+    stale = import_module("evs_kernels.select_stale._triton_kernels")
     for wide in (True, False):
         depth, tag = ({"depth"}, "wide") if wide else (set(), "odd")
         for t in ("u8", *FLOATS):
@@ -48,6 +49,10 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
     args = ["*bf16", "*fp32", "*fp32", "i32", "i32"]
     yield "cosine-bf16-one", cosine.slice_kernel, args, {**one, "SLICE": 128}, set(), 1
     yield "gather-u8-one", gather.copy_kernel, ["*u8", "*i64", "*u8", "i32"], {"width": 1, "SLICE": 2048}, set(), 4
+    for write in (True, False):
+        args = ["*u8", "*u8", "*i32", "*i32", "*u8", "i32", "i32", "i32"]
+        yield f"stale-{write:d}-wide", stale.scan_kernel, args, {"WRITE": write, "BLOCK": stale.BLOCK}, {"width"}, 1
+    yield "stale-step", stale.step_kernel, ["*i32", "*i32", "i32"], {}, set(), 1
     args = ["*fp32", "*fp32", "*fp32", "i32", "i32", "i32"]
     yield "cosine-finish", cosine.finish_kernel, args, {"BLOCK": score.BLOCK}, set(), 4
     for s in ("i32", "fp32"):

@@ -112,6 +112,33 @@ def test_select_threshold(backend, dtype, threshold, reserved, cap, indices, cou
     assert kept(got) == (indices, counts)
 
 
+def test_select_stale(backend):
+    # Nine equal values per token, of which one is compared. Place 0 creeps, place 1 jumps and returns, place 2 rests.
+    units = [[0, 50, 7], [4, 90, 7], [8, 50, 7], [12, 50, 7], [16, 50, 7]]
+    clip = torch.tensor(units, dtype=torch.uint8)[:, :, None].repeat(1, 1, 9)
+
+    def stale(kept, budget):
+        return ek.select_stale(clip, torch.tensor(kept), budget, backend=backend).tolist()
+
+    assert stale([0, 1, 2], 0) == []
+    assert stale([0, 1, 2], 1) == []  # any level that takes the jump takes the return as well
+    assert stale([0, 1, 2], 2) == [4, 7]
+    assert stale([0, 1, 2], 3) == [4, 7, 9]  # the lowest level that fits is 9: place 0 has crept by 12 in unit 3
+    assert stale([0, 1, 2], 4) == [4, 6, 7, 12]  # at level 5, which place 0 passes in units 2 and 4
+    assert stale([0, 1, 2], 5) == [4, 6, 7, 12]  # at level 4 it would be all four units of place 0
+    assert stale([0, 1, 2], 12) == [3, 4, 6, 7, 9, 12]  # place 2 never is
+    assert stale([0, 1, 2, 4], 1) == [7]  # kept at the jump, so the return is far from what was computed
+    assert stale([0, 1, 2, 4, 7], 1) == [9]
+    assert stale([0, 1, 2, 4, 6, 7], 1) == [12]  # measured from unit 2, where place 0 was kept
+
+
+def test_select_stale_compares_every_ninth_value(backend):
+    clip = torch.zeros((3, 1, 11), dtype=torch.uint8)
+    clip[1, 0, 1:9] = 255  # between the samples
+    clip[2, 0, 9] = 1
+    assert ek.select_stale(clip, torch.tensor([0]), 2, backend=backend).tolist() == [2]
+
+
 def test_int32_extremes(backend):
     low, high = -(2**31), 2**31 - 1
     scores = torch.tensor([[0, 0, 0, 0], [low, high, high - 1, low + 1]], dtype=torch.int32)

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 import evs_kernels as ek
 
-SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 shapes = st.tuples(st.integers(1, 7), st.integers(1, 40))
 ints = st.one_of(st.integers(-3, 3), st.integers(-(2**31), 2**31 - 1))
@@ -68,3 +68,28 @@ def test_cosine_of_equal_units_is_zero_and_range_is_two(array):
     assert ((got >= 0) & (got <= 2)).all()
     assert not ek.cosine_score(unit[:1].repeat(3, 1, 1)).any()
     assert not any(math.isnan(x) for x in got.flatten().tolist())
+
+
+@SETTINGS
+@given(
+    hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 30))),
+    st.integers(0, 130),
+    st.data(),
+)
+def test_stale(array, budget, data):
+    tokens = torch.from_numpy(array)
+    units, places, _ = tokens.shape
+    stays = data.draw(hnp.arrays(np.bool_, (units, places)))
+    stays[0] = True
+    kept = torch.from_numpy(np.flatnonzero(stays))
+    stale = ek.select_stale(tokens, kept, budget)
+    assert stale.tolist() == ek.select_stale(tokens, kept, budget, backend="ref").tolist()
+    assert len(stale) <= budget and (stale.diff() > 0).all()
+    assert not stays.reshape(-1)[stale].any()
+    # Given room for everything, what is left out equals what was last computed.
+    rest = np.ones(units * places, np.bool_)
+    rest[kept], rest[ek.select_stale(tokens, kept, units * places)] = False, False
+    samples = array[:, :, ::9]
+    for t, p in zip(*np.nonzero(rest.reshape(units, places)), strict=True):
+        latest = max(s for s in range(t) if not rest.reshape(units, places)[s, p])
+        assert (samples[t, p] == samples[latest, p]).all()

@@ -120,16 +120,15 @@ def test_prompt_plan_and_placeholder_agree(model: Path) -> None:
 def test_pixels_that_nobody_computes_do_not_travel(model: Path) -> None:
     frames = synthetic_clip(frames=16, size=SIZE, moving=0.2)
     full = fields(process(processor_for(model, {"rate": 0.75, "encoder": "full"}), frames))["pixel_values_videos"]
-    processor = processor_for(model, {"rate": 0.75})
-    for kwargs, refreshed in ({}, []), ({"evs_encoder_refresh": 3}, [3, 6]):
-        strict = {"evs_rate": 0.75, **kwargs}
-        if kwargs:
-            processor = processor_for(model, {"rate": 0.75, "request_overrides": "any"})
-        result = process(processor, frames, **strict)
+    for refresh in 0, 8, 3:
+        processor = processor_for(model, {"rate": 0.75, "request_overrides": "any"})
+        result = process(processor, frames, evs_encoder_refresh=refresh)
         plan, pixels = plan_in(result), fields(result)["pixel_values_videos"]
         assert plan is not None and plan.encoder == "reuse"
-        expected = sorted({*plan.kept.tolist(), *(t * 20 + p for t in refreshed for p in range(20))})
+        expected = sorted({*plan.kept.tolist(), *plan.refreshed.tolist()})
         assert plan.computed.tolist() == expected
+        assert len(plan.refreshed) <= (120 // refresh if refresh else 0)
+        assert bool(len(plan.refreshed)) == bool(refresh)
         assert pixels.tolist() == full.view(-1, 4, full.shape[-1])[expected].flatten(0, 1).tolist()
 
 
@@ -145,7 +144,7 @@ def test_cache_keys(model: Path) -> None:
     plain = key(processor)
     assert plain == key(processor, evs_encoder="reuse") == key(processor, evs_encoder="auto")
     assert plain == key(processor, evs_rate=0.75) == key(processor_for(model, {"rate": 0.75}))
-    assert plain == key(processor, evs_positions="keep")
+    assert plain == key(processor, evs_positions="keep") == key(processor, evs_encoder_refresh=8)
     other = [
         key(processor, evs_rate=0.5),
         key(processor, evs_threshold=4),
@@ -154,6 +153,7 @@ def test_cache_keys(model: Path) -> None:
         key(processor, evs_max_tokens=30),
         key(processor, evs_encoder="full"),
         key(processor, evs_encoder_refresh=2),
+        key(processor, evs_encoder_refresh=0),
     ]
     stock = key(processor_for(model, None))
     assert len({plain, stock, *other}) == len(other) + 2
@@ -317,8 +317,8 @@ def test_lora_counts_are_those_of_the_whole_clip(fake: Any) -> None:
     plan = RetentionPlan((3, 2, 2), np.arange(5), layout=Layout.contiguous(1, 12))
     count = fake.get_mm_lora_token_counts
     assert count(modality="video", mm_kwargs=item_with(plan), num_mm_embeds=5) == (48, 12)
-    lent = replace(plan, encoder="reuse", refresh=2)
-    assert count(modality="video", mm_kwargs=item_with(lent), num_mm_embeds=5) == (4 * 9, 9)
+    lent = replace(plan, encoder="reuse", refreshed=np.array([7, 9]))
+    assert count(modality="video", mm_kwargs=item_with(lent), num_mm_embeds=5) == (4 * 7, 7)
     assert count(modality="image", mm_kwargs={}, num_mm_embeds=5) == (20, 5)
     assert count(modality="video", mm_kwargs=None, num_mm_embeds=5) == (20, 5)
 

@@ -19,23 +19,54 @@ from tests.reference.hf import Clip, Reference, Settings, select
 
 @dataclass(frozen=True)
 class TowerSettings(Settings):
-    """`Settings` with the vision tower's: "full", or "reuse" with every `refresh`-th unit computed whole (0: none)."""
+    """`Settings` with the vision tower's: "full", or "reuse" with one in `refresh` of the dropped computed."""
 
     encoder: str = "reuse"
-    refresh: int = 0
+    refresh: int = 8
 
 
-def computed_tokens(grid: tuple[int, int, int], kept: np.ndarray, settings: TowerSettings) -> np.ndarray:
-    """(N,) bool over the clip's tokens: those that the tower computes."""
-    units, rows, columns = grid
-    per_unit = rows * columns
-    wanted = set(kept.tolist())
-    if settings.encoder == "full" or settings.off:
-        wanted = set(range(units * per_unit))
-    for t in range(units):
-        if settings.refresh and t % settings.refresh == 0:
-            wanted |= set(range(t * per_unit, (t + 1) * per_unit))
-    return np.array([i in wanted for i in range(units * per_unit)])
+def computed_tokens(pixels: np.ndarray, kept: np.ndarray, settings: Settings) -> np.ndarray:
+    """Which tokens of a clip the tower computes.
+
+    Args:
+        pixels: uint8 (units T, tokens per unit P, bytes D): all pixels of each token, in the processor's order.
+        kept: Sorted flat indices of the kept tokens.
+        settings: The settings; plain `Settings` are those of the full tower.
+
+    Returns:
+        (T*P,) bool: the kept tokens and, at the lowest level that the bisection finds to mark no more than one in
+        `refresh` of the dropped ones, those whose every ninth value differs by at least that from what was computed
+        last at their place.
+    """
+    units, per_unit, _ = pixels.shape
+    total = units * per_unit
+    if settings.off or not isinstance(settings, TowerSettings) or settings.encoder == "full":
+        return np.ones(total, dtype=bool)
+    stays = set(kept.tolist())
+    budget = (total - len(kept)) // settings.refresh if settings.refresh else 0
+    looks = pixels[:, :, ::9].astype(np.int64)
+
+    def moved_by(level: int) -> set[int]:
+        moved = set()
+        for p in range(per_unit):
+            computed = 0
+            for t in range(1, units):
+                token = t * per_unit + p
+                if token not in stays and np.abs(looks[t, p] - looks[computed, p]).sum() >= level:
+                    moved.add(token)
+                if token in stays or token in moved:
+                    computed = t
+        return moved
+
+    too_low, enough = 0, 255 * looks.shape[2] + 1
+    while budget and enough - too_low > 1:
+        middle = (too_low + enough) // 2
+        if len(moved_by(middle)) > budget:
+            too_low = middle
+        else:
+            enough = middle
+    wanted = stays | moved_by(enough)
+    return np.array([i in wanted for i in range(total)])
 
 
 @torch.inference_mode()
@@ -118,6 +149,6 @@ class TowerReference(Reference):
             if len(kept) < len(vectors):
                 video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
                 seen = self.processor.video_processor(videos=[video], return_tensors="pt")
-                computed = computed_tokens(grid, kept, settings)
+                computed = computed_tokens(pixels, kept, settings)
                 vectors, _ = encode(self.model.model.visual, seen["pixel_values_videos"], grid, computed)
         return vectors, grid, pixels

@@ -100,6 +100,7 @@ def test_identity_tells_settings_apart_and_spellings_not() -> None:
         EVSConfig(rate=0.5, encoder="full"),
         EVSConfig(rate=0.5, encoder="reuse"),
         EVSConfig(rate=0.5, encoder="reuse", encoder_refresh=2),
+        EVSConfig(rate=0.5, encoder="reuse", encoder_refresh=0),
     ]
     assert len({config.identity for config in different}) == len(different)
     assert EVSConfig(rate=0, positions="sequential").identity == ""
@@ -143,9 +144,10 @@ def test_encoder_is_resolved_at_start() -> None:
         (REUSE, {"evs_encoder": "full"}, False),
         (replace(REUSE, encoder="full"), {"evs_encoder": "reuse"}, True),
         (REUSE, {"evs_encoder_refresh": 4}, False),
+        (replace(REUSE, encoder_refresh=0), {"evs_encoder_refresh": 1000}, False),
         (replace(REUSE, encoder_refresh=4), {"evs_encoder_refresh": 8}, True),
         (replace(REUSE, encoder_refresh=4), {"evs_encoder_refresh": 0}, True),
-        (replace(REUSE, encoder_refresh=4), {"evs_encoder_refresh": 6}, False),
+        (replace(REUSE, encoder_refresh=4), {"evs_encoder_refresh": 3}, False),
         (EVSConfig().resolve_encoder("no tower."), {"evs_rate": 0.5, "evs_encoder": "reuse"}, False),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evs_vllm.apply import encoder_batches, keep_rows
@@ -26,6 +26,9 @@ def random_plan(seed: int, units: int, height: int, width: int, framed: bool) ->
     stays = rng.random(units * per_unit) < 0.4
     stays[:per_unit] = True
     plan = RetentionPlan((units, height, width), np.flatnonzero(stays), str(rng.choice(["keep", "sequential"])))
+    if rng.random() < 0.5:
+        again = np.flatnonzero(~stays & (rng.random(stays.shape) < 0.3))
+        plan = replace(plan, encoder="reuse", refreshed=again)
     if not framed:
         return plan.with_layout(Layout.contiguous(PAD, units * per_unit))
     ids = np.concatenate([[TEXT, TEXT + 1, *([PAD] * per_unit)] for _ in range(units)] + [[NEWLINE]])
@@ -52,8 +55,9 @@ def test_golden_framed_clip() -> None:
 @given(plans)
 def test_plan_survives_the_trip(plan: RetentionPlan) -> None:
     back = RetentionPlan.from_array(torch.from_numpy(plan.to_array()).numpy())
-    assert (back.grid, back.positions) == (plan.grid, plan.positions)
-    assert back.kept.tolist() == plan.kept.tolist()
+    assert (back.grid, back.positions, back.encoder) == (plan.grid, plan.positions, plan.encoder)
+    for name in ("kept", "refreshed", "computed"):
+        assert getattr(back, name).tolist() == getattr(plan, name).tolist()
     assert plan.layout is not None and back.layout is not None
     for name in ("token_ids", "is_embed", "is_visual"):
         assert getattr(back.layout, name).tolist() == getattr(plan.layout, name).tolist()
@@ -68,7 +72,11 @@ def test_counts_rows_and_placeholders_agree(plan: RetentionPlan) -> None:
     dropped = plan.num_tokens - plan.num_kept
     assert len(plan.layout.token_ids) - len(ids) == dropped
     rows = torch.arange(len(plan.layout.is_visual))[:, None].float()
-    assert keep_rows(rows, plan)[:, 0].long().tolist() == plan.embed_index.tolist()
+    whole = replace(plan, encoder="full", refreshed=plan.refreshed[:0])
+    assert keep_rows(rows, whole)[:, 0].long().tolist() == plan.embed_index.tolist()
+    if plan.encoder == "reuse":
+        rows = torch.from_numpy(plan.computed)[:, None].float()
+        assert keep_rows(rows, plan)[:, 0].long().tolist() == plan.kept.tolist()
 
 
 @pytest.mark.parametrize("cut", [0, 3, -1])
@@ -84,6 +92,16 @@ def test_damaged_plans_are_refused(cut: int) -> None:
 def test_bad_indices_are_refused(kept: list[int]) -> None:
     with pytest.raises(PlanError):
         RetentionPlan((2, 1, 2), np.array(kept, dtype=np.int64))
+
+
+@pytest.mark.parametrize("refreshed", [[3, 2], [3, 3], [4], [-1], [1]])
+def test_bad_refreshed_indices_are_refused(refreshed: list[int]) -> None:
+    kept = np.array([0, 1])
+    assert RetentionPlan((2, 1, 2), kept, encoder="reuse", refreshed=np.array([3])).computed.tolist() == [0, 1, 3]
+    with pytest.raises(PlanError, match="Refreshed"):
+        RetentionPlan((2, 1, 2), kept, encoder="reuse", refreshed=np.array(refreshed))
+    with pytest.raises(PlanError, match="of a plan that reuses"):
+        RetentionPlan((2, 1, 2), kept, refreshed=np.array([3]))
 
 
 def test_mismatches_are_refused() -> None:
@@ -159,13 +177,15 @@ pieces = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(pieces)
 def test_keep_is_the_unpruned_prompt_gathered(prompt: list[int | RetentionPlan | tuple[int, int, int]]) -> None:
     prompt = [replace(p, positions="keep") if isinstance(p, RetentionPlan) else p for p in prompt]
     ids, items = lay_out(prompt)
     positions, delta = pruned_positions(ids, items, move, stock_mrope)
-    unpruned = [replace(p, kept=np.arange(p.num_tokens)) if isinstance(p, RetentionPlan) else p for p in prompt]
+    unpruned = [
+        replace(p, kept=np.arange(p.num_tokens), refreshed=p.refreshed[:0]) if isinstance(p, RetentionPlan) else p
+        for p in prompt
+    ]
     full_ids, full_items = lay_out(unpruned)
     full, full_delta = stock_mrope(full_ids, [(i.offset, i.feature) for i in full_items])
     index: list[int] = []
@@ -181,7 +201,6 @@ def test_keep_is_the_unpruned_prompt_gathered(prompt: list[int | RetentionPlan |
     assert delta + len(ids) == full_delta + len(full_ids)
 
 
-@settings(deadline=None)
 @given(pieces)
 def test_sequential_numbers_clips_like_text(prompt: list[int | RetentionPlan | tuple[int, int, int]]) -> None:
     prompt = [replace(p, positions="sequential") if isinstance(p, RetentionPlan) else p for p in prompt]
@@ -200,5 +219,7 @@ def test_encoder_batches_bound_memory(clips: list[RetentionPlan], limit: int) ->
     for start, stop in slices:
         tokens = sum(plan.num_tokens for plan in clips[start:stop])
         assert stop - start == 1 or tokens <= limit
+        assert len({plan.encoder for plan in clips[start:stop]}) == 1
     for (start, stop), (_, after) in zip(slices, slices[1:], strict=False):
-        assert sum(p.num_tokens for p in clips[start : stop + 1]) > limit and after > stop
+        full = sum(p.num_tokens for p in clips[start : stop + 1]) > limit
+        assert (full or clips[stop].encoder != clips[start].encoder) and after > stop

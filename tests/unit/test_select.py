@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Budget and selection against a plain reference, and what the 'stricter' rule promises for real clips."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -55,7 +56,7 @@ configs = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(clips, configs)
 def test_plan_equals_reference(clip: np.ndarray, config: EVSConfig) -> None:
     units, per_unit, _ = clip.shape
@@ -66,11 +67,26 @@ def test_plan_equals_reference(clip: np.ndarray, config: EVSConfig) -> None:
         assert plan.num_kept == token_budget(units, per_unit, config)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(clips, configs, configs)
 def test_stricter_never_keeps_more(clip: np.ndarray, one: EVSConfig, other: EVSConfig) -> None:
     if one.cannot_keep_more_than(other):
         assert len(reference(clip, one)) <= len(reference(clip, other))
+
+
+@settings(max_examples=100)
+@given(clips, configs, st.integers(0, 9))
+def test_refreshed_tokens_are_those_of_the_reference(clip: np.ndarray, config: EVSConfig, refresh: int) -> None:
+    from tests.reference.tower import TowerSettings, computed_tokens
+
+    units, per_unit, _ = clip.shape
+    config = replace(config, encoder="reuse", encoder_refresh=refresh)
+    plan = make_plan(torch.from_numpy(clip), (units, 1, per_unit), config)
+    expected = computed_tokens(clip, plan.kept, TowerSettings(rate=0.5, refresh=refresh))
+    assert plan.computed.tolist() == np.flatnonzero(expected).tolist()
+    dropped = plan.num_tokens - plan.num_kept
+    assert len(plan.refreshed) <= (dropped // refresh if refresh else 0)
+    assert plan.encoder == ("reuse" if dropped else "full")
 
 
 @pytest.mark.parametrize(
