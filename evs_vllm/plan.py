@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from evs_vllm.config import POSITIONS
 from evs_vllm.errors import PlanError
+from evs_vllm.options import POSITIONS
 
 FORMAT = 2
 """Version of the tensor format; a plan of another version is refused."""

@@ -12,8 +12,9 @@ from typing import Any
 
 from evs_vllm import envs
 from evs_vllm.adapters import family_of, supported_architectures
-from evs_vllm.config import CONFIG_KEY, OPTIONS, EVSConfig, refuse_keys, split_request_kwargs
+from evs_vllm.config import EVSConfig, refuse_keys, split_request_kwargs
 from evs_vllm.errors import ConfigError, UnsupportedError
+from evs_vllm.options import CONFIG_KEY, OPTIONS
 from evs_vllm.versions import tested_range, version_is_tested
 
 # A child of vLLM's logger, so that its handler and level apply.

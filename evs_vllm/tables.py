@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evs_vllm.adapters import FAMILIES
-from evs_vllm.config import OPTIONS, EVSConfig
+from evs_vllm.config import EVSConfig
+from evs_vllm.options import OPTIONS
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

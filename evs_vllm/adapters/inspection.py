@@ -20,9 +20,10 @@ from evs_vllm import plugin
 from evs_vllm.adapters import family_of
 from evs_vllm.adapters.base import Clip
 from evs_vllm.adapters.processor import MODALITY, pixel_stats, plan_of
-from evs_vllm.config import CONFIG_KEY, EVSConfig
+from evs_vllm.config import EVSConfig
 from evs_vllm.errors import EVSError, UnsupportedError
 from evs_vllm.inspection import Inspection
+from evs_vllm.options import CONFIG_KEY
 from evs_vllm.plan import RetentionPlan
 from evs_vllm.prompt import pruned_clip
 from evs_vllm.scoring import pixel_change

@@ -16,8 +16,9 @@ from evs_vllm.adapters.base import FamilyAdapter
 from evs_vllm.adapters.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
 from evs_vllm.apply import encoder_batches, keep_rows
 from evs_vllm.compat import flash_attention, stamped, stock_model_class
-from evs_vllm.config import CONFIG_KEY, EVSConfig
+from evs_vllm.config import EVSConfig
 from evs_vllm.errors import UnsupportedError
+from evs_vllm.options import CONFIG_KEY
 from evs_vllm.plan import RetentionPlan
 from evs_vllm.positions import PositionRequest, pruned_positions
 from evs_vllm.prompt import ClipSpan

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments that several subcommands share. The EVS options come from `evs_vllm.config.OPTIONS`."""
+"""Arguments that several subcommands share. The EVS options come from `evs_vllm.options.OPTIONS`."""
 
 import argparse
 import json
@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from evs_vllm.config import OPTIONS, EVSConfig, Option
+from evs_vllm.config import EVSConfig
 from evs_vllm.errors import ConfigError, EVSError
+from evs_vllm.options import OPTIONS, Option
 
 DEFAULT_RATE = 0.75
 """Used where neither a rate, a threshold nor a cap is given."""

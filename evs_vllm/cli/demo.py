@@ -22,8 +22,9 @@ from evs_vllm.cli._servers import run_to_end, serving, stoppable
 from evs_vllm.cli._text import percent, seconds, table
 from evs_vllm.cli.doctor import nvidia_gpus
 from evs_vllm.cli.view import check_output
-from evs_vllm.config import OPTIONS, EVSConfig
+from evs_vllm.config import EVSConfig
 from evs_vllm.errors import EVSError
+from evs_vllm.options import OPTIONS
 
 QUESTION = "Describe the video in one sentence."
 MAX_TOKENS = 16

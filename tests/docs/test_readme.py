@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from evs_vllm import tables
-from evs_vllm.config import OPTIONS
+from evs_vllm.options import OPTIONS
 from evs_vllm.versions import TESTED_VLLM
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -39,12 +39,14 @@ def test_kernels_know_nobody() -> None:
     assert not {"vllm", "evs_vllm"} & imported(modules(evs_kernels))
 
 
-@pytest.mark.parametrize("name", ["evs_vllm", "evs_vllm.config", "evs_vllm.errors", "evs_vllm.versions"])
+@pytest.mark.parametrize(
+    "name", ["evs_vllm", "evs_vllm.options", "evs_vllm.config", "evs_vllm.errors", "evs_vllm.versions"]
+)
 def test_light_modules_stay_light(name: str) -> None:
     assert not {"torch", "vllm", "numpy"} & imported([name])
 
 
-ORDER = ["errors", "config", "plan", "scoring", "select", "prompt", "positions", "apply", "reuse"]
+ORDER = ["errors", "options", "config", "plan", "scoring", "select", "prompt", "positions", "apply", "reuse"]
 
 
 @pytest.mark.parametrize("name", ORDER)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evs_vllm.config import OPTIONS, EVSConfig, exact, split_request_kwargs
+from evs_vllm.config import EVSConfig, exact, split_request_kwargs
 from evs_vllm.errors import ConfigError, EVSError, RequestError
+from evs_vllm.options import OPTIONS
 from evs_vllm.select import token_budget
 
 GOOD = {
