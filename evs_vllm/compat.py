@@ -12,6 +12,9 @@ Ledger (reason; when it can go):
 - `shield_llvmlite`: vLLM's CPU worker inspects every object of every loaded module (triton_utils/dispatcher.py,
   ``_rebind_kernels``) and dies on llvmlite's library wrapper, which answers to any attribute name. Happens without this
   package too, when numba is loaded before an in-process engine. Can go when vLLM skips such objects.
+- `widen_rotary_caches`: Qwen3-VL and its kin make their cos/sin cache no longer than the context unless vLLM's own
+  pruning is on, while kept positions reach as far as the unpruned prompt: reads past its end. Can go when vLLM lets a
+  plugin say how many positions it needs.
 - `stock_model_class`, `replace_model_class`: ``ModelRegistry.register_model`` is public, reading back what an
   architecture was registered to is not.
 
@@ -43,6 +46,15 @@ _REQUEST_CHECK = "validate_request_mm_kwargs"
 _REQUEST_CHECK_HOME = "vllm.entrypoints.generate.base.protocol"
 # They import it by name: those already loaded need the wrapped function, those loaded later get it from its home.
 _REQUEST_CHECK_USERS = ("vllm.renderers.online_renderer", "vllm.entrypoints.pooling.base.serving")
+
+
+MROPE_CACHE_FACTOR = 4
+"""Multiple of max_position_embeddings at which M-RoPE's cos/sin cache is made: vLLM's default for most families
+(vllm/model_executor/layers/rotary_embedding/mrope.py, positions_factor), with `widen_rotary_caches` for all of ours."""
+
+_ROTARY_FACTOR = "mrope_positions_factor"
+_ROTARY_FACTOR_HOME = "vllm.model_executor.models.qwen3_vl"
+_ROTARY_FACTOR_USERS = ("vllm.model_executor.models.qwen3_vl_moe", "vllm.model_executor.models.qwen3_5")
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -116,6 +128,31 @@ def on_request_kwargs(check: Callable[[dict[str, Any]], dict[str, Any]]) -> None
     for name in _REQUEST_CHECK_USERS:
         if (module := sys.modules.get(name)) is not None:
             setattr(module, _REQUEST_CHECK, getattr(home, _REQUEST_CHECK))
+
+
+def widen_rotary_caches() -> None:
+    """Gives models that run with EVS the long cos/sin cache that vLLM's own pruning gets.
+
+    Call it when the model's module is loaded and the model is not yet built. Models without EVS are not affected.
+    """
+    home = sys.modules.get(_ROTARY_FACTOR_HOME)
+    if home is None:
+        return  # a family that does not come from there, and has the long cache anyway
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def factor(vllm_config: Any) -> int:
+            # A drafter gets the positions of its target.
+            speculative = vllm_config.speculative_config
+            target = (speculative and speculative.target_model_config) or vllm_config.model_config
+            stock: int = original(vllm_config)
+            return stock if stamped(target) is None else max(stock, MROPE_CACHE_FACTOR)
+
+        return factor
+
+    _wrap(home, _ROTARY_FACTOR, make)
+    for name in _ROTARY_FACTOR_USERS:
+        if (module := sys.modules.get(name)) is not None:
+            setattr(module, _ROTARY_FACTOR, getattr(home, _ROTARY_FACTOR))
 
 
 def shield_llvmlite() -> None:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,18 @@ CORPUS = (
 )
 
 
+QWEN_TOKENS = {
+    "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}  # fmt: skip
+
+GLM_TOKENS = {
+    "image_token_id": "<|image|>", "video_token_id": "<|video|>", "image_start_token_id": "<|begin_of_image|>",
+    "image_end_token_id": "<|end_of_image|>", "video_start_token_id": "<|begin_of_video|>",
+    "video_end_token_id": "<|end_of_video|>",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TinyFamily:
     """One model family the factory can write: a new family is one more row of `FAMILIES`."""
@@ -79,6 +91,15 @@ class TinyFamily:
     processor_class: str
     vision: Callable[[dict[str, Any]], dict[str, Any]]
     """From the common sizes to the keyword arguments of the family's vision config."""
+    text: Callable[[dict[str, Any]], dict[str, Any]] = lambda sizes: {}
+    """Likewise for the language model, beyond what all families have."""
+    transposed_experts: bool = False
+    """Whether released checkpoints hold expert weights (expert, in, out), other than transformers in memory."""
+    video: Mapping[str, Any] = field(default_factory=lambda: {"video_processor_type": "Qwen2VLVideoProcessor"})
+    """Settings of the video processor that differ from Qwen2-VL's."""
+    image_processor: str = "Qwen2VLImageProcessor"
+    tokens: Mapping[str, str] = field(default_factory=lambda: QWEN_TOKENS)
+    """Names in the config of the tokens around and for media."""
 
 
 def _qwen2_vision(s: dict[str, Any]) -> dict[str, Any]:
@@ -97,12 +118,102 @@ def _qwen2_5_vision(s: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _qwen3_vision(s: dict[str, Any]) -> dict[str, Any]:
+    # The released models have patches of 16 pixels; with 14 the same clips fit every family. The learned place grid is
+    # 4 x 4, so that most places lie between its nodes.
+    return {
+        "depth": s["vision_layers"], "hidden_size": s["vision_hidden"], "intermediate_size": 2 * s["vision_hidden"],
+        "num_heads": s["vision_hidden"] // 32, "out_hidden_size": s["hidden_size"], "patch_size": 14,
+        "num_position_embeddings": 16,
+    }  # fmt: skip
+
+
+def _qwen3_vl_vision(s: dict[str, Any]) -> dict[str, Any]:
+    # Deepstack: the output of the first two tower blocks is added after the first two layers of the language model.
+    return _qwen3_vision(s) | {"deepstack_visual_indexes": [0, 1]}
+
+
+def _qwen3_vl_text(s: dict[str, Any], rotated: float = 1.0) -> dict[str, Any]:
+    # Interleaved M-RoPE: thirds, what is left over goes to t. `rotated` is the share of a head that is rotated at all.
+    half = int(s["hidden_size"] // s["heads"] * rotated) // 2
+    rope = {
+        "mrope_interleaved": True, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3],
+        "partial_rotary_factor": rotated,
+    }  # fmt: skip
+    return {"head_dim": s["hidden_size"] // s["heads"], "rope_parameters": rope}
+
+
+def _moe(s: dict[str, Any]) -> dict[str, Any]:
+    # Released checkpoints say norm_topk_prob; vLLM reads it, transformers always normalises.
+    return {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True,
+    }  # fmt: skip
+
+
+def _qwen3_vl_moe_text(s: dict[str, Any]) -> dict[str, Any]:
+    return _qwen3_vl_text(s) | _moe(s)
+
+
+def _qwen3_5_text(s: dict[str, Any]) -> dict[str, Any]:
+    # Two layers of linear attention before each of full attention; the released models have three. Their states are
+    # small (the released models: 128 x 128 per head), because vLLM makes its cache blocks as large as a state.
+    kinds = ["full_attention" if layer % 3 == 2 else "linear_attention" for layer in range(s["layers"])]
+    return _qwen3_vl_text(s, rotated=0.5) | {
+        "layer_types": kinds, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    }  # fmt: skip
+
+
+def _qwen3_5_moe_text(s: dict[str, Any]) -> dict[str, Any]:
+    return _qwen3_5_text(s) | _moe(s) | {"shared_expert_intermediate_size": s["hidden_size"]}
+
+
+# Its pixel limits count all frames of a clip; the cap per frame is the one of Qwen2-VL's processor.
+_QWEN3_VIDEO = {"video_processor_type": "Qwen3VLVideoProcessor", "cap_pixels_per_frame": True}
+
+
+def _glm4v_vision(s: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "depth": s["vision_layers"], "hidden_size": s["vision_hidden"], "intermediate_size": 2 * s["vision_hidden"],
+        "num_heads": s["vision_hidden"] // 32, "out_hidden_size": s["hidden_size"], "image_size": 56,
+    }  # fmt: skip
+
+
+def _glm4v_text(s: dict[str, Any]) -> dict[str, Any]:
+    # Half of each head is rotated.
+    half = s["hidden_size"] // s["heads"] // 4
+    section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    # transformers always has the bias, vLLM reads it from the config, where released checkpoints have it.
+    return {"rope_parameters": {"partial_rotary_factor": 0.5, "mrope_section": section}, "attention_bias": True}
+
+
 FAMILIES: dict[str, TinyFamily] = {
     "qwen2_5_vl": TinyFamily(
         "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", "Qwen2_5_VLProcessor", _qwen2_5_vision
     ),
     "qwen2_vl": TinyFamily("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", "Qwen2VLProcessor", _qwen2_vision),
-}
+    "qwen3_vl": TinyFamily(
+        "Qwen3VLForConditionalGeneration", "Qwen3VLConfig", "Qwen3VLProcessor", _qwen3_vl_vision, _qwen3_vl_text,
+        video=_QWEN3_VIDEO,
+    ),
+    "qwen3_vl_moe": TinyFamily(
+        "Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeConfig", "Qwen3VLProcessor", _qwen3_vl_vision,
+        _qwen3_vl_moe_text, transposed_experts=True, video=_QWEN3_VIDEO,
+    ),
+    "qwen3_5": TinyFamily(
+        "Qwen3_5ForConditionalGeneration", "Qwen3_5Config", "Qwen3VLProcessor", _qwen3_vision, _qwen3_5_text,
+        video=_QWEN3_VIDEO,
+    ),
+    "qwen3_5_moe": TinyFamily(
+        "Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeConfig", "Qwen3VLProcessor", _qwen3_vision, _qwen3_5_moe_text,
+        video=_QWEN3_VIDEO,
+    ),
+    "glm4v": TinyFamily(
+        "Glm4vForConditionalGeneration", "Glm4vConfig", "Glm4vProcessor", _glm4v_vision, _glm4v_text,
+        video={"video_processor_type": "Glm4vVideoProcessor"}, image_processor="Glm4vImageProcessor",
+        tokens=GLM_TOKENS,
+    ),
+}  # fmt: skip
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -142,8 +253,8 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
 
     row, sizes, directory = FAMILIES[family], SIZES | overrides, Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = _make_tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    tokenizer = _make_tokenizer(row)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
     _write_processor(directory, row, tokenizer, sizes["max_tokens_per_frame"])
 
     half = sizes["hidden_size"] // sizes["heads"] // 2  # split over (t, h, w) like the released models: 1/4, 3/8, 3/8
@@ -157,10 +268,11 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
         "rope_parameters": rope, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
     }  # fmt: skip
+    own = row.text(sizes)
+    text |= own | {"rope_parameters": rope | own.get("rope_parameters", {})}
     config = getattr(transformers, row.config_class)(
-        text_config=text, vision_config=row.vision(sizes), image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=False, dtype="float32",
+        text_config=text, vision_config=row.vision(sizes), tie_word_embeddings=False, dtype="float32",
+        **{name: ids[token] for name, token in row.tokens.items()},
     )  # fmt: skip
     config.architectures = [row.architecture]
     with torch.device("meta"):
@@ -174,6 +286,8 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
         pad_token_id=ids["<|endoftext|>"],
     )
     model.save_pretrained(directory)
+    if row.transposed_experts:
+        _transpose_experts(directory / "model.safetensors")
     return directory
 
 
@@ -203,7 +317,7 @@ def cached_model(family: str = "qwen2_5_vl", **sizes: Any) -> Path:
     return folder
 
 
-def _make_tokenizer() -> Any:
+def _make_tokenizer(row: TinyFamily) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -221,11 +335,17 @@ def _make_tokenizer() -> Any:
         vocab_size=480, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[]
     )
     tokenizer.train_from_iterator([CORPUS], trainer)
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+    names = [*SPECIAL_TOKENS, *(token for token in row.tokens.values() if token not in SPECIAL_TOKENS)]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=131072
-    )
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=131072,
+        additional_special_tokens=names,
+    )  # fmt: skip
     fast.chat_template = CHAT_TEMPLATE
+    if row.tokens is GLM_TOKENS:
+        fast.chat_template = CHAT_TEMPLATE.replace(
+            "<|vision_start|><|image_pad|><|vision_end|>", "<|begin_of_image|><|image|><|end_of_image|>"
+        ).replace("<|vision_start|><|video_pad|><|vision_end|>", "<|begin_of_video|><|video|><|end_of_video|>")
     return fast
 
 
@@ -237,8 +357,10 @@ def _write_processor(directory: Path, row: TinyFamily, tokenizer: Any, max_token
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
         "processor_class": row.processor_class,
     }  # fmt: skip
-    image = common | {"image_processor_type": "Qwen2VLImageProcessor"}
-    video = common | {"video_processor_type": "Qwen2VLVideoProcessor", "cap_pixels_per_frame": False}
+    image = common | {"image_processor_type": row.image_processor}
+    video = common | {"cap_pixels_per_frame": False} | dict(row.video)
+    if video["video_processor_type"] != "Qwen2VLVideoProcessor":  # their limit counts all frames
+        video |= {"max_video_tokens": max_tokens_per_frame, "size": size | {"longest_edge": 64 * size["longest_edge"]}}
     (directory / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")
     (directory / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
@@ -252,14 +374,21 @@ def _fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
+    modules = model.named_modules()
+    offsets = {f"{name}.weight" for name, m in modules if type(m).__name__ in ("Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")}
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
-            fan_in = math.prod(weight.shape[1:]) or 1
-            if weight.ndim == 1:  # norm scales near one, biases small but not zero
-                weight.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
+            # Experts are stacked: (expert, out, in).
+            fan_in = weight.shape[-1] if "experts." in name else math.prod(weight.shape[1:]) or 1
+            if weight.ndim == 1:  # norm scales near one (these norms add the one), biases small but not zero
+                weight.copy_(0.2 * noise + (1.0 if name.endswith("weight") and name not in offsets else 0.0))
+                if "post_self_attn" in name or "post_mlp" in name:  # GLM's layers add outputs of norms: tamed
+                    weight *= 0.5
             elif "embed_tokens" in name:
                 weight.copy_(noise)
+            elif "merger.down_proj" in name:  # the gated merger of GLM multiplies small numbers: unit variance again
+                weight.copy_(noise * 4.0 / math.sqrt(fan_in))
             elif "lm_head" in name:
                 weight.copy_(noise * 3.0 / math.sqrt(fan_in))
             elif any(part in name for part in ("q_proj", "k_proj", "attn.qkv")):
@@ -269,8 +398,16 @@ def _fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
         # Only printable tokens are ever generated: no end of text in the middle, no stray placeholder, readable output.
         for index in range(len(tokenizer)):
             piece = tokenizer.decode([index])
-            if piece in SPECIAL_TOKENS or not (piece.isascii() and piece.isprintable()):
+            if piece in tokenizer.all_special_tokens or not (piece.isascii() and piece.isprintable()):
                 model.lm_head.weight[index] = 0.0
+
+
+def _transpose_experts(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path)
+    stored = {name: w.mT.contiguous() if "experts." in name else w for name, w in weights.items()}
+    save_file(stored, path, metadata={"format": "pt"})
 
 
 def synthetic_clip(

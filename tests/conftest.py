@@ -25,11 +25,26 @@ if (root := str(Path(__file__).parent.parent)) not in sys.path:  # for `from tes
     sys.path.insert(0, root)
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl")
+"""Families that every test with a `family` runs for."""
+
+EVERY_FAMILY = (*FAMILIES, "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`family`: `FAMILIES`; with the mark ``every_family`` all, with ``also(names)`` those, too.
+
+    Module scope groups the tests of a module by family, so that they share an engine.
+    """
+    if "family" in metafunc.fixturenames:
+        also = metafunc.definition.get_closest_marker("also")
+        names = (*FAMILIES, *also.args) if also else FAMILIES
+        if metafunc.definition.get_closest_marker("every_family"):
+            names = EVERY_FAMILY
+        metafunc.parametrize("family", names, scope="module", indirect=True)
+
+
+@pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest) -> str:
-    """Module scope groups the tests of a module by family, so that they share an engine."""
     return request.param
 
 

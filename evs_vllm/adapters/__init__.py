@@ -62,6 +62,35 @@ FAMILIES: tuple[Family, ...] = (
         True,
         "Hugging Face reference",
     ),
+    Family(
+        "Qwen3-VL",
+        ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
+        "evs_vllm.adapters.qwen3_vl:Qwen3VL",
+        "interleaved M-RoPE (t, h, w)",
+        "per unit, between timestamps",
+        True,
+        "Hugging Face reference",
+    ),
+    Family(
+        "Qwen3.5",
+        ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+        "evs_vllm.adapters.qwen3_vl:Qwen3VL",
+        "interleaved M-RoPE (t, h, w)",
+        "per unit, between timestamps",
+        True,
+        "Hugging Face reference",
+        "linear attention was run in fp32 by the tests, not by a kernel of vLLM's",
+    ),
+    Family(
+        "GLM-4.1V",
+        ("Glm4vForConditionalGeneration",),
+        "evs_vllm.adapters.glm4v:GLM4V",
+        "M-RoPE (t, h, w)",
+        "per unit, between timestamps",
+        True,
+        "Hugging Face reference",
+        "one video per request, which is vLLM's limit; checkpoints with GLM-4.6V's processor were not run",
+    ),
 )
 
 

@@ -15,7 +15,7 @@ from evs_vllm.adapters import Family, family_of
 from evs_vllm.adapters.base import FamilyAdapter
 from evs_vllm.adapters.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
 from evs_vllm.apply import encoder_batches, keep_rows
-from evs_vllm.compat import flash_attention, stamped, stock_model_class
+from evs_vllm.compat import flash_attention, stamped, stock_model_class, widen_rotary_caches
 from evs_vllm.config import EVSConfig
 from evs_vllm.errors import UnsupportedError
 from evs_vllm.options import CONFIG_KEY
@@ -44,6 +44,7 @@ class EVSModelMixin:
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        widen_rotary_caches()
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._evs_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         config: EVSConfig = stamped(vllm_config.model_config) or EVSConfig()

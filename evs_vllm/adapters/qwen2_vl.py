@@ -13,15 +13,12 @@ import numpy as np
 import torch
 
 from evs_vllm.adapters.base import Clip, FamilyAdapter, PixelStats, ReuseTower, to_uint8
+from evs_vllm.compat import MROPE_CACHE_FACTOR
 from evs_vllm.plan import RetentionPlan
 from evs_vllm.reuse import ClipRows, ReuseSchedule, clip_rows
 
 PIXELS = "pixel_values_videos"
 GRID = "video_grid_thw"
-
-# vLLM sizes the cos/sin cache of M-RoPE at this multiple of max_position_embeddings
-# (vllm/model_executor/layers/rotary_embedding/mrope.py, positions_factor).
-MROPE_CACHE_FACTOR = 4
 
 
 class Qwen2VL(FamilyAdapter):
@@ -101,22 +98,24 @@ class Qwen2VLTower(ReuseTower):
         window = visual.window_size // merge // visual.patch_size if self._windowed else None
         clips: list[ClipRows] = []
         order: list[np.ndarray] = []
-        phases = []
+        per_place: list[dict[str, torch.Tensor]] = []
         start = 0
         for plan in plans:
             rows, row_order = clip_rows(plan, window)
             _, height, width = plan.grid
             place = torch.from_numpy(plan.computed[row_order] % plan.tokens_per_unit)
-            phases.append([phase[place.to(phase.device)] for phase in self._phases(height * merge, width * merge)])
+            whole_unit = self._per_place(height * merge, width * merge)
+            per_place.append({name: values[place.to(values.device)] for name, values in whole_unit.items()})
             clips.append(rows)
             order.append(row_order + start)
             start += len(row_order)
-        cos, sin = (torch.cat(parts).flatten(0, 1) for parts in zip(*phases, strict=True))
         index = torch.from_numpy(np.concatenate(order)).to(visual.device)
         whole = [replace(rows, windows=rows.windows[[0, -1]]) for rows in clips]
         metadata = {
-            "rotary_pos_emb_cos": cos.to(visual.device),
-            "rotary_pos_emb_sin": sin.to(visual.device),
+            **{
+                name: torch.cat([values[name] for values in per_place]).flatten(0, 1).to(visual.device)
+                for name in per_place[0]
+            },
             "cu_seqlens": ReuseSchedule(whole, merge**2),
             "cu_window_seqlens": ReuseSchedule(clips, merge**2),
             "window_index": index,
@@ -128,9 +127,14 @@ class Qwen2VLTower(ReuseTower):
         embeds: torch.Tensor = visual(batch[PIXELS], None, encoder_metadata=metadata)
         return embeds
 
-    def _phases(self, height: int, width: int) -> list[torch.Tensor]:
-        """cos and sin of one unit of height x width patches: each (P, patches per token, rotary size)."""
+    def _per_place(self, height: int, width: int) -> dict[str, torch.Tensor]:
+        """What depends on the place alone, in a unit of height x width patches: each (P, patches per token, size)."""
         if self._windowed:
-            return list(self._visual.rotary_pos_emb_thw(1, height, width))
-        per_token = self._visual.spatial_merge_size**2
-        return [phase.view(-1, per_token, phase.shape[-1]) for phase in self._visual.rot_pos_emb([[1, height, width]])]
+            cos, sin = self._visual.rotary_pos_emb_thw(1, height, width)
+        else:
+            cos, sin = map(self._by_token, self._visual.rot_pos_emb([[1, height, width]]))
+        return {"rotary_pos_emb_cos": cos, "rotary_pos_emb_sin": sin}
+
+    def _by_token(self, values: torch.Tensor) -> torch.Tensor:
+        """(patches, size) as (tokens, patches per token, size)."""
+        return values.view(-1, self._visual.spatial_merge_size**2, values.shape[-1])

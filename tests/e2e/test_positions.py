@@ -22,8 +22,8 @@ from tests.reference.hf import Clip, Picture, Reference, Settings
 
 pytestmark = pytest.mark.vllm
 
-LONG = {"qwen2_5_vl": 160, "qwen2_vl": 560}
-"""Frames after which position IDs exceed 256: 1.25 s per unit at 4 IDs per second, and one ID per unit."""
+LONG = {"qwen2_5_vl": 160, "qwen2_vl": 560, "qwen3_vl": 80}
+"""Frames after which position IDs exceed 256: 1.25 s per unit at 4 IDs per second; one ID per unit; 2 and its text."""
 
 
 @pytest.fixture
@@ -66,6 +66,7 @@ def check_positions(seen, result):
         assert ids[:, 0].tolist() == [following] * 3, f"step {step}"
 
 
+@pytest.mark.also("qwen3_vl")
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 @pytest.mark.parametrize("rate", [0, 0.75, 0.9])
 def test_ids_of_one_clip(engine, ref, seen, rate, positions):
@@ -77,6 +78,7 @@ def test_ids_of_one_clip(engine, ref, seen, rate, positions):
     check_positions(seen, result)
 
 
+@pytest.mark.also("qwen3_vl")
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 def test_ids_of_images_and_clips(engine, ref, seen, positions):
     settings = Settings(0.75, positions=positions)
@@ -89,6 +91,7 @@ def test_ids_of_images_and_clips(engine, ref, seen, positions):
     check_positions(seen, result)
 
 
+@pytest.mark.also("qwen3_vl")
 def test_text_goes_on_where_it_would_have(ref):
     """`keep` in one line: dropping tokens moves nothing. `sequential`: as if they had never been there."""
     frames = synthetic_clip(16, noise=2, seed=63)
@@ -96,14 +99,14 @@ def test_text_goes_on_where_it_would_have(ref):
         ref.generate(ask(frames).prompt, [Clip(frames, settings=s)], 1)
         for s in (Settings(), Settings(0.75), Settings(0.75, positions="sequential"))
     )
-    clip = slice(4, 4 + 160)
-    gathered = np.concatenate(
-        [full.positions[:, :4], full.positions[:, clip][:, keep.kept[0]], full.positions[:, clip.stop :]], axis=1
-    )
-    np.testing.assert_array_equal(keep.positions, gathered)
+    is_clip = np.array(full.prompt_ids) == ref.video_id
+    stays = ~is_clip
+    stays[np.flatnonzero(is_clip)[keep.kept[0]]] = True
+    np.testing.assert_array_equal(keep.positions, full.positions[:, stays])
     np.testing.assert_array_equal(sequential.positions, np.tile(np.arange(len(sequential.prompt_ids)), (3, 1)))
 
 
+@pytest.mark.also("qwen3_vl")
 def test_ids_above_256_are_exact(engine, ref, seen, family):
     """Carrying IDs as bf16 channels beside the embeddings, as vLLM's own implementation does, would round these."""
     assert torch.tensor(257.0, dtype=torch.bfloat16).item() == 256
@@ -115,7 +118,9 @@ def test_ids_above_256_are_exact(engine, ref, seen, family):
 
     rounded = torch.from_numpy(result.positions).to(torch.bfloat16).to(torch.int64).numpy()
     changed = (rounded != result.positions).any(axis=0)
-    assert changed[4 : 4 + len(result.kept[0])].any(), "no kept token of the clip has an ID that bf16 would round"
+    assert changed[np.array(result.prompt_ids) == ref.video_id].any(), (
+        "no kept token of the clip has an ID that bf16 would round"
+    )
     assert changed[-10:].any(), "nor has the question"
 
     (output,) = engine.generate([request])
@@ -127,14 +132,20 @@ def test_ids_above_256_are_exact(engine, ref, seen, family):
     assert np.abs(broken.logprobs[0] - result.logprobs[0]).max() > 100 * TOLERANCE
 
 
-def test_ids_beyond_the_context_length(engines, tmp_path):
+# Frames that fit, frames that do not, and their size: few and wide where the text of each unit takes up context.
+BEYOND = {"qwen2_vl": (1600, 2200, (28, 28)), "qwen3_vl": (22, 30, (28, 28 * 60))}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_ids_beyond_the_context_length(engines, tmp_path, name):
     """Kept IDs may exceed the context length (the cos/sin cache is four times as long), but never that cache."""
-    directory = make_model(tmp_path / "short", "qwen2_vl", max_position_embeddings=256)
+    directory = make_model(tmp_path / "short", name, max_position_embeddings=256, max_tokens_per_frame=60)
     ref = Reference(directory)
     engines.close()
     engine = start_engine(directory, {"rate": 0.95, "request_overrides": "any"}, max_model_len=256)
     try:
-        within, beyond = (synthetic_clip(frames, (28, 28), moving=0.5, noise=2, seed=64) for frames in (1600, 2200))
+        *counts, size = BEYOND[name]
+        within, beyond = (synthetic_clip(frames, size, moving=0.5, noise=2, seed=64) for frames in counts)
         request = ask(within, Settings(0.95))
         result = expected(ref, request)
         assert len(result.prompt_ids) < 256 < 700 < result.positions.max() < 4 * 256

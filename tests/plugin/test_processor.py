@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processor and model hooks without an engine: scores see the right pixels, cache keys and fields are right."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from evs_vllm.adapters import FAMILIES
+from evs_vllm.adapters import FAMILIES, family_of
+from evs_vllm.adapters.base import FamilyAdapter
 from evs_vllm.config import EVSConfig
 from evs_vllm.errors import RequestError
 from evs_vllm.plan import Layout, RetentionPlan
@@ -21,7 +23,6 @@ from evs_vllm.testing import synthetic_clip
 
 pytestmark = pytest.mark.vllm
 
-PROMPT = "<|vision_start|><|video_pad|><|vision_end|>What moves?"
 SIZE = (112, 140)  # 4 x 5 tokens of 28 pixels
 
 
@@ -38,6 +39,10 @@ def processor_for(model: Path, evs: dict[str, Any] | None, **kwargs: Any) -> Any
     return MULTIMODAL_REGISTRY.create_processor(args.create_model_config())
 
 
+def prompt_for(processor: Any) -> str:
+    return str(processor.dummy_inputs.get_dummy_text({"video": 1})) + "What moves?"
+
+
 def process(processor: Any, frames: np.ndarray, cache: Any = None, fps_of_clip: float = 2.0, **mm_kwargs: Any) -> Any:
     count = len(frames)
     metadata = {
@@ -49,7 +54,7 @@ def process(processor: Any, frames: np.ndarray, cache: Any = None, fps_of_clip: 
         "do_sample_frames": False,
     }
     items = processor.info.parse_mm_data({"video": [(frames, metadata)]})
-    return processor(PROMPT, items, hf_processor_mm_kwargs=mm_kwargs, cache=cache)
+    return processor(prompt_for(processor), items, hf_processor_mm_kwargs=mm_kwargs, cache=cache)
 
 
 def fields(result: Any) -> dict[str, Any]:
@@ -61,12 +66,19 @@ def plan_in(result: Any) -> RetentionPlan | None:
     return None if array is None else RetentionPlan.from_array(array.numpy())
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl"])
+@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v"])
 def model(request: pytest.FixtureRequest, model_dir: Callable[[str], Path]) -> Path:
     return model_dir(request.param)
 
 
-def test_a_painted_token_changes_its_score_and_no_other(model: Path) -> None:
+@pytest.fixture
+def adapter(model: Path) -> FamilyAdapter:
+    family = family_of(json.loads((model / "config.json").read_text())["architectures"][0])
+    assert family is not None
+    return family.load_adapter()
+
+
+def test_a_painted_token_changes_its_score_and_no_other(model: Path, adapter: FamilyAdapter) -> None:
     """Through the real Hugging Face processor: the rows we score are the pixels of that token, at that place."""
     processor = processor_for(model, {"rate": 0.5, "encoder": "full"})
     frames = np.full((8, *SIZE, 3), 100, dtype=np.uint8)
@@ -78,7 +90,7 @@ def test_a_painted_token_changes_its_score_and_no_other(model: Path) -> None:
         top, left = row * 28 + int(rng.integers(28)), column * 28 + int(rng.integers(28))
         painted[2 * t + int(rng.integers(2)), top, left, int(rng.integers(3))] = 137
         item = fields(process(processor, painted))
-        clip = FAMILIES[0].load_adapter().clip(item, processor.info.get_hf_config(), None)  # type: ignore[arg-type]
+        clip = adapter.clip(item, processor.info.get_hf_config(), None)  # type: ignore[arg-type]
         assert clip is not None and clip.grid == grid
         expected = np.zeros(grid, dtype=np.int64)
         expected[t, row, column] = 37
@@ -87,10 +99,9 @@ def test_a_painted_token_changes_its_score_and_no_other(model: Path) -> None:
         assert pixel_change(clip.tokens).view(grid).tolist() == expected.tolist()
 
 
-def test_frames_come_back_as_they_went_in(model: Path) -> None:
+def test_frames_come_back_as_they_went_in(model: Path, adapter: FamilyAdapter) -> None:
     processor = processor_for(model, {"rate": 0.5, "encoder": "full"})
     frames = synthetic_clip(frames=6, size=SIZE, moving=0.2)
-    adapter = FAMILIES[0].load_adapter()
     item = fields(process(processor, frames))
     shown = adapter.frames(item, processor.info.get_hf_config(), None)  # type: ignore[arg-type]
     assert shown.shape == frames.shape and (shown == frames).all()
@@ -112,8 +123,16 @@ def test_prompt_plan_and_placeholder_agree(model: Path) -> None:
     plan = plan_in(result)
     assert plan is not None and plan.num_tokens == 8 * 20 and plan.num_kept == 40
     (placeholder,) = result["mm_placeholders"]["video"]
-    pad = processor.info.get_tokenizer().get_vocab()["<|video_pad|>"]
-    assert result["prompt_token_ids"].count(pad) == placeholder.length == placeholder.get_num_embeds() == 40
+    config = processor.info.get_hf_config()
+    pad = config.image_token_id if "glm" in str(model) else config.video_token_id
+    assert result["prompt_token_ids"].count(pad) == placeholder.get_num_embeds() == 40
+    stock = process(processor_for(model, None), synthetic_clip(frames=16, size=SIZE, moving=0.2))
+    (unpruned,) = stock["mm_placeholders"]["video"]
+    assert (
+        unpruned.length - placeholder.length == len(stock["prompt_token_ids"]) - len(result["prompt_token_ids"]) == 120
+    )
+    text = [token for token in stock["prompt_token_ids"] if token != pad]
+    assert [token for token in result["prompt_token_ids"] if token != pad] == text, "text between units stays"
     assert fields(result)["evs_plan"].dtype == torch.int64
 
 
@@ -197,24 +216,29 @@ def test_bad_requests_raise_before_anything_is_processed(model: Path) -> None:
 
 
 def test_video_embeddings_pass_unpruned(model: Path) -> None:
+    if "glm" in str(model):
+        pytest.skip("vLLM itself takes no precomputed video embeddings for this model")
     processor = processor_for(model, {"rate": 0.75}, enable_mm_embeds=True)
-    hidden = processor.info.get_hf_config().get_text_config().hidden_size
-    embeds = {"video_embeds": torch.zeros(40, hidden), "video_grid_thw": torch.tensor([[2, 8, 10]])}
+    config = processor.info.get_hf_config()
+    levels = 1 + len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    width = config.get_text_config().hidden_size * levels
+    embeds: dict[str, Any] = {"video_embeds": torch.zeros(40, width), "video_grid_thw": torch.tensor([[2, 8, 10]])}
     if "qwen2_5" in str(model):
         embeds["second_per_grid_ts"] = torch.tensor([1.0])
+    if "qwen3" in str(model):
+        embeds["timestamps"] = [[0.5, 1.5]]
     items = processor.info.parse_mm_data({"video": embeds})
-    result = processor(PROMPT, items)
+    result = processor(prompt_for(processor), items)
     assert plan_in(result) is None
-    assert result["mm_placeholders"]["video"][0].length == 40
+    assert result["mm_placeholders"]["video"][0].get_num_embeds() == 40
 
 
-def test_positions_beyond_the_rotary_cache_are_refused(model: Path) -> None:
+def test_positions_beyond_the_rotary_cache_are_refused(model: Path, adapter: FamilyAdapter) -> None:
     """The bound is the largest ID that the model's own numbering can reach, whatever the clip's rate of frames."""
     from evs_vllm.adapters.processor import PrunedUpdateDetails
 
     processor = processor_for(model, {"rate": 0.75, "encoder": "full"})
     config = processor.info.get_hf_config()
-    adapter = FAMILIES[0].load_adapter()
     limit = adapter.max_position(config)
     assert limit == 4 * config.get_text_config().max_position_embeddings
 
@@ -230,7 +254,7 @@ def test_positions_beyond_the_rotary_cache_are_refused(model: Path) -> None:
 
 
 @pytest.mark.parametrize("fps", [0.25, 1.0, 2.0, 30.0])
-def test_position_span_is_what_the_model_makes(model: Path, fps: float) -> None:
+def test_position_span_is_what_the_model_makes(model: Path, adapter: FamilyAdapter, fps: float) -> None:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
 
     from evs_vllm import compat
@@ -241,15 +265,17 @@ def test_position_span_is_what_the_model_makes(model: Path, fps: float) -> None:
     stock = process(processor_for(model, None), frames, fps_of_clip=fps)
     feature = MultiModalFeatureSpec(stock["mm_kwargs"]["video"][0], "video", "x", stock["mm_placeholders"]["video"][0])
     config = processor.info.get_hf_config()
-    self = SimpleNamespace(config=config)
-    cls = compat.stock_model_class(config.architectures[0])
-    self.iter_mm_grid_thw = lambda features: cls.iter_mm_grid_thw(self, features)  # type: ignore[attr-defined]
-    positions, _ = cls.get_mrope_input_positions(self, stock["prompt_token_ids"], [feature])  # type: ignore[attr-defined]
+    cls: Any = compat.stock_model_class(config.architectures[0])
+    stock_model = cls.__new__(cls)  # without its weights
+    torch.nn.Module.__init__(stock_model)
+    stock_model.config = config
+    positions, _ = stock_model.get_mrope_input_positions(stock["prompt_token_ids"], [feature])
     place = feature.mm_position
     after = int(positions[0, place.offset + place.length]) - int(positions[0, place.offset])
+    after -= place.length - place.get_num_embeds()  # text between units stands in the pruned prompt, too
     plan = plan_in(result)
     assert plan is not None
-    assert FAMILIES[0].load_adapter().position_span(fields(result), plan.grid, config) == after
+    assert adapter.position_span(fields(result), plan.grid, config) == after
 
 
 def test_memory_is_profiled_unpruned(model: Path) -> None:

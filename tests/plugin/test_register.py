@@ -227,6 +227,28 @@ def test_reuse_needs_the_stock_attention_path(qwen2_5_vl: Path) -> None:
             model_config(qwen2_5_vl, {"rate": 0.5, "encoder": "reuse"}, **obstacle)
 
 
+def test_long_rotary_cache_with_evs_only(model_dir: Callable[[str], Path]) -> None:
+    """Of the models that make it no longer than the context, in each module that asks for its length."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import qwen3_5, qwen3_vl, qwen3_vl_moe
+
+    from evs_vllm import compat
+
+    compat.widen_rotary_caches()
+    compat.widen_rotary_caches()
+    on = model_config(model_dir("qwen3_vl"), {"rate": 0.5})
+    off = EngineArgs(model=str(model_dir("qwen3_vl"))).create_model_config()
+    text = SimpleNamespace(multimodal_config=None)
+    for module in (qwen3_vl, qwen3_vl_moe, qwen3_5):
+
+        def factor(model: Any, target: Any = None, ask: Any = module.mrope_positions_factor) -> int:
+            speculative = None if target is None else SimpleNamespace(target_model_config=target)
+            return int(ask(SimpleNamespace(model_config=model, speculative_config=speculative)))
+
+        assert factor(on) == compat.MROPE_CACHE_FACTOR and factor(off) == 1
+        assert factor(text, target=on) == compat.MROPE_CACHE_FACTOR and factor(text, target=off) == 1, "a drafter"
+
+
 def test_request_check(qwen2_5_vl: Path) -> None:
     from vllm.entrypoints.generate.base import protocol
     from vllm.exceptions import VLLMValidationError

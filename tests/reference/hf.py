@@ -6,6 +6,10 @@ Nothing here comes from `evs_vllm` or `evs_kernels`, and nothing is fast. A prom
 the tokens to keep, their embeddings are gathered, every token gets an explicit M-RoPE position ID, and the language
 model decodes greedily, one step at a time.
 
+Qwen3-VL and Qwen3.5 write each unit as ``<t seconds><vision_start>tokens<vision_end>``, GLM-4.1V writes its own names
+of these and the time after it; that text is spelled out here.
+Embeddings of models with deepstack are wider: the columns beyond the hidden size are added after the first layers.
+
 Positions are vLLM's: text after a clip resumes at max over (t, h, w) + 1. transformers' own `get_rope_index` resumes at
 max(h, w), so it is not used.
 """
@@ -121,6 +125,29 @@ def number_clip(grid: tuple[int, int, int], time_step: float, kept: np.ndarray, 
     return np.array([ids[i] for i in kept], dtype=np.int64).T, max(max(triple) for triple in ids) + 1
 
 
+def number_units(grid: tuple[int, int, int], texts: Sequence[int], kept: np.ndarray, sequential: bool) -> Any:
+    """The same for a clip whose unit t follows `texts[t]` tokens of text; the last of `texts` follow the last unit.
+
+    Returns:
+        (3, all tokens) IDs with the texts', counted from the first text, and how far the text after the clip moves on.
+    """
+    units, rows, columns = grid
+    ids, following = [], 0
+    for t in range(units):
+        ids += [(following + i,) * 3 for i in range(texts[t])]
+        following += texts[t]
+        inside = [i % (rows * columns) for i in kept if i // (rows * columns) == t]
+        if sequential:
+            ids += [(following + i,) * 3 for i in range(len(inside))]
+            following += len(inside)
+        else:
+            ids += [(following, following + i // columns, following + i % columns) for i in inside]
+            following += max(rows, columns)
+    ids += [(following + i,) * 3 for i in range(texts[units])]
+    following += texts[units]
+    return np.array(ids, dtype=np.int64).T, following
+
+
 class Reference:
     """One model folder in transformers, fp32."""
 
@@ -134,6 +161,18 @@ class Reference:
         self.tokenizer = self.processor.tokenizer
         self.config = config
         self.image_id, self.video_id = config.image_token_id, config.video_token_id
+        self.glm = architecture.__name__.startswith("Glm")
+        self.clip_id = self.image_id if self.glm else self.video_id  # of a clip's tokens in the final prompt
+        self.per_unit = self.glm or architecture.__name__.startswith(("Qwen3VL", "Qwen3_5"))
+        self.hidden = config.get_text_config().hidden_size
+
+    def spelled(self, prompt: Any) -> Any:
+        """A prompt written with Qwen's names of the placeholders, with those of this model."""
+        if self.glm and isinstance(prompt, str):
+            for kind, pad in (("image", "<|image_pad|>"), ("video", "<|video_pad|>")):
+                ours = f"<|begin_of_{kind}|><|{kind}|><|end_of_{kind}|>"
+                prompt = prompt.replace(f"<|vision_start|>{pad}<|vision_end|>", ours)
+        return prompt
 
     @torch.inference_mode()
     def generate(
@@ -148,32 +187,43 @@ class Reference:
         `distort` changes the position IDs of the prompt: what a wrong implementation would answer.
         """
         ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
-        embed = self.model.get_input_embeddings()
         rows, positions, prompt_ids, kept, grids = [], [], [], [], []
         following, queue = 0, list(media)
+        if self.glm:  # writes the tokens around a clip's place itself
+            around = {self.config.video_start_token_id, self.config.video_end_token_id}
+            ids = [token for token in ids if token not in around]
         for token in ids:
             if token == self.image_id:
                 vectors, grid = self._see_image(queue.pop(0))
                 here, step = number_clip(grid, 1.0, np.arange(len(vectors)), sequential=False)
+                tokens_here = [token] * len(vectors)
             elif token == self.video_id:
                 clip = queue.pop(0)
                 vectors, grid, pixels = self._see_clip(clip)
                 keep = select(pixels, clip.settings)
                 sequential = clip.settings.positions == "sequential" and not clip.settings.off
-                here, step = number_clip(grid, self._time_step(clip), keep, sequential)
                 vectors = vectors[torch.from_numpy(keep)]
+                if self.per_unit:
+                    texts = self._texts(clip, grid[0])
+                    here, step = number_units(grid, [len(text) for text in texts], keep, sequential)
+                    tokens_here, vectors = self._between_texts(texts, keep // (grid[1] * grid[2]), vectors)
+                else:
+                    here, step = number_clip(grid, self._time_step(clip), keep, sequential)
+                    tokens_here = [token] * len(vectors)
                 kept.append(keep)
                 grids.append(grid)
             else:
-                vectors, here, step = embed(torch.tensor([token])), np.zeros((3, 1), dtype=np.int64), 1
+                vectors, here, step, tokens_here = self._embed([token]), np.zeros((3, 1), dtype=np.int64), 1, [token]
             rows.append(vectors)
             positions.append(here + following)
-            prompt_ids += [token] * len(vectors)
+            prompt_ids += tokens_here
             following += step
         assert not queue, "more media than placeholders"
         all_positions = np.concatenate(positions, axis=1)
         if distort is not None:
             all_positions = distort(all_positions)
+        width = max(vectors.shape[1] for vectors in rows)
+        rows = [torch.nn.functional.pad(vectors, (0, width - vectors.shape[1])) for vectors in rows]
         tokens, logprobs = self._decode(torch.cat(rows), all_positions, following, max_tokens)
         return Result(prompt_ids, all_positions, kept, grids, following, tokens, logprobs)
 
@@ -189,38 +239,96 @@ class Reference:
             fields["second_per_grid_ts"] = torch.tensor(
                 [self.config.vision_config.temporal_patch_size / c.fps for c in clips]
             )
+        if self.per_unit:
+            fields["timestamps"] = [self._seconds(clip, grid[0]) for clip, (_, grid, _) in zip(clips, seen)]
         return fields
+
+    def _embed(self, ids: Sequence[int]) -> torch.Tensor:
+        return self.model.get_input_embeddings()(torch.tensor(ids))
+
+    @staticmethod
+    def _seconds(clip: Clip, units: int) -> list[float]:
+        """When each unit of two frames is: half-way between them. The last frame of an odd count stands twice."""
+        last = len(clip.frames) - 1
+        return [(2 * t + min(2 * t + 1, last)) / 2 / clip.fps for t in range(units)]
+
+    def _texts(self, clip: Clip, units: int) -> list[list[int]]:
+        """The text before each unit, and after the last."""
+
+        def ids(text: str) -> list[int]:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        seconds = self._seconds(clip, units)
+        if self.glm:  # whole seconds of the first frame, after each unit
+            stamps = [f"<|end_of_image|>{int(2 * t / clip.fps)}" for t in range(units)]
+            around = ["<|begin_of_video|>", *stamps]
+            around = [text + "<|begin_of_image|>" for text in around[:-1]] + [around[-1] + "<|end_of_video|>"]
+        else:
+            around = [f"<|vision_end|><{second:.1f} seconds><|vision_start|>" for second in seconds]
+            around = [around[0].removeprefix("<|vision_end|>"), *around[1:], "<|vision_end|>"]
+        return [ids(text) for text in around]
+
+    def _between_texts(self, texts: list[list[int]], unit: np.ndarray, vectors: torch.Tensor) -> Any:
+        """Token ids and embeddings of a clip with the text around its units; `unit` is that of each of `vectors`."""
+        ids: list[int] = []
+        rows = []
+        for t, text in enumerate(texts):
+            inside = vectors[torch.from_numpy(unit == t)]
+            before = self._embed(text)
+            rows += [torch.nn.functional.pad(before, (0, vectors.shape[1] - before.shape[1])), inside]
+            ids += [*text, *[self.clip_id] * len(inside)]
+        return ids, torch.cat(rows)
 
     def _decode(self, rows: torch.Tensor, positions: np.ndarray, following: int, max_tokens: int) -> Any:
         from transformers import DynamicCache
 
         cache, language_model = DynamicCache(config=self.config.get_text_config()), self.model.model.language_model
-        inputs, where, tokens, logprobs = rows[None], torch.from_numpy(positions)[:, None], [], []
+        inputs, *deep = rows[None].split(self.hidden, dim=-1)
+        where, tokens, logprobs = torch.from_numpy(positions)[:, None], [], []
+        # Rows of text are zero there, so they may be added to every place.
+        extra = {}
+        if deep:
+            everywhere = torch.ones(inputs.shape[:2], dtype=torch.bool)
+            extra = {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [level[0] for level in deep]}
         for step in range(max_tokens):
-            out = language_model(inputs_embeds=inputs, position_ids=where, past_key_values=cache, use_cache=True)
+            out = language_model(
+                inputs_embeds=inputs, position_ids=where, past_key_values=cache, use_cache=True, **extra
+            )
+            extra = {}
             logits = self.model.lm_head(out.last_hidden_state[0, -1]).float()
             logprobs.append(torch.log_softmax(logits, dim=-1).numpy())
             tokens.append(int(logprobs[-1].argmax()))
-            inputs = self.model.get_input_embeddings()(torch.tensor([[tokens[-1]]]))
+            inputs = self._embed([tokens[-1]])[None]
             where = torch.full((3, 1, 1), following + step)
         return tokens, np.stack(logprobs)
 
     def _see_image(self, picture: Picture) -> tuple[torch.Tensor, tuple[int, int, int]]:
         seen = self.processor.image_processor(images=[picture.pixels], return_tensors="pt")
         _, h, w = seen["image_grid_thw"][0].tolist()
-        vectors = self.model.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
-        return vectors, (1, h // 2, w // 2)
+        return self._tower(seen["pixel_values"], seen["image_grid_thw"]), (1, h // 2, w // 2)
+
+    def _tower(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """Embeddings, with deepstack's beside them."""
+        if self.glm:  # takes a clip as its frames
+            ((units, rows, columns),) = grid.tolist()
+            grid = torch.tensor([[1, rows, columns]] * units)
+        out = self.model.model.visual(pixels, grid_thw=grid)
+        return torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], dim=1)
 
     def _see_clip(self, clip: Clip) -> tuple[torch.Tensor, tuple[int, int, int], np.ndarray]:
         """Full embeddings (N, hidden), the token grid, and the uint8 pixels (T, P, D) that are compared."""
-        look = self.processor.video_processor
-        video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
-        seen = look(videos=[video], return_tensors="pt")
-        raw = look(videos=[video], return_tensors="pt", do_normalize=False, do_rescale=False)["pixel_values_videos"]
+        seen = self._process(clip)
+        raw = self._process(clip, do_normalize=False, do_rescale=False)["pixel_values_videos"]
         assert raw.dtype == torch.uint8
         t, h, w = seen["video_grid_thw"][0].tolist()
-        vectors = self.model.model.visual(seen["pixel_values_videos"], grid_thw=seen["video_grid_thw"]).pooler_output
+        vectors = self._tower(seen["pixel_values_videos"], seen["video_grid_thw"])
         return vectors, (t, h // 2, w // 2), raw.numpy().reshape(t, (h // 2) * (w // 2), -1)
+
+    def _process(self, clip: Clip, **settings: bool) -> Any:
+        """What the video processor makes of all frames."""
+        video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
+        look = self.processor.video_processor
+        return look(videos=[video], return_tensors="pt", do_sample_frames=False, **settings)
 
     def _time_step(self, clip: Clip) -> float:
         """Position IDs per temporal unit: Qwen2.5-VL counts seconds (in fp32, like vLLM), Qwen2-VL units."""

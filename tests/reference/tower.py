@@ -73,7 +73,7 @@ def computed_tokens(pixels: np.ndarray, kept: np.ndarray, settings: Settings) ->
 def encode(
     visual: Any, pixels: torch.Tensor, grid: tuple[int, int, int], computed: np.ndarray
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Runs a Hugging Face vision tower (Qwen2-VL or Qwen2.5-VL) by the rule of K/V reuse.
+    """Runs a Hugging Face vision tower (of Qwen2-VL to Qwen3.5, or GLM-4.1V) by the rule of K/V reuse.
 
     Args:
         visual: The tower.
@@ -82,8 +82,8 @@ def encode(
         computed: (N,) bool, which tokens are computed; unit 0 is.
 
     Returns:
-        (N, hidden) embeddings, and the hidden states (N*4, width) before the first and after every block. Rows of
-        tokens that are not computed are NaN.
+        (N, hidden) embeddings with deepstack's beside them, and the hidden states (N*4, width) before the first and
+        after every block. Rows of tokens that are not computed are NaN.
     """
     units, rows, columns = grid
     per_unit = rows * columns * 4
@@ -112,7 +112,15 @@ def encode(
     def poisoned(hidden: torch.Tensor) -> torch.Tensor:
         return torch.where(alive.reshape(-1, 1), hidden, torch.nan)
 
-    hidden = poisoned(visual.patch_embed(pixels))
+    hidden = visual.patch_embed(pixels)
+    if hasattr(visual, "pos_embed"):
+        learned = _interpolated(visual.pos_embed.weight, 2 * rows, 2 * columns)
+        hidden = hidden + learned[patch_row, patch_column].repeat(units, 1)
+    if hasattr(visual, "embeddings"):  # GLM; its module adds the learned places, here to each unit as to a picture
+        shape = torch.tensor([[1, 2 * rows, 2 * columns]])
+        hidden = visual.post_conv_layernorm(hidden).split(per_unit)
+        hidden = torch.cat([visual.embeddings(unit, [per_unit], shape, *places.T) for unit in hidden])
+    hidden = poisoned(hidden)
     states = [hidden]
     place = torch.arange(per_unit)
     for number, block in enumerate(visual.blocks):
@@ -130,7 +138,30 @@ def encode(
         hidden = hidden + attention.proj(attended.reshape(units * per_unit, -1))
         hidden = poisoned(hidden + block.mlp(block.norm2(hidden)))
         states.append(hidden)
-    return visual.merger(hidden), states
+    if hasattr(visual, "downsample"):  # GLM
+        merged = visual.post_layernorm(hidden).reshape(units * rows * columns, 2, 2, -1).permute(0, 3, 1, 2)
+        return visual.merger(visual.downsample(merged).flatten(1)), states
+    out = [visual.merger(hidden)]
+    if hasattr(visual, "deepstack_merger_list"):
+        after = [states[number + 1] for number in visual.deepstack_visual_indexes]
+        out += [merger(x) for merger, x in zip(visual.deepstack_merger_list, after, strict=True)]
+    return torch.cat(out, dim=1), states
+
+
+def _interpolated(grid: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """(rows, columns, width): the learned square grid (side**2, width), bilinear, the corners on the corners."""
+    side = round(len(grid) ** 0.5)
+    grid = grid.reshape(side, side, -1)
+    out = torch.empty(rows, columns, grid.shape[-1])
+    for row in range(rows):
+        for column in range(columns):
+            y, x = row * (side - 1) / (rows - 1), column * (side - 1) / (columns - 1)
+            top, left = min(int(y), side - 2), min(int(x), side - 2)
+            down, right = y - top, x - left
+            upper = (1 - right) * grid[top, left] + right * grid[top, left + 1]
+            lower = (1 - right) * grid[top + 1, left] + right * grid[top + 1, left + 1]
+            out[row, column] = (1 - down) * upper + down * lower
+    return out
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -147,8 +178,7 @@ class TowerReference(Reference):
         if isinstance(settings, TowerSettings) and settings.encoder == "reuse" and not settings.off:
             kept = select(pixels, settings)
             if len(kept) < len(vectors):
-                video = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
-                seen = self.processor.video_processor(videos=[video], return_tensors="pt")
+                seen = self._process(clip)
                 computed = computed_tokens(pixels, kept, settings)
                 vectors, _ = encode(self.model.model.visual, seen["pixel_values_videos"], grid, computed)
         return vectors, grid, pixels

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GLM-4.1V.
+
+Pixel rows are Qwen2-VL's. In the prompt every unit stands between text, as in Qwen3-VL, with the same positions:
+``<begin_of_image>placeholders<end_of_image>t``; the placeholders are those of images.
+"""
+
+from typing import Any
+
+import torch
+
+from evs_vllm.adapters.base import ReuseTower
+from evs_vllm.adapters.qwen2_vl import Qwen2VLTower
+from evs_vllm.adapters.qwen3_vl import Qwen3VL
+
+
+class GLM4V(Qwen3VL):
+    """Adapter of the GLM-4.1V prompt."""
+
+    def reuse_tower(self, model: Any) -> ReuseTower:
+        return GLM4VTower(model.visual)
+
+
+class GLM4VTower(Qwen2VLTower):
+    """Attention within a frame; a learned embedding of the place; a convolution over the patches of one token."""
+
+    def _per_place(self, height: int, width: int) -> dict[str, torch.Tensor]:
+        grid = [[1, height, width]]
+        cos, sin, _ = self._visual.rot_pos_emb(grid)
+        values = {
+            "rotary_pos_emb_cos": cos,
+            "rotary_pos_emb_sin": sin,
+            "pos_embeds": self._visual.pos_embeds_interpolate(grid),
+        }
+        return {name: self._by_token(rows) for name, rows in values.items()}
