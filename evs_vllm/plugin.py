@@ -33,6 +33,8 @@ def register() -> None:
     compat.add_cli_options(_add_cli_options)
     compat.on_cli_args(_read_cli_options)
     compat.on_model_config(_start)
+    if compat.scheduler_is_loaded():
+        compat.on_scheduled_request(_end_in_time)
     for architecture in supported_architectures():
         compat.replace_model_class(architecture, "evs_vllm.adapters.models")
 
@@ -100,6 +102,8 @@ def _start(engine_args: Any, model_config: Any) -> None:
     compat.refuse_conflicts(model_config)
     config = config.resolve_encoder(compat.reuse_obstacle(engine_args, model_config) if family.reuse else _NO_TOWER)
     compat.stamp(model_config, config)
+    compat.give_positions(model_config)
+    compat.on_scheduled_request(_end_in_time)
     _server_config = config
     _compile_kernels()
     logger.info(
@@ -108,6 +112,12 @@ def _start(engine_args: Any, model_config: Any) -> None:
         config.describe(),
         config.request_overrides,
     )
+
+
+def _end_in_time(model_config: Any, request: Any) -> None:
+    from evs_vllm.adapters.processor import end_in_time
+
+    end_in_time(model_config, request)
 
 
 def _compile_kernels() -> None:

@@ -16,12 +16,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from evs_vllm import _testing_frames as frames
 
 __all__ = [
     "FAMILIES",
@@ -79,6 +81,8 @@ class TinyFamily:
     processor_class: str
     vision: Callable[[dict[str, Any]], dict[str, Any]]
     """From the common sizes to the keyword arguments of the family's vision config."""
+    make: Callable[..., None] | None = None
+    """Writes the folder, given (directory, this row, sizes, seed), where the family is not built like Qwen2-VL."""
 
 
 def _qwen2_vision(s: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +106,22 @@ FAMILIES: dict[str, TinyFamily] = {
         "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", "Qwen2_5_VLProcessor", _qwen2_5_vision
     ),
     "qwen2_vl": TinyFamily("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", "Qwen2VLProcessor", _qwen2_vision),
-}
+    "internvl": TinyFamily(
+        "InternVLForConditionalGeneration", "InternVLConfig", "InternVLProcessor", frames.internvl_vision,
+        frames.make_frames_model,
+    ),
+    "internvl_chat": TinyFamily(
+        "InternVLChatModel", "InternVLConfig", "InternVLProcessor", frames.internvl_vision, frames.make_internvl_chat
+    ),
+    "llava_onevision": TinyFamily(
+        "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionConfig", "LlavaOnevisionProcessor",
+        frames.siglip_vision, frames.make_frames_model,
+    ),
+    "llava_next_video": TinyFamily(
+        "LlavaNextVideoForConditionalGeneration", "LlavaNextVideoConfig", "LlavaNextVideoProcessor",
+        frames.clip_vision, frames.make_frames_model,
+    ),
+}  # fmt: skip
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -142,7 +161,10 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
 
     row, sizes, directory = FAMILIES[family], SIZES | overrides, Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = _make_tokenizer()
+    if row.make is not None:
+        row.make(directory, row, sizes, seed)
+        return directory
+    tokenizer = make_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     _write_processor(directory, row, tokenizer, sizes["max_tokens_per_frame"])
 
@@ -166,7 +188,7 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
     with torch.device("meta"):
         model = getattr(transformers, row.architecture)._from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")
-    _fill_weights(model, tokenizer, seed)
+    fill_weights(model, tokenizer, seed)
     model.generation_config = transformers.GenerationConfig(
         do_sample=False,
         bos_token_id=ids["<|endoftext|>"],
@@ -203,7 +225,8 @@ def cached_model(family: str = "qwen2_5_vl", **sizes: Any) -> Path:
     return folder
 
 
-def _make_tokenizer() -> Any:
+def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, chat_template: str = CHAT_TEMPLATE, **named: str) -> Any:
+    """A small tokenizer like Qwen2's. `named` special tokens are attributes of it, as some processors expect."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -221,11 +244,12 @@ def _make_tokenizer() -> Any:
         vocab_size=480, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[]
     )
     tokenizer.train_from_iterator([CORPUS], trainer)
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_tokens])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=131072
-    )
-    fast.chat_template = CHAT_TEMPLATE
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=131072,
+        **({"extra_special_tokens": named} if named else {}),
+    )  # fmt: skip
+    fast.chat_template = chat_template
     return fast
 
 
@@ -247,7 +271,7 @@ def _write_processor(directory: Path, row: TinyFamily, tokenizer: Any, max_token
     tokenizer_config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
+def fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
     """Random weights with unit-variance activations, peaked attention and well separated logits."""
     import torch
 
@@ -269,7 +293,7 @@ def _fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
         # Only printable tokens are ever generated: no end of text in the middle, no stray placeholder, readable output.
         for index in range(len(tokenizer)):
             piece = tokenizer.decode([index])
-            if piece in SPECIAL_TOKENS or not (piece.isascii() and piece.isprintable()):
+            if index in tokenizer.added_tokens_decoder or not (piece.isascii() and piece.isprintable()):
                 model.lm_head.weight[index] = 0.0
 
 

@@ -6,9 +6,10 @@
 
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
+from vllm.model_executor.models.interfaces import supports_mrope
 from vllm.multimodal.inputs import PlaceholderRange
 
 from evs_vllm.adapters import Family, family_of
@@ -66,7 +67,8 @@ class EVSModelMixin:
                 embeds = embeds.split([len(plan.computed) for plan in plans[start:stop]])
             else:
                 embeds = stock(**batch)
-            kept += [keep_rows(rows, plan) for rows, plan in zip(embeds, plans[start:stop], strict=True)]
+            # vLLM's LLaVA-OneVision leaves an axis of length 1 in front when clips differ in length.
+            kept += [keep_rows(e.flatten(0, -2), plan) for e, plan in zip(embeds, plans[start:stop], strict=True)]
         return tuple(kept)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
@@ -92,6 +94,24 @@ class EVSModelMixin:
         return super().get_mm_lora_token_counts(  # type: ignore[misc]
             modality=modality, mm_kwargs=mm_kwargs, num_mm_embeds=num_mm_embeds
         )
+
+
+class OneAxisMixin:
+    """Goes between the mixin and a model class with ordinary, 1-D RoPE, which vLLM does not ask for position IDs.
+
+    With `compat.give_positions` it does, and hands them to the model as three equal rows. The language model gets one
+    of them, as ever: its rotary embedding and the scaling of that are vLLM's own.
+    """
+
+    supports_mrope: ClassVar[Literal[True]] = True
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
+        return torch.arange(len(input_tokens)).repeat(3, 1), 0
+
+    def forward(self, input_ids: torch.Tensor | None, positions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if positions.ndim == 2:
+            positions = positions[0]
+        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
 
 
 def accept_schedules(attention: torch.nn.Module) -> None:
@@ -131,7 +151,8 @@ def model_class(stock: type, family: Family) -> type:
         "_evs": family.load_adapter(),
         "_evs_stock": stock,
     }
-    cls = type(stock.__name__, (EVSModelMixin, stock), body)
+    mixins = (EVSModelMixin,) if supports_mrope(stock) else (EVSModelMixin, OneAxisMixin)
+    cls = type(stock.__name__, (*mixins, stock), body)
     factories = stock._processor_factory  # type: ignore[attr-defined]
     cls._processor_factory = replace(  # type: ignore[attr-defined]
         factories, processor=ProcessorFactory(factories.processor, family)
