@@ -69,6 +69,10 @@ class FamilyAdapter(ABC):
         """The model's vision tower as one that can reuse keys and values, or None if the family has none."""
         return None
 
+    def reuse_obstacle(self, hf_config: Any, engine_args: Any) -> str:
+        """Why that tower cannot be used with this model or these vLLM options, or ""."""
+        return ""
+
     def max_position(self, hf_config: Any) -> int:
         """Number of position IDs that the language model's cos/sin cache holds. By default that of 1-D RoPE."""
         return rotary_length(hf_config.get_text_config())
@@ -104,7 +108,10 @@ class ReuseTower(ABC):
 
     @abstractmethod
     def attentions(self) -> Iterable[torch.nn.Module]:
-        """Its attention modules, called with query, key, value of (1, rows, heads, head size) and ``cu_seqlens``."""
+        """Its attention modules, called with query, key, value of (1, rows, heads, head size) and ``cu_seqlens``.
+
+        Or of (1, rows, heads * head size), with the schedule on the module (`evs_vllm.adapters.plain_vit.SCHEDULE`).
+        """
 
     @abstractmethod
     def encode(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> torch.Tensor:

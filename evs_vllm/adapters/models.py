@@ -14,6 +14,7 @@ from vllm.multimodal.inputs import PlaceholderRange
 
 from evs_vllm.adapters import Family, family_of
 from evs_vllm.adapters.base import FamilyAdapter
+from evs_vllm.adapters.plain_vit import SCHEDULE
 from evs_vllm.adapters.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
 from evs_vllm.apply import encoder_batches, keep_rows
 from evs_vllm.compat import flash_attention, stamped, stock_model_class
@@ -114,21 +115,26 @@ class OneAxisMixin:
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
 
 
-def accept_schedules(attention: torch.nn.Module) -> None:
+def accept_schedules(attention: Any) -> None:
     """Lets a vision attention module take a `ReuseSchedule` for ``cu_seqlens``; otherwise it runs as before."""
     stock = attention.forward
-    scale: float = attention.scale  # type: ignore[assignment]
+    scale: float = attention.scale
 
     def forward(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: Any = None, **others: Any
     ) -> Any:
-        if isinstance(cu_seqlens, ReuseSchedule):
+        schedule = cu_seqlens if isinstance(cu_seqlens, ReuseSchedule) else getattr(attention, SCHEDULE, None)
+        if schedule is not None:
+            heads = (query.shape[1], attention.num_heads, attention.head_size)
+            q, k, v = (x.reshape(heads) for x in (query, key, value))
             if query.is_cuda and getattr(attention, "is_flash_attn_backend", False):
-                return flash_attention(attention, cu_seqlens.varlen(query.device), query[0], key[0], value[0])[None]
-            return cu_seqlens.attend(query[0], key[0], value[0], scale)[None]
+                out = flash_attention(attention, schedule.varlen(query.device), q, k, v)
+            else:
+                out = schedule.attend(q, k, v, scale)
+            return out.reshape(query.shape)
         return stock(query=query, key=key, value=value, cu_seqlens=cu_seqlens, **others)
 
-    attention.forward = forward  # type: ignore[method-assign]
+    attention.forward = forward
 
 
 def _moved(item: PositionRequest, offset: int) -> Any:

@@ -7,10 +7,12 @@ One engine for each family: its steps are so short that every prefill is cut, an
 import pytest
 import torch
 
+from evs_vllm.plan import RetentionPlan
 from evs_vllm.testing import real_clip_frames, synthetic_clip
 from tests.e2e.harness import TOLERANCE, Request, check, expected, run_and_check
 from tests.reference.frames import FramesReference
 from tests.reference.hf import Clip, Picture, Settings
+from tests.reference.tower import TowerSettings
 
 pytestmark = pytest.mark.vllm
 
@@ -170,6 +172,61 @@ def test_images_and_videos_in_any_order(engine, ref, clip, positions, family):
     for name, items in orders.items():
         prompt = chat(*(f"{item}\n" for item in items), "What moves?")
         run_and_check(engine, ref, [Request(prompt, media[name], kwargs)])
+
+
+REUSE = {
+    "rate 0.5": (TowerSettings(0.5), {"evs_rate": 0.5}),
+    "rate 0.9": (TowerSettings(0.9), {"evs_rate": 0.9}),
+    "no refresh": (TowerSettings(0.75, refresh=0), {"evs_encoder_refresh": 0}),
+    "refresh every other": (TowerSettings(0.75, refresh=2), {"evs_encoder_refresh": 2}),
+    "sequential": (TowerSettings(0.75, positions="sequential"), {"evs_positions": "sequential"}),
+    "unit 0 only": (TowerSettings(threshold=255.0, refresh=0), {"evs_threshold": 255, "evs_encoder_refresh": 0}),
+}
+
+
+def test_encoder_reuse(engine, ref, clip, family):
+    if not family.startswith("internvl"):
+        with pytest.raises(Exception, match="vision tower is not supported"):
+            engine.generate([ask(ref, clip(50), evs_encoder="reuse")])
+        return
+    model, calls = engine.runner.model, []
+    embed = model.embed_multimodal
+
+    def recording(**kwargs):
+        calls.append(kwargs)
+        return embed(**kwargs)
+
+    requests = [
+        ask(ref, clip(50 + i, 4 + i), settings, f"Question {i}?", evs_encoder="reuse", **kwargs)
+        for i, (settings, kwargs) in enumerate(REUSE.values())
+    ]
+    whole = ask(ref, clip(60, 5), Settings(0.75), "Why?")
+    picture = Picture(synthetic_clip(1, (112, 112), "noise", seed=5)[0])
+    media = [picture, Clip(clip(61, 6), settings=TowerSettings(0.75)), Clip(clip(62, 3), settings=TowerSettings(0.75))]
+    prompt = chat(ref.image, "\n", ref.video, "\n", ref.video, "\nWhat moves?")
+    mixed = Request(prompt, media, {"evs_encoder": "reuse"})
+    model.embed_multimodal = recording
+    try:
+        run_and_check(engine, ref, [*requests[:3], whole, *requests[3:], mixed])
+    finally:
+        del model.embed_multimodal
+    plans = [RetentionPlan.from_array(a.numpy()) for kwargs in calls for a in kwargs.get("evs_plan", ())]
+    frames = sum(len(kwargs[name]) for kwargs in calls for name in kwargs if name in PIXELS and "evs_plan" in kwargs)
+    assert {plan.encoder for plan in plans} == {"reuse", "full"}
+    assert frames == sum(-(-len(plan.computed) // PER_FRAME) for plan in plans), "pixels that nobody computes travelled"
+    assert max(len(kwargs.get("evs_plan", ())) for kwargs in calls) > 1, "no call of the tower held two clips"
+
+    # The comparison can fail: the tower as a whole, or another choice of what is computed, gives other logprobs.
+    engine.reset()
+    (output,) = engine.generate([requests[3]])
+    check(output, expected(ref, requests[3]))
+    for settings in (Settings(0.75), TowerSettings(0.75, refresh=0)):
+        other = ref.generate(requests[3].prompt, [Clip(requests[3].media[0].frames, settings=settings)], 12)
+        with pytest.raises(AssertionError):
+            check(output, other)
+
+
+PIXELS = ("pixel_values_videos", "pixel_values_flat_video")
 
 
 def test_real_video_is_resized(engine, ref):

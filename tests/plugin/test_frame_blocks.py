@@ -11,7 +11,8 @@ import torch
 
 from evs_vllm.adapters import family_of
 from evs_vllm.adapters.base import PixelStats
-from evs_vllm.adapters.frame_blocks import InternVLChat, LlavaOnevision
+from evs_vllm.adapters.internvl import InternVLChat
+from evs_vllm.adapters.llava import LlavaOnevision
 from evs_vllm.errors import RequestError
 from evs_vllm.scoring import pixel_change
 from evs_vllm.testing import synthetic_clip

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from tests.reference.hf import Clip, Picture, Result, select
+from tests.reference.tower import computed_tokens
 
 NATIVE = "native"
 
@@ -157,11 +158,58 @@ class FramesReference:
         else:
             rows = core.get_video_features(normal, **how).pooler_output[0].flatten(0, 1)
         blocks = self.blocks()
-        tokens = [
+        tokens = np.array([
             [frame[:, top[0] : top[1], left[0] : left[1]].reshape(-1) for top in blocks for left in blocks]
             for frame in raw.numpy()
-        ]
-        return rows, (len(raw), len(blocks), len(blocks)), np.array(tokens)
+        ])  # fmt: skip
+        computed = computed_tokens(tokens, select(tokens, clip.settings), clip.settings)
+        if not computed.all():
+            rows = self._reuse(normal[0], computed)
+        return rows, (len(raw), len(blocks), len(blocks)), tokens
+
+    def _reuse(self, frames: torch.Tensor, computed: np.ndarray) -> torch.Tensor:
+        """The tower's rows by the rule of K/V reuse: dense, the rows that are not computed NaN in every layer.
+
+        Args:
+            frames: (T, 3, S, S) normalised.
+            computed: (T*P,) bool, which tokens are computed; the first frame is. The class token is in every frame of
+                which any token is.
+        """
+        core, vision = self.model.model, self.model.model.vision_tower
+        hidden = vision.embeddings(frames)  # (T, 1 + patches, width)
+        units, places, width = hidden.shape
+        side = round((places - 1) ** 0.5)
+        alive = torch.zeros(units, places, dtype=torch.bool)
+        for unit in range(units):
+            for row in range(side):
+                for column in range(side):
+                    token = (unit * (side // 2) + row // 2) * (side // 2) + column // 2
+                    alive[unit, 1 + row * side + column] = bool(computed[token])
+            alive[unit, 0] = bool(alive[unit].any())
+        assert alive[0].all(), "the first frame must be whole"
+        latest = torch.zeros(units, places, dtype=torch.long)
+        for unit in range(1, units):
+            latest[unit] = torch.where(alive[unit], unit, latest[unit - 1])
+
+        def poisoned(x: torch.Tensor) -> torch.Tensor:
+            return torch.where(alive[:, :, None], x, torch.nan)
+
+        hidden, everywhere = poisoned(hidden), torch.arange(places)
+        for layer in vision.encoder.layer:
+            attention, x = layer.attention, layer.layernorm_before(hidden)
+            heads = (units, places, attention.num_heads, attention.head_dim)
+            query, key, value = (
+                project(x).view(heads) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            seen = []
+            for unit in range(units):
+                k, v = key[latest[unit], everywhere], value[latest[unit], everywhere]
+                weights = torch.softmax(torch.einsum("qhd,khd->hqk", query[unit], k) * attention.scale, dim=-1)
+                seen.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+            hidden = hidden + layer.lambda_1 * attention.projection_layer(torch.stack(seen))
+            hidden = poisoned(hidden + layer.lambda_2 * layer.mlp(layer.layernorm_after(hidden)))
+        patches = vision.layernorm(hidden)[:, 1:].reshape(units, side, side, width)
+        return core.multi_modal_projector(core.pixel_shuffle(patches).flatten(1, 2)).flatten(0, 1)
 
     def _resized(self, frames: np.ndarray) -> np.ndarray:
         """InternVL's own format resizes with Pillow."""
