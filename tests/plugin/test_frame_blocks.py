@@ -13,7 +13,9 @@ from evs_vllm.adapters import family_of
 from evs_vllm.adapters.base import PixelStats
 from evs_vllm.adapters.internvl import InternVLChat
 from evs_vllm.adapters.llava import LlavaOnevision
-from evs_vllm.errors import RequestError
+from evs_vllm.adapters.plain_vit import packed_frames
+from evs_vllm.errors import ConfigError, RequestError
+from evs_vllm.plan import RetentionPlan
 from evs_vllm.scoring import pixel_change
 from evs_vllm.testing import synthetic_clip
 from tests.reference.frames import FramesReference
@@ -21,6 +23,7 @@ from tests.reference.hf import Clip
 
 pytestmark = pytest.mark.vllm
 
+WHOLE = {"rate": 0.5, "encoder": "full"}  # with "reuse" the pixels of other tokens are gone
 SIDES = {"internvl": 112, "internvl_chat": 112, "llava_onevision": 104, "llava_next_video": 64}
 
 
@@ -43,7 +46,7 @@ def processor_for(model: Path, evs: dict[str, Any] | None, **kwargs: Any) -> Any
 
 @pytest.fixture(scope="module")
 def processor(model_dir: Callable[[str], Path], family: str) -> Any:
-    return processor_for(model_dir(family), {"rate": 0.5})
+    return processor_for(model_dir(family), WHOLE)
 
 
 def process(processor: Any, frames: np.ndarray, **mm_kwargs: Any) -> Any:
@@ -57,7 +60,11 @@ def process(processor: Any, frames: np.ndarray, **mm_kwargs: Any) -> Any:
 
 
 def clip_of(processor: Any, frames: np.ndarray) -> Any:
-    adapter, fields = adapter_of(processor), fields_of(processor, frames)
+    return clip_of_fields(processor, fields_of(processor, frames))
+
+
+def clip_of_fields(processor: Any, fields: dict[str, Any]) -> Any:
+    adapter = adapter_of(processor)
     return adapter.clip(fields, processor.info.get_hf_config(), adapter.pixel_stats(processor.info.get_hf_processor()))
 
 
@@ -130,7 +137,7 @@ def test_frames_come_back_as_they_went_in(processor: Any, family: str) -> None:
 
 
 def test_first_pixel_shuffle_swaps_rows_and_columns(model_dir: Callable[[str], Path]) -> None:
-    processor = processor_for(model_dir("internvl_chat"), {"rate": 0.5}, hf_overrides={"ps_version": "v1"})
+    processor = processor_for(model_dir("internvl_chat"), WHOLE, hf_overrides={"ps_version": "v1"})
     frames = np.full((2, 112, 112, 3), 100, dtype=np.uint8)
     frames[1, 60, 5] = 137  # row 2, column 0
     changed = pixel_change(clip_of(processor, frames).tokens)[1]
@@ -166,9 +173,9 @@ def test_released_llava_onevision_reads_pairs_of_patches() -> None:
 def test_half_precision_pixels_are_near(model_dir: Callable[[str], Path]) -> None:
     """bfloat16 rounds normalised pixels to about two grey levels, before they reach us."""
     frames = synthetic_clip(3, (112, 112), "noise", seed=3)
-    processor = processor_for(model_dir("internvl"), {"rate": 0.5}, dtype="bfloat16")
+    processor = processor_for(model_dir("internvl"), WHOLE, dtype="bfloat16")
     assert fields_of(processor, frames)["pixel_values_videos"].dtype == torch.bfloat16
-    exact = clip_of(processor_for(model_dir("internvl"), {"rate": 0.5}), frames).tokens.int()
+    exact = clip_of(processor_for(model_dir("internvl"), WHOLE), frames).tokens.int()
     assert (clip_of(processor, frames).tokens.int() - exact).abs().max() <= 2
 
 
@@ -199,3 +206,26 @@ def test_statistics_of_the_own_format_are_those_of_its_processor() -> None:
     from vllm.transformers_utils.processors.internvl import IMAGENET_MEAN, IMAGENET_STD
 
     assert InternVLChat().pixel_stats(None) == PixelStats(IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_pixels_that_nobody_computes_do_not_travel(model_dir: Callable[[str], Path]) -> None:
+    frames = synthetic_clip(8, (112, 112), moving=0.2, seed=4)
+    for name in ("internvl", "internvl_chat"):
+        pixels = adapter_of(whole := processor_for(model_dir(name), WHOLE)).pixels
+        for options, expected in (({"encoder_refresh": 0}, 4), ({"encoder_refresh": 2}, 6)):
+            processor = processor_for(model_dir(name), {"rate": 0.5} | options)
+            fields = fields_of(processor, frames)
+            plan = RetentionPlan.from_array(fields["evs_plan"].numpy())
+            assert plan.encoder == "reuse" and len(fields[pixels]) == packed_frames(plan) <= expected
+            kept = clip_of(whole, frames).tokens.flatten(0, 1)[torch.from_numpy(plan.computed)]
+            assert torch.equal(clip_of_fields(processor, fields).tokens.flatten(0, 1)[: len(kept)], kept)
+
+
+def test_reuse_is_refused_where_it_would_be_wrong(model_dir: Callable[[str], Path]) -> None:
+    for name, options, reason in (
+        ("internvl_chat", {"hf_overrides": {"ps_version": "v1"}}, "pixel shuffle"),
+        ("internvl", {"enable_lora": True, "enable_tower_connector_lora": True}, "LoRA"),
+        ("llava_onevision", {}, "not supported"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            processor_for(model_dir(name), {"rate": 0.5, "encoder": "reuse"}, **options)
