@@ -46,6 +46,7 @@ _WRAPPED = "__evs_wrapped__"
 _REQUEST_CHECK = "validate_request_mm_kwargs"
 _REQUEST_CHECK_HOME = "vllm.entrypoints.generate.base.protocol"
 _SCHEDULER_HOME = "vllm.v1.core.sched.scheduler"
+_ENGINE_CORE_HOME = "vllm.v1.engine.core"
 # They import it by name: those already loaded need the wrapped function, those loaded later get it from its home.
 _REQUEST_CHECK_USERS = ("vllm.renderers.online_renderer", "vllm.entrypoints.pooling.base.serving")
 
@@ -126,7 +127,7 @@ def on_request_kwargs(check: Callable[[dict[str, Any]], dict[str, Any]]) -> None
 def on_scheduled_request(check: Callable[[Any, Any], None]) -> None:
     """Calls `check(model_config, request)` on each new request of an engine core whose model config is stamped.
 
-    Imports the scheduler, so call it where it is loaded anyway or EVS is on.
+    Imports the scheduler, so call it where that will be needed anyway or EVS is on.
     """
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,9 +141,12 @@ def on_scheduled_request(check: Callable[[Any, Any], None]) -> None:
     _wrap(importlib.import_module(_SCHEDULER_HOME).Scheduler, "add_request", make)
 
 
-def scheduler_is_loaded() -> bool:
-    """Whether this process has imported vLLM's scheduler; an engine core has when it loads plugins."""
-    return _SCHEDULER_HOME in sys.modules
+def may_run_engine_core() -> bool:
+    """Whether this process has imported vLLM's engine core; one that runs it has when it loads plugins.
+
+    It imports its scheduler later, when it knows which.
+    """
+    return _ENGINE_CORE_HOME in sys.modules
 
 
 def give_positions(model_config: Any) -> None:

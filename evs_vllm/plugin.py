@@ -33,7 +33,7 @@ def register() -> None:
     compat.add_cli_options(_add_cli_options)
     compat.on_cli_args(_read_cli_options)
     compat.on_model_config(_start)
-    if compat.scheduler_is_loaded():
+    if compat.may_run_engine_core():
         compat.on_scheduled_request(_end_in_time)
     for architecture in supported_architectures():
         compat.replace_model_class(architecture, "evs_vllm.adapters.models")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Position IDs of models with 1-D RoPE: how many there are, where an answer ends, what reaches the language model."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +72,21 @@ def test_answers_end_where_the_position_ids_do() -> None:
     short.max_tokens = 7
     end_in_time(model_config, short)
     assert short.max_tokens == 7
+
+
+@pytest.mark.parametrize("engine_core", [True, False])
+def test_engine_cores_of_their_own_end_answers_too(engine_core: bool) -> None:
+    """A spawned engine core loads plugins after its own module and before its scheduler's; others need neither."""
+    code = (
+        f"{'import vllm.v1.engine.core' if engine_core else ''}\n"
+        "import sys\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "scheduler = sys.modules.get('vllm.v1.core.sched.scheduler')\n"
+        "print(hasattr(scheduler and scheduler.Scheduler.add_request, '__evs_wrapped__'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip().splitlines()[-1] == str(engine_core)
 
 
 def test_the_language_model_gets_one_axis() -> None:
