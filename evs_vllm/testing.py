@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from evs_vllm import _testing_frames as frames
+from evs_vllm import _testing_frames as _frames
 
 __all__ = [
     "FAMILIES",
@@ -107,19 +107,19 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "qwen2_vl": TinyFamily("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", "Qwen2VLProcessor", _qwen2_vision),
     "internvl": TinyFamily(
-        "InternVLForConditionalGeneration", "InternVLConfig", "InternVLProcessor", frames.internvl_vision,
-        frames.make_frames_model,
+        "InternVLForConditionalGeneration", "InternVLConfig", "InternVLProcessor", _frames.internvl_vision,
+        make=_frames.make_frames_model,
     ),
     "internvl_chat": TinyFamily(
-        "InternVLChatModel", "InternVLConfig", "InternVLProcessor", frames.internvl_vision, frames.make_internvl_chat
+        "InternVLChatModel", "InternVLConfig", "InternVLProcessor", _frames.internvl_vision, make=_frames.make_internvl_chat
     ),
     "llava_onevision": TinyFamily(
         "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionConfig", "LlavaOnevisionProcessor",
-        frames.siglip_vision, frames.make_frames_model,
+        _frames.siglip_vision, make=_frames.make_frames_model,
     ),
     "llava_next_video": TinyFamily(
         "LlavaNextVideoForConditionalGeneration", "LlavaNextVideoConfig", "LlavaNextVideoProcessor",
-        frames.clip_vision, frames.make_frames_model,
+        _frames.clip_vision, make=_frames.make_frames_model,
     ),
 }  # fmt: skip
 
