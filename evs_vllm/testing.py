@@ -111,7 +111,8 @@ FAMILIES: dict[str, TinyFamily] = {
         make=_frames.make_frames_model,
     ),
     "internvl_chat": TinyFamily(
-        "InternVLChatModel", "InternVLConfig", "InternVLProcessor", _frames.internvl_vision, make=_frames.make_internvl_chat
+        "InternVLChatModel", "InternVLConfig", "InternVLProcessor", _frames.internvl_vision,
+        make=_frames.make_internvl_chat,
     ),
     "llava_onevision": TinyFamily(
         "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionConfig", "LlavaOnevisionProcessor",
