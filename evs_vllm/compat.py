@@ -9,6 +9,10 @@ Ledger (reason; when it can go):
   are stamped on the former. Can go when processors can read ``additional_config``.
 - `on_request_kwargs`: vLLM refuses all request-level ``mm_processor_kwargs`` unless all are trusted. Can go when vLLM
   lets a processor name keys that are safe for untrusted requests.
+- `on_scheduled_request`: the scheduler ends an answer by its tokens, while the position IDs of a pruned prompt are
+  further along. Can go when vLLM lets a model bound the positions of a request.
+- `give_positions`: vLLM asks a model for the position IDs of a prompt only if its config has M-RoPE sections. Can go
+  when any model may number its prompt.
 - `shield_llvmlite`: vLLM's CPU worker inspects every object of every loaded module (triton_utils/dispatcher.py,
   ``_rebind_kernels``) and dies on llvmlite's library wrapper, which answers to any attribute name. Happens without this
   package too, when numba is loaded before an in-process engine. Can go when vLLM skips such objects.
@@ -44,6 +48,8 @@ _WRAPPED = "__evs_wrapped__"
 
 _REQUEST_CHECK = "validate_request_mm_kwargs"
 _REQUEST_CHECK_HOME = "vllm.entrypoints.generate.base.protocol"
+_SCHEDULER_HOME = "vllm.v1.core.sched.scheduler"
+_ENGINE_CORE_HOME = "vllm.v1.engine.core"
 # They import it by name: those already loaded need the wrapped function, those loaded later get it from its home.
 _REQUEST_CHECK_USERS = ("vllm.renderers.online_renderer", "vllm.entrypoints.pooling.base.serving")
 
@@ -153,6 +159,41 @@ def widen_rotary_caches() -> None:
     for name in _ROTARY_FACTOR_USERS:
         if (module := sys.modules.get(name)) is not None:
             setattr(module, _ROTARY_FACTOR, getattr(home, _ROTARY_FACTOR))
+
+
+def on_scheduled_request(check: Callable[[Any, Any], None]) -> None:
+    """Calls `check(model_config, request)` on each new request of an engine core whose model config is stamped.
+
+    Imports the scheduler, so call it where that will be needed anyway or EVS is on.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_request(self: Any, request: Any) -> None:
+            if stamped(self.vllm_config.model_config) is not None:
+                check(self.vllm_config.model_config, request)
+            original(self, request)
+
+        return add_request
+
+    _wrap(importlib.import_module(_SCHEDULER_HOME).Scheduler, "add_request", make)
+
+
+def may_run_engine_core() -> bool:
+    """Whether this process has imported vLLM's engine core; one that runs it has when it loads plugins.
+
+    It imports its scheduler later, when it knows which.
+    """
+    return _ENGINE_CORE_HOME in sys.modules
+
+
+def give_positions(model_config: Any) -> None:
+    """Makes vLLM ask the model class for the position IDs of each prompt, if it does not do so already.
+
+    The attribute of the outer config switches that on and nothing else: in ``rope_parameters`` it would choose another
+    rotary embedding, for some scalings (default, yarn) and not for others. The language model gets its own sub-config.
+    """
+    if not model_config.uses_mrope:
+        model_config.hf_config.mrope_section = [model_config.get_head_size() // 2, 0, 0]
 
 
 def shield_llvmlite() -> None:

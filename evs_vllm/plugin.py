@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evs_vllm import envs
-from evs_vllm.adapters import family_of, supported_architectures
+from evs_vllm.adapters import Family, family_of, supported_architectures
 from evs_vllm.config import EVSConfig, refuse_keys, split_request_kwargs
 from evs_vllm.errors import ConfigError, UnsupportedError
 from evs_vllm.options import CONFIG_KEY, OPTIONS
@@ -33,6 +33,8 @@ def register() -> None:
     compat.add_cli_options(_add_cli_options)
     compat.on_cli_args(_read_cli_options)
     compat.on_model_config(_start)
+    if compat.may_run_engine_core():
+        compat.on_scheduled_request(_end_in_time)
     for architecture in supported_architectures():
         compat.replace_model_class(architecture, "evs_vllm.adapters.models")
 
@@ -98,8 +100,10 @@ def _start(engine_args: Any, model_config: Any) -> None:
             f"{', '.join(supported_architectures())}. Drop the --evs-* options to serve it unpruned."
         )
     compat.refuse_conflicts(model_config)
-    config = config.resolve_encoder(compat.reuse_obstacle(engine_args, model_config) if family.reuse else _NO_TOWER)
+    config = config.resolve_encoder(_reuse_obstacle(family, engine_args, model_config))
     compat.stamp(model_config, config)
+    compat.give_positions(model_config)
+    compat.on_scheduled_request(_end_in_time)
     _server_config = config
     _compile_kernels()
     logger.info(
@@ -108,6 +112,21 @@ def _start(engine_args: Any, model_config: Any) -> None:
         config.describe(),
         config.request_overrides,
     )
+
+
+def _reuse_obstacle(family: Family, engine_args: Any, model_config: Any) -> str:
+    from evs_vllm import compat
+
+    if not family.reuse:
+        return _NO_TOWER
+    own = family.load_adapter().reuse_obstacle(model_config.hf_config, engine_args)
+    return compat.reuse_obstacle(engine_args, model_config) or own
+
+
+def _end_in_time(model_config: Any, request: Any) -> None:
+    from evs_vllm.adapters.processor import end_in_time
+
+    end_in_time(model_config, request)
 
 
 def _compile_kernels() -> None:

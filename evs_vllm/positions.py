@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 Feature = TypeVar("Feature")
 
 
+RESERVE = 32
+"""Position IDs kept free behind the last one: drafts of speculation and steps ahead of the answer's end need some."""
+
+
+def room_to_answer(prompt_tokens: int, extra: int, limit: int) -> int:
+    """How many tokens may follow a pruned prompt; less than 1 means that it is too long itself.
+
+    Args:
+        prompt_tokens: Length of the pruned prompt.
+        extra: How many more position IDs than tokens its clips take up.
+        limit: Number of position IDs that the model has.
+    """
+    return limit - RESERVE - prompt_tokens - extra
+
+
 class PositionRequest(NamedTuple):
     """One multimodal item of a pruned prompt.
 

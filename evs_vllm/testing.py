@@ -16,12 +16,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from evs_vllm import _testing_frames as _frames
 
 __all__ = [
     "FAMILIES",
@@ -79,6 +81,9 @@ GLM_TOKENS = {
     "image_end_token_id": "<|end_of_image|>", "video_start_token_id": "<|begin_of_video|>",
     "video_end_token_id": "<|end_of_video|>",
 }  # fmt: skip
+GLM_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(
+    "<|vision_start|><|image_pad|><|vision_end|>", "<|begin_of_image|><|image|><|end_of_image|>"
+).replace("<|vision_start|><|video_pad|><|vision_end|>", "<|begin_of_video|><|video|><|end_of_video|>")
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ class TinyFamily:
     image_processor: str = "Qwen2VLImageProcessor"
     tokens: Mapping[str, str] = field(default_factory=lambda: QWEN_TOKENS)
     """Names in the config of the tokens around and for media."""
+    make: Callable[..., None] | None = None
+    """Writes the folder, given (directory, this row, sizes, seed), where the family is not built like Qwen2-VL."""
 
 
 def _qwen2_vision(s: dict[str, Any]) -> dict[str, Any]:
@@ -213,6 +220,22 @@ FAMILIES: dict[str, TinyFamily] = {
         video={"video_processor_type": "Glm4vVideoProcessor"}, image_processor="Glm4vImageProcessor",
         tokens=GLM_TOKENS,
     ),
+    "internvl": TinyFamily(
+        "InternVLForConditionalGeneration", "InternVLConfig", "InternVLProcessor", _frames.internvl_vision,
+        make=_frames.make_frames_model,
+    ),
+    "internvl_chat": TinyFamily(
+        "InternVLChatModel", "InternVLConfig", "InternVLProcessor", _frames.internvl_vision,
+        make=_frames.make_internvl_chat,
+    ),
+    "llava_onevision": TinyFamily(
+        "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionConfig", "LlavaOnevisionProcessor",
+        _frames.siglip_vision, make=_frames.make_frames_model,
+    ),
+    "llava_next_video": TinyFamily(
+        "LlavaNextVideoForConditionalGeneration", "LlavaNextVideoConfig", "LlavaNextVideoProcessor",
+        _frames.clip_vision, make=_frames.make_frames_model,
+    ),
 }  # fmt: skip
 
 SIZES: dict[str, Any] = {
@@ -225,6 +248,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 32768,
     "rope_theta": 10000.0,
     "max_tokens_per_frame": 24,
+    "rope": None,  # of families with whole frames: rope_parameters other than their own
 }
 
 
@@ -253,8 +277,12 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
 
     row, sizes, directory = FAMILIES[family], SIZES | overrides, Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = _make_tokenizer(row)
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
+    if row.make is not None:
+        row.make(directory, row, sizes, seed)
+        return directory
+    names = [*SPECIAL_TOKENS, *(token for token in row.tokens.values() if token not in SPECIAL_TOKENS)]
+    tokenizer = make_tokenizer(names, GLM_CHAT_TEMPLATE if row.tokens is GLM_TOKENS else CHAT_TEMPLATE)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
     _write_processor(directory, row, tokenizer, sizes["max_tokens_per_frame"])
 
     half = sizes["hidden_size"] // sizes["heads"] // 2  # split over (t, h, w) like the released models: 1/4, 3/8, 3/8
@@ -278,7 +306,7 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
     with torch.device("meta"):
         model = getattr(transformers, row.architecture)._from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")
-    _fill_weights(model, tokenizer, seed)
+    fill_weights(model, tokenizer, seed)
     model.generation_config = transformers.GenerationConfig(
         do_sample=False,
         bos_token_id=ids["<|endoftext|>"],
@@ -317,7 +345,10 @@ def cached_model(family: str = "qwen2_5_vl", **sizes: Any) -> Path:
     return folder
 
 
-def _make_tokenizer(row: TinyFamily) -> Any:
+def make_tokenizer(
+    special_tokens: Sequence[str] = SPECIAL_TOKENS, chat_template: str = CHAT_TEMPLATE, **named: str
+) -> Any:
+    """A small tokenizer like Qwen2's. `named` special tokens are attributes of it, as some processors expect."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -335,17 +366,12 @@ def _make_tokenizer(row: TinyFamily) -> Any:
         vocab_size=480, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[]
     )
     tokenizer.train_from_iterator([CORPUS], trainer)
-    names = [*SPECIAL_TOKENS, *(token for token in row.tokens.values() if token not in SPECIAL_TOKENS)]
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_tokens])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=131072,
-        additional_special_tokens=names,
+        **({"extra_special_tokens": named} if named else {}),
     )  # fmt: skip
-    fast.chat_template = CHAT_TEMPLATE
-    if row.tokens is GLM_TOKENS:
-        fast.chat_template = CHAT_TEMPLATE.replace(
-            "<|vision_start|><|image_pad|><|vision_end|>", "<|begin_of_image|><|image|><|end_of_image|>"
-        ).replace("<|vision_start|><|video_pad|><|vision_end|>", "<|begin_of_video|><|video|><|end_of_video|>")
+    fast.chat_template = chat_template
     return fast
 
 
@@ -369,7 +395,7 @@ def _write_processor(directory: Path, row: TinyFamily, tokenizer: Any, max_token
     tokenizer_config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
+def fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
     """Random weights with unit-variance activations, peaked attention and well separated logits."""
     import torch
 
@@ -398,7 +424,7 @@ def _fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
         # Only printable tokens are ever generated: no end of text in the middle, no stray placeholder, readable output.
         for index in range(len(tokenizer)):
             piece = tokenizer.decode([index])
-            if piece in tokenizer.all_special_tokens or not (piece.isascii() and piece.isprintable()):
+            if index in tokenizer.added_tokens_decoder or not (piece.isascii() and piece.isprintable()):
                 model.lm_head.weight[index] = 0.0
 
 

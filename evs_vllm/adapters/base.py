@@ -47,9 +47,17 @@ class FamilyAdapter(ABC):
     def frames(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> np.ndarray:
         """The frames as the model sees them: (T * frames per unit, height, width, 3) uint8. For pictures only."""
 
-    @abstractmethod
+    def pixel_stats(self, hf_processor: Any) -> PixelStats:
+        """How the family's processor normalises the pixels of a clip (only used where they arrive normalised)."""
+        source: Any = getattr(hf_processor, "video_processor", None) or hf_processor.image_processor
+        return PixelStats(tuple(source.image_mean), tuple(source.image_std))
+
     def computed_pixels(self, item: Mapping[str, Any], plan: RetentionPlan) -> dict[str, Any]:
-        """The pixel fields of `item` reduced to the tokens that the tower computes; other fields are left out."""
+        """The pixel fields of `item` reduced to the tokens that the tower computes; other fields are left out.
+
+        By default none: a family without a `reuse_tower` computes every token.
+        """
+        return {}
 
     @abstractmethod
     def select_clips(
@@ -61,9 +69,13 @@ class FamilyAdapter(ABC):
         """The model's vision tower as one that can reuse keys and values, or None if the family has none."""
         return None
 
-    @abstractmethod
+    def reuse_obstacle(self, hf_config: Any, engine_args: Any) -> str:
+        """Why that tower cannot be used with this model or these vLLM options, or ""."""
+        return ""
+
     def max_position(self, hf_config: Any) -> int:
-        """Number of position IDs that the language model's cos/sin cache holds."""
+        """Number of position IDs that the language model's cos/sin cache holds. By default that of 1-D RoPE."""
+        return rotary_length(hf_config.get_text_config())
 
     def position_span(self, item: Mapping[str, Any], grid: tuple[int, int, int], hf_config: Any) -> int:
         """Position IDs that the unpruned clip takes up: the text after it starts that much later. By default N."""
@@ -96,11 +108,32 @@ class ReuseTower(ABC):
 
     @abstractmethod
     def attentions(self) -> Iterable[torch.nn.Module]:
-        """Its attention modules, called with query, key, value of (1, rows, heads, head size) and ``cu_seqlens``."""
+        """Its attention modules, called with query, key, value of (1, rows, heads, head size) and ``cu_seqlens``.
+
+        Or of (1, rows, heads * head size), with the schedule on the module (`evs_vllm.adapters.plain_vit.SCHEDULE`).
+        """
 
     @abstractmethod
     def encode(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> torch.Tensor:
         """(computed tokens of all clips, hidden) embeddings, in the order of ``plan.computed``."""
+
+
+def rotary_length(text_config: Any) -> int:
+    """Number of rows of the cos/sin cache that vLLM makes for a language model with 1-D RoPE.
+
+    Args:
+        text_config: The language model's Hugging Face config.
+
+    Returns:
+        As ``get_rope`` in vllm/model_executor/layers/rotary_embedding does: YaRN's cache is as long as the context that
+        it was scaled to, linear scaling's is longer by its factor, the others' is the model's context.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor", 1)
+    length: int = text_config.max_position_embeddings
+    if kind == "yarn":
+        length = rope.get("original_max_position_embeddings", length)
+    return int(length * factor) if kind in ("yarn", "linear") else length
 
 
 def to_uint8(rows: torch.Tensor, channels: int, stats: PixelStats) -> torch.Tensor:

@@ -19,7 +19,7 @@ from vllm.utils.torch_utils import set_default_torch_num_threads
 from evs_vllm import plugin
 from evs_vllm.adapters import family_of
 from evs_vllm.adapters.base import Clip
-from evs_vllm.adapters.processor import MODALITY, pixel_stats, plan_of
+from evs_vllm.adapters.processor import MODALITY, plan_of
 from evs_vllm.config import EVSConfig
 from evs_vllm.errors import EVSError, UnsupportedError
 from evs_vllm.inspection import Inspection
@@ -71,7 +71,8 @@ def inspect_clip(
         item = processor.apply(inputs, timing)["mm_kwargs"].require_data()[MODALITY][0]
     family = family_of(model_config.architecture)
     assert family is not None  # checked when the model config was made
-    adapter, hf_config, stats = family.load_adapter(), processor.info.get_hf_config(), pixel_stats(processor.info)
+    adapter, hf_config = family.load_adapter(), processor.info.get_hf_config()
+    stats = adapter.pixel_stats(processor.info.get_hf_processor())
     fields = {key: elem.data for key, elem in item.items()}
     clip = adapter.clip(fields, hf_config, stats)
     if clip is None:

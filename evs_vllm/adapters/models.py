@@ -6,13 +6,15 @@
 
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
+from vllm.model_executor.models.interfaces import supports_mrope
 from vllm.multimodal.inputs import PlaceholderRange
 
 from evs_vllm.adapters import Family, family_of
 from evs_vllm.adapters.base import FamilyAdapter
+from evs_vllm.adapters.plain_vit import SCHEDULE
 from evs_vllm.adapters.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
 from evs_vllm.apply import encoder_batches, keep_rows
 from evs_vllm.compat import flash_attention, stamped, stock_model_class, widen_rotary_caches
@@ -67,7 +69,8 @@ class EVSModelMixin:
                 embeds = embeds.split([len(plan.computed) for plan in plans[start:stop]])
             else:
                 embeds = stock(**batch)
-            kept += [keep_rows(rows, plan) for rows, plan in zip(embeds, plans[start:stop], strict=True)]
+            # vLLM's LLaVA-OneVision leaves an axis of length 1 in front when clips differ in length.
+            kept += [keep_rows(e.flatten(0, -2), plan) for e, plan in zip(embeds, plans[start:stop], strict=True)]
         return tuple(kept)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
@@ -95,21 +98,44 @@ class EVSModelMixin:
         )
 
 
-def accept_schedules(attention: torch.nn.Module) -> None:
+class OneAxisMixin:
+    """Goes between the mixin and a model class with ordinary, 1-D RoPE, which vLLM does not ask for position IDs.
+
+    With `compat.give_positions` it does, and hands them to the model as three equal rows. The language model gets one
+    of them, as ever: its rotary embedding and the scaling of that are vLLM's own.
+    """
+
+    supports_mrope: ClassVar[Literal[True]] = True
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
+        return torch.arange(len(input_tokens)).repeat(3, 1), 0
+
+    def forward(self, input_ids: torch.Tensor | None, positions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if positions.ndim == 2:
+            positions = positions[0]
+        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+
+
+def accept_schedules(attention: Any) -> None:
     """Lets a vision attention module take a `ReuseSchedule` for ``cu_seqlens``; otherwise it runs as before."""
     stock = attention.forward
-    scale: float = attention.scale  # type: ignore[assignment]
+    scale: float = attention.scale
 
     def forward(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: Any = None, **others: Any
     ) -> Any:
-        if isinstance(cu_seqlens, ReuseSchedule):
+        schedule = cu_seqlens if isinstance(cu_seqlens, ReuseSchedule) else getattr(attention, SCHEDULE, None)
+        if schedule is not None:
+            heads = (query.shape[1], attention.num_heads, attention.head_size)
+            q, k, v = (x.reshape(heads) for x in (query, key, value))
             if query.is_cuda and getattr(attention, "is_flash_attn_backend", False):
-                return flash_attention(attention, cu_seqlens.varlen(query.device), query[0], key[0], value[0])[None]
-            return cu_seqlens.attend(query[0], key[0], value[0], scale)[None]
+                out = flash_attention(attention, schedule.varlen(query.device), q, k, v)
+            else:
+                out = schedule.attend(q, k, v, scale)
+            return out.reshape(query.shape)
         return stock(query=query, key=key, value=value, cu_seqlens=cu_seqlens, **others)
 
-    attention.forward = forward  # type: ignore[method-assign]
+    attention.forward = forward
 
 
 def _moved(item: PositionRequest, offset: int) -> Any:
@@ -132,7 +158,8 @@ def model_class(stock: type, family: Family) -> type:
         "_evs": family.load_adapter(),
         "_evs_stock": stock,
     }
-    cls = type(stock.__name__, (EVSModelMixin, stock), body)
+    mixins = (EVSModelMixin,) if supports_mrope(stock) else (EVSModelMixin, OneAxisMixin)
+    cls = type(stock.__name__, (*mixins, stock), body)
     factories = stock._processor_factory  # type: ignore[attr-defined]
     cls._processor_factory = replace(  # type: ignore[attr-defined]
         factories, processor=ProcessorFactory(factories.processor, family)

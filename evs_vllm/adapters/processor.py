@@ -15,13 +15,14 @@ from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PromptUpdateDetails
 
-from evs_vllm.adapters import Family
-from evs_vllm.adapters.base import Clip, FamilyAdapter, PixelStats
+from evs_vllm.adapters import Family, family_of
+from evs_vllm.adapters.base import Clip, FamilyAdapter
 from evs_vllm.compat import stamped
 from evs_vllm.config import EVSConfig, refuse_keys, split_request_kwargs
 from evs_vllm.errors import RequestError, UnsupportedError
 from evs_vllm.metrics import metrics
 from evs_vllm.plan import BoolArray, RetentionPlan
+from evs_vllm.positions import room_to_answer
 from evs_vllm.prompt import pruned_clip
 from evs_vllm.select import make_plan
 
@@ -117,7 +118,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         """Plans one clip, puts the plan among its fields and returns its prompt updates, shortened."""
         started = time.perf_counter()
         fields = {key: elem.data for key, elem in item.items()}
-        clip = self._evs.clip(fields, self.info.get_hf_config(), pixel_stats(self.info))
+        stats = self._evs.pixel_stats(self.info.get_hf_processor())
+        clip = self._evs.clip(fields, self.info.get_hf_config(), stats)
         if clip is None:
             logger.warning_once("EVS: precomputed video embeddings have no pixels to compare; they are not pruned.")
             return updates
@@ -160,15 +162,20 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
     def _check_positions(self, prompt_tokens: int, clips: list[PrunedUpdateDetails]) -> None:
         """Kept positions run as far as the unpruned prompt did, possibly past the end of the model's rotary cache."""
-        kept = sum(clip.plan.num_kept for clip in clips if clip.plan)
-        span = sum(clip.position_span for clip in clips)
-        longest = max(prompt_tokens, self.info.ctx.model_config.max_model_len)
+        if not any(clip.plan and clip.plan.positions == "keep" for clip in clips):
+            return
+        model_config = self.info.ctx.model_config
+        extra = sum(clip.position_span - clip.plan.num_kept for clip in clips if clip.plan)
+        # Where the scheduler cannot see the plan it cannot end the answer in time, so the whole context has to fit.
+        whole_context = model_config.multimodal_config.mm_processor_cache_type == "shm"
+        length = max(prompt_tokens, model_config.max_model_len) if whole_context else prompt_tokens
         limit = self._evs.max_position(self.info.get_hf_config())
-        if any(c.plan and c.plan.positions == "keep" for c in clips) and longest - kept + span > limit:
+        if room_to_answer(length, extra, limit) < 1:
+            way_out = " or serve with a lower --max-model-len" if whole_context else ""
             raise RequestError(
-                f"The video(s) of this request take up {span} position IDs before pruning. With a context of {longest} "
-                f"tokens, IDs could exceed the {limit} that the model has. Send fewer frames or a shorter video, set "
-                "evs_positions to 'sequential', or serve with a lower --max-model-len."
+                f"The video(s) of this request take up {sum(clip.position_span for clip in clips)} position IDs before "
+                f"pruning, and the prompt with them {length + extra}; the model has {limit}. Send fewer frames or a "
+                f"shorter video, set evs_positions to 'sequential'{way_out}."
             )
 
 
@@ -203,11 +210,23 @@ class ProcessorFactory:
         return processor_class(self.stock, self.family)(info, dummy_inputs, **kwargs)
 
 
-def pixel_stats(info: Any) -> PixelStats:
-    """Mean and standard deviation of the video processor (only needed where vLLM normalises on the host)."""
-    processor = info.get_hf_processor()
-    source: Any = getattr(processor, "video_processor", None) or processor.image_processor
-    return PixelStats(tuple(source.image_mean), tuple(source.image_std))
+def end_in_time(model_config: Any, request: Any) -> None:
+    """Shortens the answer to a scheduled request whose position IDs would otherwise leave the rotary cache.
+
+    vLLM ends an answer at the context length, counted in tokens; pruned prompts are further along in positions.
+    """
+    plans = [(feature, plan_of(feature.data)) for feature in request.mm_features or ()]
+    family = family_of(model_config.architecture)
+    if family is None or all(plan is None or plan.positions != "keep" for _, plan in plans):
+        return
+    adapter, hf_config = family.load_adapter(), model_config.hf_config
+    extra = 0
+    for feature, plan in plans:
+        if plan is not None and plan.positions == "keep":
+            fields = {key: elem.data for key, elem in feature.data.items()}
+            extra += adapter.position_span(fields, plan.grid, hf_config) - plan.num_kept
+    room = room_to_answer(request.num_prompt_tokens, extra, adapter.max_position(hf_config))
+    request.max_tokens = min(request.max_tokens, max(1, room))
 
 
 def plan_of(item: Mapping[str, Any] | None) -> RetentionPlan | None:

@@ -70,12 +70,7 @@ class Qwen2VL(FamilyAdapter):
         return max(int((grid[0] - 1) * step), grid[1] - 1, grid[2] - 1) + 1
 
     def max_position(self, hf_config: Any) -> int:
-        text = hf_config.get_text_config()
-        rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-        length = text.max_position_embeddings
-        if rope.get("rope_type") == "yarn":
-            length = int(rope.get("original_max_position_embeddings", length) * rope.get("factor", 1))
-        return MROPE_CACHE_FACTOR * length
+        return MROPE_CACHE_FACTOR * super().max_position(hf_config)
 
 
 class Qwen2VLTower(ReuseTower):

@@ -17,6 +17,7 @@ from evs_vllm.adapters.base import FamilyAdapter
 from evs_vllm.config import EVSConfig
 from evs_vllm.errors import RequestError
 from evs_vllm.plan import Layout, RetentionPlan
+from evs_vllm.positions import RESERVE
 from evs_vllm.scoring import pixel_change
 from evs_vllm.select import make_plan
 from evs_vllm.testing import synthetic_clip
@@ -246,7 +247,7 @@ def test_positions_beyond_the_rotary_cache_are_refused(model: Path, adapter: Fam
         plan = RetentionPlan((2, 5, 1), np.arange(5), positions)
         processor._check_positions(100, [PrunedUpdateDetails([], None, plan, span)])
 
-    most = limit - (4096 - 5)
+    most = limit - RESERVE - 1 - (100 - 5)
     check(most)
     with pytest.raises(RequestError, match="sequential"):
         check(most + 1)

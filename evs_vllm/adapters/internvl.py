@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""InternVL, in Hugging Face's format and in its own: pixel shuffle makes one token of each 2 x 2 patches of a frame."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from evs_vllm.adapters.base import PixelStats, ReuseTower
+from evs_vllm.adapters.frame_blocks import FrameBlocks
+from evs_vllm.adapters.plain_vit import PlainTower, packed_blocks, packed_frames
+from evs_vllm.plan import RetentionPlan
+
+
+class InternVLNative(FrameBlocks):
+    """InternVL in Hugging Face's own format: pixel shuffle makes one token of each r x r patches (r = 2)."""
+
+    def block_starts(self, hf_config: Any) -> tuple[list[int], int]:
+        vision = hf_config.vision_config
+        patch, size = (x if isinstance(x, int) else x[0] for x in (vision.patch_size, vision.image_size))
+        block = round(patch / hf_config.downsample_ratio)
+        return list(range(0, size, block)), block
+
+    def select_clips(
+        self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan], start: int, stop: int
+    ) -> dict[str, Any]:
+        ends = np.cumsum([0, *(packed_frames(plan) for plan in plans)])
+        own = {
+            self.pixels: batch[self.pixels][ends[start] : ends[stop]],
+            "video_num_patches": batch["video_num_patches"][start:stop],
+        }
+        return {**batch, **own}
+
+    def computed_pixels(self, item: Mapping[str, Any], plan: RetentionPlan) -> dict[str, Any]:
+        return {self.pixels: packed_blocks(item[self.pixels], plan)}
+
+    def reuse_obstacle(self, hf_config: Any, engine_args: Any) -> str:
+        if getattr(engine_args, "enable_tower_connector_lora", False):
+            return "LoRA in this family's vision tower counts its rows by whole frames."
+        if not getattr(hf_config.vision_config, "use_absolute_position_embeddings", True):
+            return "the vision tower has no learned positions."
+        return ""
+
+    def reuse_tower(self, model: Any) -> ReuseTower:
+        vision, shuffle = model.vision_tower, partial(model.pixel_shuffle, scale_factor=model.downsample_ratio)
+        conv = vision.embeddings.patch_embeddings.projection
+        return PlainTower(
+            self.pixels,
+            vision.encoder.layer,
+            lambda layer: layer.attention.attn,
+            lambda pixels: conv(pixels.to(conv.weight.dtype)),
+            lambda: _with_class(vision.embeddings.cls_token, vision.embeddings.position_embeddings),
+            lambda patches: model.multi_modal_projector(shuffle(vision.layernorm(patches)).flatten(1)),
+        )
+
+
+def _with_class(token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(1, 1, width) class token and (1, n, width) positions, of which the first is its own, as (n, width)."""
+    return torch.cat([token[0] + positions[0, :1], positions[0, 1:]])
+
+
+class InternVLChat(InternVLNative):
+    """InternVL in its own format."""
+
+    pixels = "pixel_values_flat_video"
+
+    def pixel_stats(self, hf_processor: Any) -> PixelStats:
+        # Constants in the checkpoints' code and in vLLM's processor for them.
+        return PixelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def _uint8_frames(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> torch.Tensor:
+        frames = super()._uint8_frames(item, hf_config, stats)
+        # The first version of pixel shuffle leaves its rows and columns swapped: as if the picture were.
+        return frames.transpose(-1, -2) if hf_config.ps_version == "v1" else frames
+
+    def reuse_obstacle(self, hf_config: Any, engine_args: Any) -> str:
+        if hf_config.ps_version == "v1":
+            return "the first version of pixel shuffle swaps rows and columns."
+        return super().reuse_obstacle(hf_config, engine_args)
+
+    def reuse_tower(self, model: Any) -> ReuseTower:
+        vision, shuffle = model.vision_model, partial(model.pixel_shuffle, scale_factor=model.downsample_ratio)
+        conv = vision.embeddings.patch_embedding
+        return PlainTower(
+            self.pixels,
+            vision.encoder.layers,
+            lambda layer: layer.attn.attn,
+            lambda pixels: conv(pixels.to(conv.weight.dtype)),
+            lambda: _with_class(vision.embeddings.class_embedding, vision.embeddings.position_embedding),
+            lambda patches: model.mlp1(shuffle(patches).flatten(1)),
+        )

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""K/V reuse in a plain ViT: a class token and the patches of one frame, learned positions, the same layers throughout.
+
+Its forward takes whole frames only, so the stock layers run here one after the other, on one long row of computed
+patches, and the attention in them finds the schedule on itself. The class token sees the patches that changed, so it is
+computed in every frame of which anything is.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from evs_vllm.adapters.base import ReuseTower
+from evs_vllm.plan import RetentionPlan
+from evs_vllm.reuse import ClipRows, ReuseSchedule
+
+SCHEDULE = "evs_schedule"
+"""Attribute of an attention module that holds the schedule of the call."""
+
+
+def packed_frames(plan: RetentionPlan) -> int:
+    """How many frames hold the blocks of the computed tokens; all frames of the clip if all are computed."""
+    return -(-len(plan.computed) // plan.tokens_per_unit)
+
+
+def packed_blocks(frames: torch.Tensor, plan: RetentionPlan) -> torch.Tensor:
+    """The blocks of pixels of the computed tokens, packed into as few frames as hold them.
+
+    Args:
+        frames: (T, 3, S, S), any dtype, whose blocks are the tokens of `plan`.
+        plan: The clip's plan.
+
+    Returns:
+        (`packed_frames`, 3, S, S): the blocks in the order of ``plan.computed``, row by row, then zeros.
+    """
+    side = plan.grid[1]
+    count, channels, size = len(frames), frames.shape[1], frames.shape[-1] // side
+    blocks = frames.view(count, channels, side, size, side, size).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    packed = packed_frames(plan)
+    out = blocks.new_zeros(packed * plan.tokens_per_unit, channels, size, size)
+    out[: len(plan.computed)] = blocks[torch.from_numpy(plan.computed).to(blocks.device)]
+    out = out.view(packed, side, side, channels, size, size).permute(0, 3, 1, 4, 2, 5)
+    return out.reshape(packed, *frames.shape[1:])
+
+
+def frame_rows(plan: RetentionPlan, patches: int) -> tuple[ClipRows, np.ndarray]:
+    """The rows of a clip: in each frame with computed tokens first the class token, then their patches.
+
+    Args:
+        plan: The clip's plan.
+        patches: Patches per token.
+
+    Returns:
+        The rows, one place each (0 is the class token's), and (R,) which of them are patches.
+    """
+    unit, token = np.divmod(plan.computed, plan.tokens_per_unit)
+    units, counts = np.unique(unit, return_counts=True)
+    unit_of_row = np.concatenate([units, np.repeat(unit, patches)])
+    place_of_row = np.concatenate(
+        [np.zeros_like(units), (1 + token[:, None] * patches + np.arange(patches)).reshape(-1)]
+    )
+    order = np.argsort(unit_of_row, kind="stable")
+    bounds = np.concatenate([[0], np.cumsum(1 + counts * patches)])
+    whole = np.array([0, 1 + plan.tokens_per_unit * patches])
+    return ClipRows(place_of_row[order], bounds, whole), order >= len(units)
+
+
+@dataclass
+class PlainTower(ReuseTower):
+    """Attributes:
+    pixels: Name of the pixel field, which holds what `packed_blocks` made.
+    layers: The tower's layers, (1, rows, width) to the same.
+    attention: From a layer to its attention module.
+    embed: (n, 3, S, S) pixels to (n, width, patches, patches).
+    places: The (1 + patches per frame, width) rows to add: first the class token with its position, then the positions.
+    finish: (tokens, r, r, width), the r x r patches of each token, to (tokens, hidden).
+    """
+
+    pixels: str
+    layers: Sequence[torch.nn.Module]
+    attention: Callable[[Any], torch.nn.Module]
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    places: Callable[[], torch.Tensor]
+    finish: Callable[[torch.Tensor], torch.Tensor]
+
+    def attentions(self) -> Iterable[torch.nn.Module]:
+        return [self.attention(layer) for layer in self.layers]
+
+    def encode(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> torch.Tensor:
+        patches = self.embed(batch[self.pixels])
+        count, width, across, _ = patches.shape
+        side = plans[0].grid[1]
+        ratio = across // side
+        patches = patches.view(count, width, side, ratio, side, ratio).permute(0, 2, 4, 3, 5, 1)
+        patches = patches.reshape(count, side * side, ratio**2, width)
+        table = self.places()
+        by_token = torch.arange(across**2).view(side, ratio, side, ratio).permute(0, 2, 1, 3).reshape(side * side, -1)
+        positions = table[1:][by_token.to(table.device)]
+
+        rows, hidden, is_patch = [], [], []
+        start = 0
+        for plan in plans:
+            clip, patch = frame_rows(plan, ratio**2)
+            frames = packed_frames(plan)
+            tokens = patches[start : start + frames].flatten(0, 1)[: len(plan.computed)]
+            place = torch.from_numpy(plan.computed % plan.tokens_per_unit).to(table.device)
+            own = table[:1].repeat(len(patch), 1)
+            own[torch.from_numpy(patch).to(own.device)] = (tokens + positions[place]).flatten(0, 1)
+            rows.append(clip)
+            hidden.append(own)
+            is_patch.append(patch)
+            start += frames
+        out = self._run(torch.cat(hidden)[None], ReuseSchedule(rows, 1))[0]
+        out = out[torch.from_numpy(np.concatenate(is_patch)).to(out.device)]
+        return self.finish(out.view(-1, ratio, ratio, width))
+
+    def _run(self, hidden: torch.Tensor, schedule: ReuseSchedule) -> torch.Tensor:
+        attentions = list(self.attentions())
+        for attention in attentions:
+            setattr(attention, SCHEDULE, schedule)
+        try:
+            for layer in self.layers:
+                hidden = layer(hidden)
+        finally:
+            for attention in attentions:
+                delattr(attention, SCHEDULE)
+        return hidden

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Position IDs of models with 1-D RoPE: how many there are, where an answer ends, what reaches the language model."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evs_vllm.adapters.base import rotary_length
+from evs_vllm.adapters.models import OneAxisMixin
+from evs_vllm.adapters.processor import PLAN_FIELD, end_in_time
+from evs_vllm.plan import Layout, RetentionPlan
+from evs_vllm.positions import RESERVE, room_to_answer
+
+pytestmark = pytest.mark.vllm
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "dynamic, alpha": {"rope_type": "dynamic", "alpha": 1000.0},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "yarn, context given": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "yarn, context scaled": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_length_is_that_of_vllms_cache(name: str) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    parameters = ROPES[name] | {"rope_theta": 10000.0}
+    config = SimpleNamespace(max_position_embeddings=512, rope_parameters=parameters)
+    with set_current_vllm_config(VllmConfig()):
+        rope = get_rope(32, max_position=512, rope_parameters=parameters, dtype=torch.float32)
+    assert rotary_length(config) == len(rope.cos_sin_cache)
+
+
+def test_room_to_answer() -> None:
+    assert room_to_answer(100, 300, 512) == 512 - RESERVE - 400
+
+
+def request_with(plan: RetentionPlan | None, **fields: Any) -> Any:
+    data = {name: SimpleNamespace(data=value) for name, value in fields.items()}
+    if plan is not None:
+        data[PLAN_FIELD] = SimpleNamespace(data=torch.from_numpy(plan.to_array()))
+    return SimpleNamespace(mm_features=[SimpleNamespace(data=data)], num_prompt_tokens=120, max_tokens=1000)
+
+
+def test_answers_end_where_the_position_ids_do() -> None:
+    text = SimpleNamespace(max_position_embeddings=512)
+    model_config = SimpleNamespace(
+        architecture="LlavaNextVideoForConditionalGeneration", hf_config=SimpleNamespace(get_text_config=lambda: text)
+    )
+    layout = Layout.contiguous(1, 320)
+    keep, sequential = (
+        RetentionPlan((20, 4, 4), np.arange(80), positions, layout) for positions in ("keep", "sequential")
+    )
+    for plan, expected in ((keep, 512 - RESERVE - 120 - 240), (sequential, 1000), (None, 1000)):
+        request = request_with(plan)
+        end_in_time(model_config, request)
+        assert request.max_tokens == expected
+    short = request_with(keep)
+    short.max_tokens = 7
+    end_in_time(model_config, short)
+    assert short.max_tokens == 7
+
+
+@pytest.mark.parametrize("engine_core", [True, False])
+def test_engine_cores_of_their_own_end_answers_too(engine_core: bool) -> None:
+    """A spawned engine core loads plugins after its own module and before its scheduler's; others need neither."""
+    code = (
+        f"{'import vllm.v1.engine.core' if engine_core else ''}\n"
+        "import sys\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "scheduler = sys.modules.get('vllm.v1.core.sched.scheduler')\n"
+        "print(hasattr(scheduler and scheduler.Scheduler.add_request, '__evs_wrapped__'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip().splitlines()[-1] == str(engine_core)
+
+
+def test_the_language_model_gets_one_axis() -> None:
+    class Stock:
+        def forward(self, input_ids: Any, positions: Any, intermediate: Any = None, inputs_embeds: Any = None) -> Any:
+            return positions, intermediate, inputs_embeds
+
+    class Model(OneAxisMixin, Stock):
+        pass
+
+    positions = torch.arange(15).view(3, 5)
+    got, intermediate, embeds = Model().forward(None, positions, "stage", inputs_embeds="rows")
+    assert got.tolist() == [0, 1, 2, 3, 4] and (intermediate, embeds) == ("stage", "rows")
+    assert Model().forward(input_ids=None, positions=positions[1])[0].tolist() == [5, 6, 7, 8, 9]
+    ids, delta = Model().get_mrope_input_positions([7] * 4, [])
+    assert ids.tolist() == [[0, 1, 2, 3]] * 3 and ids.dtype == torch.int64 and delta == 0
