@@ -45,6 +45,7 @@ class _State:
     adapter: FamilyAdapter
     served_positions: bool
     plans: list[RetentionPlan] = field(default_factory=list)
+    batch: Batch | None = None
 
 
 def enable(
@@ -117,10 +118,22 @@ def disable(model: Any) -> Any:
 
 def last_plans(model: Any) -> list[RetentionPlan]:
     """What the last call with clips kept, one plan per clip in the order of the batch."""
+    return list(_state(model).plans)
+
+
+def last_batch(model: Any) -> Batch:
+    """How the last call with clips shortened its batch: ``last_batch(model).take(labels, -100)`` fits its logits."""
+    batch = _state(model).batch
+    if batch is None:
+        raise UnsupportedError("The model was not called with clips since enable(), or nothing was asked of EVS.")
+    return batch
+
+
+def _state(model: Any) -> _State:
     state = getattr(_base(model), _STATE, None)
     if state is None:
         raise UnsupportedError("EVS is not enabled on this model; call enable() first.")
-    return list(state.plans)
+    return state  # type: ignore[no-any-return]
 
 
 def _base(model: Any) -> Any:
@@ -249,7 +262,7 @@ def _prune(model: Any, config: EVSConfig, given: Mapping[str, Any]) -> tuple[dic
     clips = _plan_clips(model, config, pixels, grids, seconds)
     images = [] if image_grids is None else [Medium(_in_tokens(model, grid)) for grid in image_grids.tolist()]
     placeholders = {"image": model.config.image_token_id, "video": model.config.video_token_id}
-    batch = prune_batch(ids, mask, placeholders, images, clips)
+    state.batch = batch = prune_batch(ids, mask, placeholders, images, clips)
 
     text = model.config.get_text_config()
     padding = text.pad_token_id if isinstance(text.pad_token_id, int) else 0
