@@ -61,7 +61,8 @@ class UptrainTrainer(Trainer):
         **kwargs: As for Trainer.
 
     Raises:
-        UnsupportedError: Several GPUs in one process: ``DataParallel`` copies the model in a way that loses EVS.
+        UnsupportedError: EVS is not enabled on the model, or one process has several GPUs (``DataParallel`` copies the
+            model in a way that loses EVS).
     """
 
     def __init__(self, *, rates: RateSettings, eval_rates: Sequence[float] = (), **kwargs: Any) -> None:
@@ -71,6 +72,7 @@ class UptrainTrainer(Trainer):
                 f"One process sees {self.args.n_gpu} GPUs. Start one process per GPU (torchrun --nproc-per-node "
                 f"{self.args.n_gpu} $(which evs-vllm) uptrain ...), or show it one (CUDA_VISIBLE_DEVICES=0)."
             )
+        hf.last_plans(self.model)  # raises for a model without EVS, which would ignore the rate without a word
         self.rates = RateSampler(rates)
         self.drawn: list[float] = []
         self._eval_rates = tuple(eval_rates)
@@ -94,6 +96,17 @@ class UptrainTrainer(Trainer):
             self.rates.restore(json.loads((Path(folder) / RATES_FILE).read_text()))
             resume_from_checkpoint = str(folder)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Checkpoints have the names of the released files (visual.*), modules those of transformers 5 (model.visual.*).
+        # Trainer 5.19 compares them raw, warns about missing keys and trains on from the weights it started with;
+        # from_pretrained renames.
+        target = self.model if model is None else model
+        if self.is_fsdp_enabled or not hasattr(type(target), "from_pretrained") or hasattr(target, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         rate = self.rates.draw()
