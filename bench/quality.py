@@ -61,6 +61,7 @@ class Settings:
         sizes: Of the model (`evs_vllm.testing.SIZES`).
         curriculum: [units, steps] of each stage of the base.
         further: Steps of the control and of the uptrained model, after the base.
+        control: Whether to train the control.
         batch: Clips of a mini-batch.
         learning_rate: Of the base; the further steps take a third.
         rates: What uptraining draws from (`RateSettings`).
@@ -76,6 +77,7 @@ class Settings:
     )
     curriculum: list[list[int]] = field(default_factory=lambda: [[8, 1500], [10, 500], [32, 1000]])
     further: int = 300
+    control: bool = True
     batch: int = 32
     learning_rate: float = 1e-3
     rates: dict[str, Any] = field(default_factory=dict)
@@ -194,6 +196,8 @@ def trained_models(folder: Path, settings: Settings, seed: int) -> dict[str, Pat
     if settings.further:
         units = settings.curriculum[-1][0]
         for name, rates in (("control", dense), ("uptrained", settings.rates)):
+            if name == "control" and not settings.control:
+                continue
             models[name] = train(here, folder / name, settings, units, settings.further, rates, 100 * seed + 50, 1 / 3)
     return models
 

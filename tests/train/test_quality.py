@@ -44,9 +44,8 @@ def test_the_lab_learns_and_tells_good_from_bad(smoke):
     _, _, result = smoke
     assert find(result, "base", rate=0)["accuracy"] > 80, "training"
     uptrained = find(result, "uptrained")
-    assert uptrained["tokens"] == 18 and uptrained["accuracy"] > find(result, "base")["accuracy"]
-    assert uptrained["tasks"]["last"] > find(result, "uptrained", "random_unit0")["tasks"]["last"] + 5, "selection"
-    assert find(result, "uptrained", tower="reuse")["accuracy"] > uptrained["accuracy"] - 5
+    assert uptrained["tokens"] == 18 and uptrained["accuracy"] > 70, "training"
+    assert find(result, "uptrained", tower="reuse")["accuracy"] > uptrained["accuracy"] - 5, "reuse"
     assert find(result, "base")["readable"] > find(result, "base", "random_unit0")["readable"]
 
 
@@ -67,7 +66,7 @@ def test_it_notices_what_is_broken(smoke, monkeypatch):
 
     with monkeypatch.context() as broken:
         broken.setattr(evs_vllm.hf.prompt, "lay_out", still)
-        assert ask()["accuracy"] < good["accuracy"] - 10, "positions"
+        assert ask()["accuracy"] < good["accuracy"] - 20, "positions"
 
     def least_changed(tokens, grid, config):
         change = np.abs(np.diff(tokens.numpy().astype(int), axis=0)).sum(-1).reshape(-1)
