@@ -55,4 +55,6 @@ def keep_rows(embeds: torch.Tensor, plan: RetentionPlan) -> torch.Tensor:
         raise PlanError(f"The encoder returned {tuple(embeds.shape)} for a clip laid out for {expected} rows.")
     if len(index) == expected:
         return embeds
+    if embeds.requires_grad:  # training (evs_vllm.hf); the kernel has no backward pass
+        return embeds[torch.from_numpy(index).to(embeds.device)]
     return evs_kernels.gather_rows(embeds.contiguous(), torch.from_numpy(index).to(embeds.device))

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synthetic clips with questions: a coloured square jumps between the cells of a noisy textured background.
+
+Five tasks, one question a clip (several in one sequence would give each other's answers away). The time that the task
+"when" asks for is drawn at random, so that no sampling of frames can be lucky with it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from evs_vllm.errors import ConfigError
+
+COLOURS = {
+    "red": (230, 30, 30),
+    "green": (30, 190, 40),
+    "blue": (40, 60, 235),
+    "yellow": (235, 220, 30),
+    "white": (250, 250, 250),
+    "black": (8, 8, 8),
+}
+TASKS = ("where", "last", "count", "first", "when")
+
+
+@dataclass(frozen=True)
+class SceneSettings:
+    """What clips look like.
+
+    Attributes:
+        units: Temporal units; a unit is two frames that show the same but for the noise.
+        rows, columns: Cells.
+        cell: Side of a cell in pixels; 28 makes a cell one token of Qwen2-VL and Qwen2.5-VL.
+        square: Side of the square, at most `cell`.
+        noise: Each pixel of each frame is off by up to this many grey levels.
+        most_places: The square stays at 1 to this many places, one after the other.
+        tasks: The tasks that are asked.
+    """
+
+    units: int = 32
+    rows: int = 2
+    columns: int = 3
+    cell: int = 28
+    square: int = 20
+    noise: int = 6
+    most_places: int = 4
+    tasks: tuple[str, ...] = TASKS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        if min(self.units, self.rows, self.columns, self.cell, self.square, self.most_places) < 1:
+            raise ConfigError("A synthetic clip needs at least one unit, cell, place and pixel.")
+        if self.square > self.cell or self.noise < 0 or self.rows * self.columns < 2:
+            raise ConfigError("A synthetic clip needs square <= cell, noise >= 0 and at least two cells.")
+        if not self.tasks or not set(self.tasks) <= set(TASKS):
+            raise ConfigError(f"tasks got {list(self.tasks)}; known: {', '.join(TASKS)}.")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One clip with its question.
+
+    Attributes:
+        frames: (2 * units, rows * cell, columns * cell, 3) uint8.
+        task: One of `TASKS`.
+        question, answer: English; the answer is one word or digit.
+        cells: (units,) the cell of the square in each unit.
+        colours: (units,) its colour.
+    """
+
+    frames: np.ndarray
+    task: str
+    question: str
+    answer: str
+    cells: tuple[int, ...]
+    colours: tuple[str, ...]
+
+
+def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
+    """Draws a clip and a question; the same seed gives the same."""
+    rng = np.random.default_rng(seed)
+    s = settings
+    places = int(rng.integers(1, min(s.most_places, s.units) + 1))
+    jumps = sorted(1 + rng.choice(s.units - 1, places - 1, replace=False)) if places > 1 else []
+    lengths = np.diff([0, *jumps, s.units])
+    stay_cells, stay_colours = [int(rng.integers(s.rows * s.columns))], [str(rng.choice(list(COLOURS)))]
+    for _ in range(places - 1):
+        stay_cells.append(int(rng.choice([c for c in range(s.rows * s.columns) if c != stay_cells[-1]])))
+        stay_colours.append(str(rng.choice([c for c in COLOURS if c != stay_colours[-1]])))
+    cells = tuple(np.repeat(stay_cells, lengths).tolist())
+    colours = tuple(np.repeat(stay_colours, lengths).tolist())
+
+    coarse = rng.integers(60, 190, (s.rows * s.cell // 7 + 1, s.columns * s.cell // 7 + 1, 3))
+    texture = np.kron(coarse, np.ones((7, 7, 1), dtype=np.int64))[: s.rows * s.cell, : s.columns * s.cell]
+    frames = np.repeat(texture[None], 2 * s.units, axis=0)
+    margin = (s.cell - s.square) // 2
+    for unit, (cell, colour) in enumerate(zip(cells, colours, strict=True)):
+        y, x = (cell // s.columns) * s.cell + margin, (cell % s.columns) * s.cell + margin
+        frames[2 * unit : 2 * unit + 2, y : y + s.square, x : x + s.square] = COLOURS[colour]
+    if s.noise:
+        frames = frames + rng.integers(-s.noise, s.noise + 1, frames.shape)
+
+    task = str(rng.choice(s.tasks))
+    when = int(rng.integers(s.units))
+    question, answer = {
+        "where": ("In which cell is the square at the end?", str(cells[-1] + 1)),
+        "last": ("Which colour has the square at the end?", colours[-1]),
+        "count": ("At how many places does the square stay, one after the other?", str(places)),
+        "first": ("Which colour has the square in the beginning?", colours[0]),
+        "when": (f"Which colour has the square at time {when}?", colours[when]),
+    }[task]
+    return Example(np.clip(frames, 0, 255).astype(np.uint8), task, question, answer, cells, colours)
+
+
+def write_dataset(
+    folder: str | Path, count: int, settings: SceneSettings | None = None, seed: int = 0, container: str = "npy"
+) -> Path:
+    """Writes `count` clips and the JSONL file that names them.
+
+    Args:
+        folder: Made if missing.
+        count: Number of clips.
+        settings: What they look like.
+        seed: Of all of them; other seeds give other clips.
+        container: "npy" (frames as they are) or "mp4" (MPEG-4, lossy, 2 frames a second).
+
+    Returns:
+        The path of ``data.jsonl``.
+
+    Raises:
+        ConfigError: Unknown container.
+    """
+    if container not in ("npy", "mp4"):
+        raise ConfigError(f"container got {container!r}; known: npy, mp4.")
+    folder, settings = Path(folder), settings or SceneSettings()
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        example = make_example(settings, [seed, number])
+        name = f"{number:06d}.{container}"
+        if container == "npy":
+            np.save(folder / name, example.frames)
+        else:
+            _write_mp4(folder / name, example.frames)
+        turns = [
+            {"from": "human", "value": f"<video>\n{example.question}"},
+            {"from": "gpt", "value": example.answer},
+        ]
+        lines.append(json.dumps({"video": name, "fps": 2.0, "task": example.task, "conversations": turns}))
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _write_mp4(path: Path, frames: np.ndarray) -> None:
+    import cv2
+
+    size = (frames.shape[2], frames.shape[1])
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 2.0, size)  # type: ignore[attr-defined]
+    try:
+        for frame in frames:
+            writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    finally:
+        writer.release()
+
+
+def shorter(settings: SceneSettings, units: int) -> SceneSettings:
+    """The same with clips of another length: a curriculum over lengths learns faster."""
+    return replace(settings, units=units)

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EVS inside transformers models against the independent reference: the same tokens kept, IDs, answers, logprobs."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import evs_vllm.hf as hf
+from evs_vllm.errors import ConfigError, EVSError, RequestError, UnsupportedError
+from evs_vllm.testing import synthetic_clip
+from tests.reference.hf import Clip, Picture, Settings
+from tests.reference.tower import TowerReference, TowerSettings
+
+TOLERANCE = 1e-4
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+TOKENS = 8
+
+
+def chat(*parts):
+    return "<|im_start|>user\n" + "".join(parts) + "<|im_end|>\n<|im_start|>assistant\n"
+
+
+ASK = chat(VIDEO, "Describe the video.")
+
+
+@pytest.fixture
+def ref(reference, family):
+    return reference(family)
+
+
+@pytest.fixture
+def model(ref):
+    """A copy of the reference's model, without EVS."""
+    return copy.deepcopy(ref.model)
+
+
+def picture(seed):
+    return synthetic_clip(1, (56, 84), "noise", seed=seed)[0]
+
+
+def inputs(ref, prompts, media, fps=2.0, side="left"):
+    """What the model's own processor makes of a batch: one prompt and one list of arrays (clips 4-D) per row."""
+    from transformers.video_utils import VideoMetadata
+
+    clips = [m for row in media for m in row if m.ndim == 4]
+    images = [m for row in media for m in row if m.ndim == 3]
+    meta = [VideoMetadata(total_num_frames=len(c), fps=fps, frames_indices=list(range(len(c)))) for c in clips]
+    return ref.processor(
+        text=list(prompts),
+        videos=[torch.from_numpy(c).permute(0, 3, 1, 2) for c in clips] or None,
+        images=[torch.from_numpy(i).permute(2, 0, 1) for i in images] or None,
+        video_metadata=meta or None,
+        do_sample_frames=False,
+        padding=True,
+        padding_side=side,
+        return_tensors="pt",
+    )
+
+
+def check(model, ref, prompts, media, settings, fps=2.0, **kwargs):
+    """`generate` for a batch gives, row by row, what the reference gives for the row alone."""
+    batch = inputs(ref, prompts, media, fps)
+    out = model.generate(
+        **batch,
+        max_new_tokens=TOKENS,
+        min_new_tokens=TOKENS,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **kwargs,
+    )
+    length = batch["input_ids"].shape[1]
+    assert torch.equal(out.sequences[:, :length], batch["input_ids"]), "the prompt comes back unpruned"
+    kept = [plan.kept for plan in hf.last_plans(model)]
+    for row, (prompt, items) in enumerate(zip(prompts, media)):
+        described = [Clip(m, fps, settings) if m.ndim == 4 else Picture(m) for m in items]
+        expected = ref.generate(prompt, described, TOKENS)
+        assert expected.gap > 5 * TOLERANCE, "nearly tied in the reference: use another case"
+        for indices in expected.kept:
+            assert kept.pop(0).tolist() == indices.tolist()
+        assert out.sequences[row, length:].tolist() == expected.tokens
+        logprobs = torch.log_softmax(torch.stack([step[row] for step in out.logits]), -1).numpy()
+        assert np.abs(logprobs - expected.logprobs).max() <= TOLERANCE
+    assert not kept
+
+
+@pytest.mark.parametrize("positions", ["keep", "sequential"])
+@pytest.mark.parametrize("rate", [0.25, 0.75, 0.95])
+def test_generate(model, ref, rate, positions):
+    hf.enable(model, rate, positions=positions)
+    check(model, ref, [ASK], [[synthetic_clip(16, seed=1)]], Settings(rate, positions=positions))
+
+
+def test_other_budgets_and_time(model, ref):
+    hf.enable(model, max_tokens=33, min_tokens_per_unit=1)
+    clip = synthetic_clip(15, seed=3)
+    check(model, ref, [ASK], [[clip]], Settings(max_tokens=33, min_tokens_per_unit=1), fps=3.2)
+    check(model, ref, [ASK], [[clip]], Settings(threshold=3.0), evs_threshold=3.0, evs_max_tokens=None,
+          evs_min_tokens_per_unit=0)  # fmt: skip
+
+
+@pytest.mark.parametrize("refresh", [0, 4])
+def test_encoder_reuse(model, model_dir, family, refresh):
+    ref = TowerReference(model_dir(family))
+    hf.enable(model, 0.75, encoder="reuse", encoder_refresh=refresh)
+    media = [[synthetic_clip(16, seed=1, noise=2)], [synthetic_clip(2, (56, 140), seed=2)]]  # one is kept whole
+    check(model, ref, [ASK, ASK], media, TowerSettings(0.75, refresh=refresh))
+    plan = hf.last_plans(model)[0]
+    assert plan.encoder == "reuse" and (len(plan.refreshed) > 0) == (refresh > 0)
+
+
+def test_batch_of_different_clips(model, ref):
+    hf.enable(model, 0.75)
+    media = [[synthetic_clip(16, seed=1)], [synthetic_clip(9, (56, 140), seed=2)]]
+    prompts = [ASK, chat(VIDEO, "What moves in the picture and where does it go? Answer with yes or no.")]
+    for order in ((0, 1), (1, 0)):
+        check(model, ref, [prompts[i] for i in order], [media[i] for i in order], Settings(0.75))
+
+
+@pytest.mark.parametrize("positions", ["keep", "sequential"])
+def test_images_and_videos_mixed(model, ref, positions):
+    hf.enable(model, 0.75, positions=positions)
+    prompts = [
+        chat(IMAGE, "Compare with ", VIDEO, "What?", VIDEO, IMAGE, "And here?"),
+        chat(VIDEO, "First the clip, then ", IMAGE, "the picture."),
+        chat(IMAGE, "Describe the picture."),
+    ]
+    media = [
+        [picture(1), synthetic_clip(5, seed=4), synthetic_clip(8, (56, 84), seed=5), picture(2)],
+        [synthetic_clip(12, (84, 84), seed=6), picture(3)],
+        [picture(4)],
+    ]
+    check(model, ref, prompts, media, Settings(0.75, positions=positions))
+
+
+def test_the_comparison_can_fail(model, ref, monkeypatch):
+    hf.enable(model, 0.75)
+    row = [ASK], [[synthetic_clip(16, seed=1)]]
+    check(model, ref, *row, Settings(0.75))
+    with pytest.raises(AssertionError):
+        check(model, ref, *row, Settings(0.75, positions="sequential"))
+    import evs_vllm.hf.prompt as prompt
+
+    stock = prompt.lay_out
+
+    def one_id_off(token_ids, items):
+        ids, delta = stock(token_ids, items)
+        ids[0, 10] += 1  # a token of unit 0, which stays
+        return ids, delta
+
+    monkeypatch.setattr(prompt, "lay_out", one_id_off)
+    with pytest.raises(AssertionError):
+        check(model, ref, *row, Settings(0.75))
+
+
+def test_only_the_painted_token_is_kept(model, ref):
+    """Through the real processor: pixels of one token change, and exactly that token stays beside unit 0."""
+    hf.enable(model, max_tokens=21)
+    for unit, row, column in ((1, 0, 0), (3, 2, 4), (7, 3, 1)):
+        frames = synthetic_clip(16, kind="static", seed=7)
+        cell = frames[2 * unit :, 28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
+        cell[:] = 255 - cell
+        with torch.inference_mode():
+            model(**inputs(ref, [ASK], [[frames]]))
+        (plan,) = hf.last_plans(model)
+        assert plan.kept.tolist() == [*range(20), 20 * unit + 5 * row + column]
+
+
+@torch.inference_mode()
+def test_nothing_dropped_is_the_stock_model_bit_for_bit(model, ref):
+    batch = inputs(ref, [ASK, chat(IMAGE, VIDEO)], [[synthetic_clip(30, seed=1)], [picture(1), synthetic_clip(8)]])
+    labels = batch["input_ids"]
+    stock = ref.model(**batch, labels=labels)
+    answer = ref.model.generate(**batch, max_new_tokens=TOKENS)
+    hf.enable(model, 0)
+    assert torch.equal(model(**batch, labels=labels).logits, stock.logits)
+    assert torch.equal(model.generate(**batch, max_new_tokens=TOKENS), answer)
+    hf.enable(model, 0.75)
+    assert torch.equal(model(**batch, evs_rate=0, labels=labels).loss, stock.loss)
+    assert model(**batch).logits.shape[1] < stock.logits.shape[1]
+    text = ref.processor(text=[chat("Answer with yes or no.")], return_tensors="pt")
+    assert torch.equal(model(**text).logits, ref.model(**text).logits)
+    hf.disable(model)
+    assert torch.equal(model(**batch).logits, stock.logits)
+    assert not {"forward", "generate", "_evs"} & set(vars(model))
+
+
+@torch.inference_mode()
+def test_text_after_a_clip_resumes_as_served(model, ref, family):
+    """transformers 5 resumes at max(h, w), vLLM and the original model after the largest ID; we train the latter."""
+    batch = inputs(ref, [ASK], [[synthetic_clip(30, seed=1)]])
+    grid = batch["video_grid_thw"][0].tolist()
+    places = (batch["input_ids"][0] == ref.video_id).nonzero().flatten()
+    first, last = int(places[0]), int(places[-1])
+    theirs, _ = model.model.get_rope_index(**{k: v for k, v in batch.items() if "pixel" not in k})
+    step = 4 if family == "qwen2_5_vl" else 1  # IDs per unit of one second
+    assert int(theirs[0, 0, last + 1]) == first + max(grid[1:]) // 2
+    seen = {}
+
+    def record(module, args, kwargs):
+        seen["ids"] = kwargs["position_ids"]
+
+    model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
+    expected = first + (grid[0] - 1) * step + 1
+    for rate in (0, 0.75):
+        hf.enable(model, rate, served_positions=True)
+        model(**batch)
+        ids, stays = seen["ids"][:, 0], torch.from_numpy(hf.last_plans(model)[0].kept)
+        after = first + len(stays)
+        assert ids[:, after].tolist() == [expected] * 3
+        # The clip itself is numbered alike by both.
+        assert torch.equal(ids[:, first:after], theirs[:, 0, first : last + 1][:, stays])
+
+
+def test_labels_and_gradients_follow(model, ref):
+    hf.enable(model, 0.75)
+    clips = [synthetic_clip(16, seed=1), synthetic_clip(9, (56, 140), seed=2)]
+    answers = [ref.generate(ASK, [Clip(c, settings=Settings(0.75))], TOKENS) for c in clips]
+    expected = -np.mean([row[t] for a in answers for row, t in zip(a.logprobs, a.tokens)])
+    tokens = torch.tensor([a.tokens for a in answers])
+    for side in ("left", "right"):
+        batch = inputs(ref, [ASK, ASK], [[c] for c in clips])
+        added = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "mm_token_type_ids": tokens * 0}
+        labels = torch.cat([torch.full_like(batch["input_ids"], -100), tokens], dim=1)
+        for name, values in added.items():
+            batch[name] = torch.cat([batch[name], values], dim=1)
+        if side == "right":
+            padding = (batch["attention_mask"] == 0).sum(1).tolist()
+            assert max(padding) > 0
+            for values in (labels, *(batch[name] for name in added)):
+                for row, count in enumerate(padding):
+                    values[row] = values[row].roll(-count)
+        model.zero_grad()
+        out = model(**batch, labels=labels)
+        assert abs(out.loss.item() - expected) < TOLERANCE
+        out.loss.backward()
+        grad = model.model.visual.patch_embed.proj.weight.grad
+        assert grad is not None and grad.abs().max() > 0
+
+
+def test_gradient_of_the_tower_is_that_of_the_gathered_embeddings(model, ref):
+    """Only kept tokens send gradients back: against finite differences of one patch weight."""
+    hf.enable(model, 0.75)
+    model.double()
+    batch = inputs(ref, [ASK], [[synthetic_clip(8, (56, 84), seed=1)]])
+    batch["pixel_values_videos"] = batch["pixel_values_videos"].double()
+    labels = batch["input_ids"].clone()
+    labels[labels == ref.video_id] = -100
+    weight = model.model.visual.patch_embed.proj.weight
+    model(**batch, labels=labels).loss.backward()
+    place = (3, 1, 0, 5, 5)
+    with torch.no_grad():
+        before = weight[place].item()
+        losses = []
+        for step in (1e-3, -1e-3):
+            weight[place] = before + step
+            losses.append(model(**batch, labels=labels).loss.item())
+    assert weight.grad[place].item() == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=1e-2)
+
+
+@torch.inference_mode()
+def test_manual_decoding_with_a_cache(model, ref):
+    hf.enable(model, 0.75)
+    clip = synthetic_clip(16, seed=1)
+    batch = inputs(ref, [ASK], [[clip]])
+    expected = ref.generate(ASK, [Clip(clip, settings=Settings(0.75))], 3)
+    out = model(**batch, use_cache=True)
+    (token,) = out.logits[:, -1].argmax(-1)
+    cache = out.past_key_values
+    with pytest.raises(RequestError, match="cache holds"):
+        too_long = torch.ones(1, batch["input_ids"].shape[1] + 1)
+        model(input_ids=token.view(1, 1), attention_mask=too_long, past_key_values=cache)
+    for step in range(1, 3):
+        out = model(input_ids=token.view(1, 1), past_key_values=cache)
+        assert np.abs(torch.log_softmax(out.logits[0, -1], -1).numpy() - expected.logprobs[step]).max() < TOLERANCE
+        token = out.logits[0, -1].argmax(-1)
+
+
+def test_beams_and_length_limits(model, ref):
+    hf.enable(model, 0.75)
+    clips = [synthetic_clip(16, seed=1), synthetic_clip(9, (56, 140), seed=2)]
+    both = inputs(ref, [ASK, ASK], [[c] for c in clips])
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4, "min_new_tokens": 4}
+    together = model.generate(**both, **beams)
+    assert together.shape == (4, both["input_ids"].shape[1] + 4)
+    for row, clip in enumerate(clips):
+        alone = model.generate(**inputs(ref, [ASK], [[clip]]), **beams)
+        assert torch.equal(together[2 * row : 2 * row + 2, -4:], alone[:, -4:])
+    length = both["input_ids"].shape[1]
+    assert model.generate(**both, max_length=length + 3).shape[1] == length + 3
+    assert model.generate(inputs=both.pop("input_ids"), **both, max_new_tokens=5).shape[1] == length + 5
+
+
+def test_copies_and_checkpoints(model, ref, tmp_path):
+    hf.enable(model, 0.75)
+    other = hf.disable(copy.deepcopy(model))
+    batch = inputs(ref, [ASK], [[synthetic_clip(8, seed=1)]])
+    with torch.inference_mode():
+        assert model(**batch).logits.shape[1] == batch["input_ids"].shape[1] - 60
+        assert other(**batch).logits.shape[1] == batch["input_ids"].shape[1]
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["architectures"] == [type(ref.model).__name__]
+    again = type(ref.model).from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ref.model.state_dict().values()))
+
+
+def test_another_normalisation(model, ref):
+    hf.enable(model, 0.75)
+    batch = inputs(ref, [ASK], [[synthetic_clip(8, seed=1)]])
+    raw = copy.deepcopy(ref.processor)
+    raw.video_processor.image_mean = raw.video_processor.image_std = [0.5, 0.5, 0.5]
+    stats = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])[:, None, :, None]
+    rows = batch["pixel_values_videos"].view(-1, 3, 392) * stats[1] + stats[0]
+    changed = dict(batch) | {"pixel_values_videos": ((rows - 0.5) / 0.5).view(-1, 1176)}
+    with pytest.raises(RequestError, match="processor="):
+        model(**changed)
+    with torch.inference_mode():
+        model(**batch)
+        kept = hf.last_plans(model)[0].kept.tolist()
+        hf.enable(model, 0.75, processor=raw)(**changed)
+    assert hf.last_plans(model)[0].kept.tolist() == kept
+
+
+def test_refusals(model, ref):
+    batch = inputs(ref, [ASK, chat(VIDEO, "Why?")], [[synthetic_clip(8, seed=1)], [synthetic_clip(6, seed=2)]])
+    for wrong, error in (({"rate": 1}, ConfigError), ({"x": 1}, ConfigError)):
+        with pytest.raises(error):
+            hf.enable(model, **wrong)
+    with pytest.raises(UnsupportedError, match="Linear"):
+        hf.enable(torch.nn.Linear(1, 1))
+    with pytest.raises(UnsupportedError, match="enable"):
+        hf.last_plans(model)
+    hf.enable(model, 0.75)
+    ids = batch["input_ids"]
+    odd = ids.clone()
+    odd[0, (ids[0] == ref.video_id).nonzero()[3]] = 5
+    both_sides = batch["attention_mask"].clone()
+    both_sides[0, -1] = 0
+    holes = batch["attention_mask"].clone()
+    holes[:, 40] = 0
+    embeds = model.get_input_embeddings()(ids)
+    for change, message in (
+        ({"position_ids": torch.zeros(3, *ids.shape)}, "position_ids"),
+        ({"inputs_embeds": embeds}, "inputs_embeds"),
+        ({"evs_rate": 2}, "evs_rate"),
+        ({"evs_speed": 2}, "evs_speed"),
+        ({"evs_encoder": "reuse"}, "no backward"),
+        ({"input_ids": odd}, "placeholders"),
+        ({"video_grid_thw": batch["video_grid_thw"][:1]}, "rows"),
+        ({"attention_mask": both_sides}, "padded|Pad"),
+        ({"attention_mask": holes}, "Pad each row"),
+        ({"attention_mask": torch.ones(2, 1, 8, 8)}, "attention_mask"),
+    ):
+        with pytest.raises(EVSError, match=message):
+            model(**(dict(batch) | change))
+    with pytest.raises(RequestError, match="left"):
+        right = inputs(ref, [ASK, chat(VIDEO, "?")], [[synthetic_clip(8)], [synthetic_clip(6)]], side="right")
+        model.generate(**right)
+    with pytest.raises(RequestError, match="text after"):
+        model.generate(**inputs(ref, ["<|video_pad|>"], [[synthetic_clip(6)]]))
+    with pytest.raises(UnsupportedError, match="assistant_model"):
+        model.generate(**batch, assistant_model=ref.model)

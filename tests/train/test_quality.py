@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The smoke version of bench/quality.py: a model is trained here, and a broken path costs it its answers."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import quality  # noqa: E402
+
+import evs_vllm.hf.model  # noqa: E402
+import evs_vllm.hf.prompt  # noqa: E402
+from evs_vllm.errors import ConfigError  # noqa: E402
+from evs_vllm.plan import RetentionPlan  # noqa: E402
+from evs_vllm.train.synthetic import SceneSettings, make_example  # noqa: E402
+
+SMOKE = ROOT / "configs" / "quality" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quality")
+    settings = quality.Settings.from_yaml(SMOKE)
+    return settings, folder, quality.measure(settings, folder)
+
+
+def find(result, model, selection="evs", rate=0.5, tower="full"):
+    (point,) = (
+        p
+        for p in result["points"]
+        if (p["model"], p["selection"], p["rate"], p["tower"]) == (model, selection, rate, tower)
+    )
+    return point
+
+
+@pytest.mark.slow
+def test_the_lab_learns_and_tells_good_from_bad(smoke):
+    _, _, result = smoke
+    assert find(result, "base", rate=0)["accuracy"] > 80, "training"
+    uptrained = find(result, "uptrained")
+    assert uptrained["tokens"] == 18 and uptrained["accuracy"] > 70, "training"
+    assert find(result, "uptrained", tower="reuse")["accuracy"] > uptrained["accuracy"] - 5, "reuse"
+    assert find(result, "base")["readable"] > find(result, "base", "random_unit0")["readable"]
+
+
+@pytest.mark.slow
+def test_it_notices_what_is_broken(smoke, monkeypatch):
+    settings, folder, result = smoke
+    examples = [make_example(settings.scenes, [5, number]) for number in range(settings.clips)]
+    good = find(result, "uptrained")
+
+    def ask():
+        return quality.ask(folder / "0" / "uptrained", examples, 0.5, "evs", "keep", "full")
+
+    assert ask()["right"] == good["right"], "asking again gives the same"
+    stock = evs_vllm.hf.prompt.lay_out
+
+    def still(token_ids, items):
+        return torch.zeros_like(stock(token_ids, items)[0]), 0
+
+    with monkeypatch.context() as broken:
+        broken.setattr(evs_vllm.hf.prompt, "lay_out", still)
+        assert ask()["accuracy"] < good["accuracy"] - 20, "positions"
+
+    def least_changed(tokens, grid, config):
+        change = np.abs(np.diff(tokens.numpy().astype(int), axis=0)).sum(-1).reshape(-1)
+        order = tokens.shape[1] + np.argsort(change, kind="stable")
+        count = quality.token_budget(*tokens.shape[:2], config) - tokens.shape[1]
+        kept = np.sort(np.concatenate([np.arange(tokens.shape[1]), order[:count]]))
+        return RetentionPlan(grid, kept)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(quality, "make_plan", least_changed)
+        assert ask()["tasks"]["last"] < good["tasks"]["last"] - 10, "selection"
+
+
+@pytest.mark.slow
+def test_results_are_written(smoke, tmp_path):
+    _, _, result = smoke
+    json.dumps(result)
+    table = quality.markdown(result)
+    assert table.count("\n| ") == 1 + len(quality.lines_of(result)) and "still readable" in table
+    quality.plot(result, tmp_path / "p.svg")
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+def test_readable_is_what_the_kept_tokens_show():
+    for seed in range(40):
+        example = make_example(SceneSettings(units=8), seed)
+        everything = np.arange(48)
+        assert quality.readable(example, everything, 6)
+        squares = np.arange(8) * 6 + np.array(example.cells)
+        assert quality.readable(example, squares, 6)
+        assert not quality.readable(example, np.setdiff1d(everything, squares), 6)
+        only_first = quality.readable(example, np.arange(6), 6)
+        assert only_first == (example.task == "first" or len(set(example.cells)) == 1 or _asks_first(example))
+
+
+def _asks_first(example):
+    time = int(example.question.rstrip("?").split()[-1]) if example.task == "when" else None
+    return time is not None and len(set(example.cells[: time + 1])) == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "quality").glob("*.yaml")), ids=lambda path: path.stem)
+def test_settings_are_read(path, tmp_path):
+    assert quality.Settings.from_yaml(path).scenes.units > 1
+    for wrong in ("speed: 1", "compare: [[best, keep, full]]"):
+        (tmp_path / "s.yaml").write_text(wrong)
+        with pytest.raises(ConfigError):
+            quality.Settings.from_yaml(tmp_path / "s.yaml")
+
+
+def test_the_interval_of_three_seeds():
+    assert quality.interval([90.0, 92.0, 94.0]) == pytest.approx(4.30 * 2 / 3**0.5)
+    assert quality.interval([90.0]) == 0
