@@ -221,7 +221,7 @@ def _shorten_limits(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
         counted = kwargs.get(
             name.replace("length", "new_tokens"), getattr(config, name.replace("length", "new_tokens"))
         )
-        if limit and counted is None and (name in kwargs or limit != 20):  # 20: transformers' default, counts new ones
+        if limit and counted is None:
             kwargs[name] = max(limit - shorter, 0)
 
 

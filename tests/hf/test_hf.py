@@ -291,6 +291,9 @@ def test_beams_and_length_limits(model, ref):
         assert torch.equal(together[2 * row : 2 * row + 2, -4:], alone[:, -4:])
     length = both["input_ids"].shape[1]
     assert model.generate(**both, max_length=length + 3).shape[1] == length + 3
+    config = copy.deepcopy(model.generation_config)
+    config.max_length = length + 2
+    assert model.generate(**both, generation_config=config).shape[1] == length + 2
     assert model.generate(inputs=both.pop("input_ids"), **both, max_new_tokens=5).shape[1] == length + 5
 
 
