@@ -220,7 +220,7 @@ def test_eight_requests_with_their_own_rates_and_encoders(engine, ref, family):
         (Settings(0.9), {"evs_rate": 0.9, "evs_encoder": "full", "evs_encoder_refresh": 2}),
     ]
     requests = [
-        ask(clip(10 + i, 9 + i, size=(56 + 28 * (i % 3), 140)), settings, f"Question {i}?", **kwargs)
+        ask(clip(80 + i, 9 + i, size=(56 + 28 * (i % 3), 140)), settings, f"Question {i}?", **kwargs)
         for i, (settings, kwargs) in enumerate(choices)
     ]
     picture = Picture(clip(8, 1, kind="noise", size=(84, 112))[0])
