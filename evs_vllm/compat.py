@@ -37,6 +37,7 @@ from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
 
 from evs_vllm.errors import UnsupportedError
+from evs_vllm.positions import MROPE_CACHE_FACTOR
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +54,6 @@ _ENGINE_CORE_HOME = "vllm.v1.engine.core"
 # They import it by name: those already loaded need the wrapped function, those loaded later get it from its home.
 _REQUEST_CHECK_USERS = ("vllm.renderers.online_renderer", "vllm.entrypoints.pooling.base.serving")
 
-
-MROPE_CACHE_FACTOR = 4
-"""Multiple of max_position_embeddings at which M-RoPE's cos/sin cache is made: vLLM's default for most families
-(vllm/model_executor/layers/rotary_embedding/mrope.py, positions_factor), with `widen_rotary_caches` for all of ours."""
 
 _ROTARY_FACTOR = "mrope_positions_factor"
 _ROTARY_FACTOR_HOME = "vllm.model_executor.models.qwen3_vl"

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 Feature = TypeVar("Feature")
 
 
+MROPE_CACHE_FACTOR = 4
+"""Multiple of max_position_embeddings at which M-RoPE's cos/sin cache is made: vLLM's default for most families
+(vllm/model_executor/layers/rotary_embedding/mrope.py, positions_factor), with `compat.widen_rotary_caches` for all of
+ours."""
+
 RESERVE = 32
 """Position IDs kept free behind the last one: drafts of speculation and steps ahead of the answer's end need some."""
 

@@ -33,9 +33,10 @@ EVERY_FAMILY = (*FAMILIES, "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`family`: `FAMILIES`; with the mark ``every_family`` all, with ``also(names)`` those, too.
 
-    Module scope groups the tests of a module by family, so that they share an engine.
+    Module scope groups the tests of a module by family, so that they share an engine. Modules with a fixture `family`
+    of their own choose for themselves.
     """
-    if "family" in metafunc.fixturenames:
+    if "family" in metafunc.fixturenames and not hasattr(metafunc.module, "family"):
         also = metafunc.definition.get_closest_marker("also")
         names = (*FAMILIES, *also.args) if also else FAMILIES
         if metafunc.definition.get_closest_marker("every_family"):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from evs_vllm.adapters.base import Clip, FamilyAdapter, PixelStats, ReuseTower, to_uint8
-from evs_vllm.compat import MROPE_CACHE_FACTOR
 from evs_vllm.plan import RetentionPlan
+from evs_vllm.positions import MROPE_CACHE_FACTOR
 from evs_vllm.reuse import ClipRows, ReuseSchedule, clip_rows
 
 PIXELS = "pixel_values_videos"
