@@ -7,6 +7,7 @@ One engine for each family: its steps are so short that every prefill is cut, an
 import pytest
 import torch
 
+from evs_vllm import testing
 from evs_vllm.plan import RetentionPlan
 from evs_vllm.testing import real_clip_frames, synthetic_clip
 from tests.e2e.harness import TOLERANCE, Request, check, expected, run_and_check
@@ -16,7 +17,7 @@ from tests.reference.tower import TowerSettings
 
 pytestmark = pytest.mark.vllm
 
-FAMILIES = ("internvl", "internvl_chat", "llava_onevision", "llava_next_video")
+FAMILIES = tuple(name for name, row in testing.FAMILIES.items() if row.make is not None)
 PER_FRAME = 16
 SERVER = Settings(0.75)
 MODES = {
