@@ -12,6 +12,7 @@ from typing import Any
 
 from evs_vllm import envs
 from evs_vllm.adapters import Family, family_of, supported_architectures
+from evs_vllm.adapters.refused import refusal_of
 from evs_vllm.config import EVSConfig, refuse_keys, split_request_kwargs
 from evs_vllm.errors import ConfigError, UnsupportedError
 from evs_vllm.options import CONFIG_KEY, OPTIONS
@@ -95,8 +96,10 @@ def _start(engine_args: Any, model_config: Any) -> None:
     architecture = model_config.architecture
     family = family_of(architecture)
     if family is None or model_config.multimodal_config is None:
+        refused = refusal_of(architecture)
+        why = f" {'yet' if refused.fits else 'and cannot'}: {refused.reason}" if refused else ""
         raise UnsupportedError(
-            f"EVS does not support {architecture} ({model_config.model}). Supported: "
+            f"EVS does not support {architecture} ({model_config.model}){why}. Supported: "
             f"{', '.join(supported_architectures())}. Drop the --evs-* options to serve it unpruned."
         )
     compat.refuse_conflicts(model_config)

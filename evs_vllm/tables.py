@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evs_vllm.adapters import FAMILIES
+from evs_vllm.adapters.refused import REFUSED
 from evs_vllm.config import EVSConfig
 from evs_vllm.options import OPTIONS
 
@@ -64,7 +65,26 @@ def families() -> str:
     return markdown(*family_rows("`{}`"))
 
 
-TABLES = {"options": options, "families": families}
+def refused_rows(architecture: str = "{}") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and one row per family that is refused; `architecture` is the format of an architecture's name."""
+    rows = [
+        (
+            row.name,
+            ", ".join(architecture.format(name) for name in row.architectures),
+            "not yet" if row.fits else "does not fit",
+            row.reason,
+        )
+        for row in REFUSED
+    ]
+    return ("refused", "architectures", "", "why"), rows
+
+
+def refused() -> str:
+    """Every family that is refused, and why."""
+    return markdown(*refused_rows("`{}`"))
+
+
+TABLES = {"options": options, "families": families, "refused": refused}
 
 
 def rewrite(text: str) -> str:

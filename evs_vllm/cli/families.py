@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``evs-vllm families``: the supported model families, from the table of `evs_vllm.adapters`."""
+"""``evs-vllm families``: the supported model families and the refused ones, from the tables of `evs_vllm.adapters`."""
 
 import argparse
 import json
@@ -7,22 +7,27 @@ from dataclasses import asdict
 from typing import Any
 
 from evs_vllm.adapters import FAMILIES
+from evs_vllm.adapters.refused import REFUSED
 from evs_vllm.cli._options import summary
 from evs_vllm.cli._text import table
-from evs_vllm.tables import family_rows
+from evs_vllm.tables import family_rows, refused_rows
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("families", help="list the supported model families", description=summary(__doc__))
+    parser = subparsers.add_parser(
+        "families", help="list the supported and the refused model families", description=summary(__doc__)
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.json:
-        rows = [asdict(family) for family in FAMILIES]
+        rows = [asdict(family) | {"supported": True} for family in FAMILIES]
+        rows += [asdict(row) | {"supported": False} for row in REFUSED]
         print(json.dumps(rows, indent=2))
         return 0
-    head, body = family_rows()
-    print("\n".join(table([head, *body])))
+    for head, body in family_rows(), refused_rows():
+        print("\n".join(table([head, *body])))
+        print()
     return 0

@@ -9,6 +9,7 @@ import pytest
 
 from evs_vllm import __version__
 from evs_vllm.adapters import FAMILIES
+from evs_vllm.adapters.refused import REFUSED
 from evs_vllm.cli import main, make_parser
 from evs_vllm.cli._options import CLIP_OPTIONS, evs_config
 from evs_vllm.options import OPTIONS
@@ -83,10 +84,12 @@ def test_a_folder_that_is_no_model(capsys, tmp_path):
 def test_families(capsys):
     assert main(["families"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [family.name for family in FAMILIES]
+    starts = [line.split("  ")[0] for line in lines if line]
+    assert starts == ["family", *(family.name for family in FAMILIES), "refused", *(row.name for row in REFUSED)]
     assert main(["families", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["architectures"] for row in rows] == [list(family.architectures) for family in FAMILIES]
+    assert [row["architectures"] for row in rows] == [list(row.architectures) for row in (*FAMILIES, *REFUSED)]
+    assert [row["supported"] for row in rows] == [True] * len(FAMILIES) + [False] * len(REFUSED)
 
 
 def test_version(capsys):

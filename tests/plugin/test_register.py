@@ -14,6 +14,7 @@ import pytest
 
 from evs_vllm import testing, versions
 from evs_vllm.adapters import FAMILIES, supported_architectures
+from evs_vllm.adapters.refused import REFUSED, Refused
 from evs_vllm.errors import ConfigError, RequestError, UnsupportedError
 
 pytestmark = pytest.mark.vllm
@@ -144,6 +145,25 @@ def model_config(model: Path, evs: Any, **kwargs: Any) -> Any:
 
     kwargs.setdefault("skip_tokenizer_init", False)
     return EngineArgs(model=str(model), additional_config={"evs": evs}, **kwargs).create_model_config()
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.name)
+def test_refused_families_are_named_with_the_reason(row: Refused) -> None:
+    from vllm import ModelRegistry
+
+    from evs_vllm.plugin import _start
+
+    assert not set(row.architectures) & set(supported_architectures())
+    assert set(row.architectures) <= set(ModelRegistry.get_supported_archs())
+    asked = SimpleNamespace(additional_config={"evs": {"rate": 0.5}})
+    for architecture in row.architectures:
+        model_config = SimpleNamespace(architecture=architecture, model="here", multimodal_config=object())
+        with pytest.raises(UnsupportedError) as error:
+            _start(asked, model_config)
+        assert (
+            f"does not support {architecture} (here) {'yet' if row.fits else 'and cannot'}: {row.reason}. Supp"
+            in str(error.value)
+        )
 
 
 def test_start_is_refused_where_evs_cannot_work(
