@@ -67,7 +67,7 @@ def families() -> str:
 
 def refused_rows(architecture: str = "{}") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and one row per family that is refused; `architecture` is the format of an architecture's name."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             row.name,
             ", ".join(architecture.format(name) for name in row.architectures),
