@@ -47,6 +47,10 @@ class FramesReference:
         self.video_row = "<|video_pad|>" if self.chat_format else "<video>"
         self.image_id, self.video_id = self.tokenizer.convert_tokens_to_ids([self.image_row, self.video_row])
 
+    def spelled(self, prompt: str) -> str:
+        """As `tests.reference.hf.Reference.spelled`; tests write these prompts with the model's own names."""
+        return prompt
+
     @torch.inference_mode()
     def generate(
         self,
