@@ -117,7 +117,8 @@ def sweep(
     axes.set_xlabel(label)
     axes.set_ylabel("time to first token, s (median)" if figure == "ttft_p50_s" else "requests per second")
     axes.set_title(_fixed(members, axis), fontsize=9, loc="left")
-    axes.legend(frameon=False, fontsize=9)
+    # Below the axes, where no line can run through it.
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return True
 
 
