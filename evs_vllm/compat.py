@@ -252,11 +252,12 @@ def replace_model_class(architecture: str, module: str) -> bool:
     return True
 
 
-def refuse_conflicts(model_config: Any) -> None:
+def refuse_conflicts(engine_args: Any, model_config: Any) -> None:
     """Refuses vLLM options that EVS cannot work beside.
 
     Raises:
-        UnsupportedError: Stock pruning, the Rust frontend, or evs keys among the server's ``mm_processor_kwargs``.
+        UnsupportedError: Stock pruning, the Rust frontend, LoRA in the vision tower, or evs keys among the server's
+            ``mm_processor_kwargs``.
     """
     mm_config = model_config.multimodal_config
     if mm_config.video_pruning_rate:
@@ -268,6 +269,13 @@ def refuse_conflicts(model_config: Any) -> None:
         raise UnsupportedError(
             "The Rust frontend (VLLM_USE_RUST_FRONTEND=1) does not run the Python processor that EVS works in, so "
             "clips would be served unpruned. Unset it, or drop the --evs-* options."
+        )
+    if engine_args.enable_tower_connector_lora:
+        # GPUModelRunner._execute_mm_encoder maps rows to adapters once for all items of a step, while EVS encodes clips
+        # of different settings in calls of their own: the second would get the adapters of the first.
+        raise UnsupportedError(
+            "With --enable-tower-connector-lora and EVS, clips could be encoded with another request's adapter. Drop "
+            "one of them; LoRA adapters of the language model work."
         )
     ours = sorted(key for key in mm_config.mm_processor_kwargs or {} if str(key).startswith("evs_"))
     if ours:

@@ -131,7 +131,7 @@ OPTIONS: tuple[Option, ...] = (
         "encoder",
         lambda v: v in ENCODERS,
         " or ".join(ENCODERS),
-        "Vision tower: 'reuse' computes kept patches only and reuses the last keys and values of the others, 'full' "
+        "Vision tower: 'reuse' computes kept patches and reuses the last keys and values of the others, 'full' "
         "computes every patch, 'auto' is 'reuse' where the family supports it.",
         "{" + ",".join(ENCODERS) + "}",
         choices=ENCODERS,

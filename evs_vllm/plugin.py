@@ -102,7 +102,7 @@ def _start(engine_args: Any, model_config: Any) -> None:
             f"EVS does not support {architecture} ({model_config.model}){why}. Supported: "
             f"{', '.join(supported_architectures())}. Drop the --evs-* options to serve it unpruned."
         )
-    compat.refuse_conflicts(model_config)
+    compat.refuse_conflicts(engine_args, model_config)
     config = config.resolve_encoder(_reuse_obstacle(family, engine_args, model_config))
     compat.stamp(model_config, config)
     compat.give_positions(model_config)
@@ -122,7 +122,7 @@ def _reuse_obstacle(family: Family, engine_args: Any, model_config: Any) -> str:
 
     if not family.reuse:
         return _NO_TOWER
-    own = family.load_adapter().reuse_obstacle(model_config.hf_config, engine_args)
+    own = family.load_adapter().reuse_obstacle(model_config.hf_config)
     return compat.reuse_obstacle(engine_args, model_config) or own
 
 

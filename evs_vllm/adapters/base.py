@@ -69,8 +69,8 @@ class FamilyAdapter(ABC):
         """The model's vision tower as one that can reuse keys and values, or None if the family has none."""
         return None
 
-    def reuse_obstacle(self, hf_config: Any, engine_args: Any) -> str:
-        """Why that tower cannot be used with this model or these vLLM options, or ""."""
+    def reuse_obstacle(self, hf_config: Any) -> str:
+        """Why that tower cannot be used with this model, or ""."""
         return ""
 
     def max_position(self, hf_config: Any) -> int:
@@ -95,12 +95,6 @@ class FamilyAdapter(ABC):
         ids = np.asarray(token_ids, dtype=np.int64)
         embeds = np.ones(len(ids), dtype=np.bool_) if is_embed is None else np.asarray(is_embed, dtype=np.bool_)
         return Layout(ids, embeds, np.ones(int(embeds.sum()), dtype=np.bool_))
-
-    def tower_rows(self, plan: RetentionPlan) -> int:
-        """Embedding rows that the vision tower computes for the clip."""
-        if plan.encoder == "reuse":
-            return len(plan.computed)
-        return len(plan.layout.is_visual) if plan.layout is not None else plan.num_tokens
 
 
 class ReuseTower(ABC):

@@ -36,21 +36,18 @@ class InternVLNative(FrameBlocks):
     def computed_pixels(self, item: Mapping[str, Any], plan: RetentionPlan) -> dict[str, Any]:
         return {self.pixels: packed_blocks(item[self.pixels], plan)}
 
-    def reuse_obstacle(self, hf_config: Any, engine_args: Any) -> str:
-        if getattr(engine_args, "enable_tower_connector_lora", False):
-            return "LoRA in this family's vision tower counts its rows by whole frames."
+    def reuse_obstacle(self, hf_config: Any) -> str:
         if not getattr(hf_config.vision_config, "use_absolute_position_embeddings", True):
             return "the vision tower has no learned positions."
         return ""
 
     def reuse_tower(self, model: Any) -> ReuseTower:
         vision, shuffle = model.vision_tower, partial(model.pixel_shuffle, scale_factor=model.downsample_ratio)
-        conv = vision.embeddings.patch_embeddings.projection
         return PlainTower(
             self.pixels,
             vision.encoder.layer,
             lambda layer: layer.attention.attn,
-            lambda pixels: conv(pixels.to(conv.weight.dtype)),
+            vision.embeddings.patch_embeddings.projection,
             lambda: _with_class(vision.embeddings.cls_token, vision.embeddings.position_embeddings),
             lambda patches: model.multi_modal_projector(shuffle(vision.layernorm(patches)).flatten(1)),
         )
@@ -75,19 +72,18 @@ class InternVLChat(InternVLNative):
         # The first version of pixel shuffle leaves its rows and columns swapped: as if the picture were.
         return frames.transpose(-1, -2) if hf_config.ps_version == "v1" else frames
 
-    def reuse_obstacle(self, hf_config: Any, engine_args: Any) -> str:
+    def reuse_obstacle(self, hf_config: Any) -> str:
         if hf_config.ps_version == "v1":
             return "the first version of pixel shuffle swaps rows and columns."
-        return super().reuse_obstacle(hf_config, engine_args)
+        return super().reuse_obstacle(hf_config)
 
     def reuse_tower(self, model: Any) -> ReuseTower:
         vision, shuffle = model.vision_model, partial(model.pixel_shuffle, scale_factor=model.downsample_ratio)
-        conv = vision.embeddings.patch_embedding
         return PlainTower(
             self.pixels,
             vision.encoder.layers,
             lambda layer: layer.attn.attn,
-            lambda pixels: conv(pixels.to(conv.weight.dtype)),
+            vision.embeddings.patch_embedding,
             lambda: _with_class(vision.embeddings.class_embedding, vision.embeddings.position_embedding),
             lambda patches: model.mlp1(shuffle(patches).flatten(1)),
         )

@@ -89,14 +89,6 @@ class EVSModelMixin:
         config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
         return replace(config, modalities=[m for m in config.modalities if m != MODALITY])
 
-    def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> Any:
-        # The runner passes the rows that stay; adapters of the tower and the connector run over all of them.
-        if (plan := plan_of(mm_kwargs)) is not None:
-            num_mm_embeds = self._evs.tower_rows(plan)
-        return super().get_mm_lora_token_counts(  # type: ignore[misc]
-            modality=modality, mm_kwargs=mm_kwargs, num_mm_embeds=num_mm_embeds
-        )
-
 
 class OneAxisMixin:
     """Goes between the mixin and a model class with ordinary, 1-D RoPE, which vLLM does not ask for position IDs.

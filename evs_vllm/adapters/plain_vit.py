@@ -74,7 +74,7 @@ class PlainTower(ReuseTower):
     pixels: Name of the pixel field, which holds what `packed_blocks` made.
     layers: The tower's layers, (1, rows, width) to the same.
     attention: From a layer to its attention module.
-    embed: (n, 3, S, S) pixels to (n, width, patches, patches).
+    conv: The patch embedding, (n, 3, S, S) pixels to (n, width, patches, patches).
     places: The (1 + patches per frame, width) rows to add: first the class token with its position, then the positions.
     finish: (tokens, r, r, width), the r x r patches of each token, to (tokens, hidden).
     """
@@ -82,7 +82,7 @@ class PlainTower(ReuseTower):
     pixels: str
     layers: Sequence[torch.nn.Module]
     attention: Callable[[Any], torch.nn.Module]
-    embed: Callable[[torch.Tensor], torch.Tensor]
+    conv: Any
     places: Callable[[], torch.Tensor]
     finish: Callable[[torch.Tensor], torch.Tensor]
 
@@ -90,7 +90,7 @@ class PlainTower(ReuseTower):
         return [self.attention(layer) for layer in self.layers]
 
     def encode(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> torch.Tensor:
-        patches = self.embed(batch[self.pixels])
+        patches = self.conv(batch[self.pixels].to(self.conv.weight.dtype))
         count, width, across, _ = patches.shape
         side = plans[0].grid[1]
         ratio = across // side

@@ -340,19 +340,6 @@ def test_a_static_clip_computes_unit_0_only(engine, ref, family):
     assert float((half - stock[:80]).abs().max()) <= 1e-5 * float(stock.abs().max())
 
 
-@pytest.mark.also("qwen3_vl")
-def test_lora_counts_follow_the_computed_rows(engine):
-    model = engine.runner.model
-    for kwargs in ({}, {"evs_encoder_refresh": 3}, {"evs_encoder": "full"}):
-        engine.reset()
-        with Recorder(engine) as seen:
-            engine.generate([ask(clip(35), **kwargs)])
-        (feature,) = engine.sent[-1].mm_features
-        (plan,) = seen.plans
-        counts = model.get_mm_lora_token_counts(modality="video", mm_kwargs=feature.data, num_mm_embeds=plan.num_kept)
-        assert counts == (seen.rows[0], len(plan.computed))
-
-
 @pytest.mark.every_family
 def test_settings_of_the_server(pool, ref, family):
     engine = pool.get(family, EVS | {"encoder": "reuse", "encoder_refresh": 2, "rate": 0.9}, max_num_batched_tokens=32)

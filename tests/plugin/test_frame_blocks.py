@@ -224,7 +224,6 @@ def test_pixels_that_nobody_computes_do_not_travel(model_dir: Callable[[str], Pa
 def test_reuse_is_refused_where_it_would_be_wrong(model_dir: Callable[[str], Path]) -> None:
     for name, options, reason in (
         ("internvl_chat", {"hf_overrides": {"ps_version": "v1"}}, "pixel shuffle"),
-        ("internvl", {"enable_lora": True, "enable_tower_connector_lora": True}, "LoRA"),
         ("llava_onevision", {}, "not supported"),
     ):
         with pytest.raises(ConfigError, match=reason):

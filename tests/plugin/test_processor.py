@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -308,9 +308,6 @@ class FakeStock:
     def get_encoder_cudagraph_config(self) -> GraphConfig:
         return GraphConfig(["image", "video"])
 
-    def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> tuple[int, int]:
-        return num_mm_embeds * 4, num_mm_embeds
-
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -332,22 +329,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
     return cls(vllm_config=config)
 
 
-def item_with(plan: RetentionPlan) -> Any:
-    return {"evs_plan": SimpleNamespace(data=torch.from_numpy(plan.to_array()))}
-
-
 def test_video_leaves_the_encoder_graph(fake: Any) -> None:
     assert fake.get_encoder_cudagraph_config().modalities == ["image"]
-
-
-def test_lora_counts_are_those_of_the_whole_clip(fake: Any) -> None:
-    plan = RetentionPlan((3, 2, 2), np.arange(5), layout=Layout.contiguous(1, 12))
-    count = fake.get_mm_lora_token_counts
-    assert count(modality="video", mm_kwargs=item_with(plan), num_mm_embeds=5) == (48, 12)
-    lent = replace(plan, encoder="reuse", refreshed=np.array([7, 9]))
-    assert count(modality="video", mm_kwargs=item_with(lent), num_mm_embeds=5) == (4 * 7, 7)
-    assert count(modality="image", mm_kwargs={}, num_mm_embeds=5) == (20, 5)
-    assert count(modality="video", mm_kwargs=None, num_mm_embeds=5) == (20, 5)
 
 
 def test_clips_are_encoded_in_bounded_batches_and_gathered(fake: Any) -> None:

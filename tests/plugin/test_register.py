@@ -175,6 +175,9 @@ def test_start_is_refused_where_evs_cannot_work(
         model_config(text_model(tmp_path), {"rate": 0.5})
     with pytest.raises(UnsupportedError, match=r"--video-pruning-rate 0\.5 and the --evs"):
         model_config(qwen2_5_vl, {"rate": 0.5}, video_pruning_rate=0.5)
+    with pytest.raises(UnsupportedError, match=r"--enable-tower-connector-lora and EVS.*another request's adapter"):
+        model_config(qwen2_5_vl, {"rate": 0.5}, enable_lora=True, enable_tower_connector_lora=True)
+    assert model_config(qwen2_5_vl, {"rate": 0.5}, enable_lora=True) is not None
     with pytest.raises(UnsupportedError, match="evs_rate, which are keys for requests"):
         model_config(qwen2_5_vl, {"rate": 0.5}, mm_processor_kwargs={"evs_rate": 0.5})
     with pytest.raises(ConfigError, match="allowed"):
