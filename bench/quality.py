@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -50,6 +50,8 @@ from evs_vllm.train.trainer import answers  # noqa: E402
 SCHEMA = 1
 SELECTIONS = ("evs", "cosine", "random", "random_unit0", "frames")
 TOWERS = ("full", "reuse", "skip")
+_OF_THE_RUN = ("seeds", "clips", "ask_rates", "compare", "control")
+"""Settings that leave each checkpoint as it is."""
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Settings:
         sizes: Of the model (`evs_vllm.testing.SIZES`).
         curriculum: [units, steps] of each stage of the base.
         further: Steps of the control and of the uptrained model, after the base.
+        further_scene: What is different in the clips of these steps.
         control: Whether to train the control.
         batch: Clips of a mini-batch.
         learning_rate: Of the base; the further steps take a third.
@@ -75,8 +78,9 @@ class Settings:
     sizes: dict[str, Any] = field(
         default_factory=lambda: {"hidden_size": 128, "layers": 4, "vision_hidden": 64, "vision_layers": 2}
     )
-    curriculum: list[list[int]] = field(default_factory=lambda: [[8, 1500], [10, 500], [32, 1000]])
+    curriculum: list[list[int]] = field(default_factory=lambda: [[8, 600], [16, 200], [32, 700]])
     further: int = 300
+    further_scene: dict[str, Any] = field(default_factory=dict)
     control: bool = True
     batch: int = 32
     learning_rate: float = 1e-3
@@ -149,14 +153,26 @@ def speed_up(model: Any) -> Any:
 
 
 def train(
-    start: Path, out: Path, settings: Settings, units: int, steps: int, rates: dict[str, Any], seed: int, scale: float
+    start: Path,
+    out: Path,
+    settings: Settings,
+    scene: SceneSettings,
+    steps: int,
+    rates: dict[str, Any],
+    seed: int,
+    scale: float,
 ) -> Path:
-    """Trains from the checkpoint `start` and writes one to `out`, by the package's own recipe."""
+    """Trains from the checkpoint `start` and writes one to `out`, by the package's own recipe.
+
+    Where `out` holds one of an earlier run (see `claim`), that is taken.
+    """
+    if (out / "trainer_state.json").is_file():
+        return out
     described = recipe.Recipe.from_mapping(
         {
             "model": str(start),
             "data": {
-                "synthetic": asdict(shorter(settings.scenes, units)),
+                "synthetic": asdict(scene),
                 "train_clips": steps * settings.batch,
                 "eval_clips": 0,
                 "seed": 1000 + seed,
@@ -189,16 +205,19 @@ def train(
 def trained_models(folder: Path, settings: Settings, seed: int) -> dict[str, Path]:
     """Base, control and uptrained model of one seed."""
     dense = {"distribution": "list", "values": [0]}
-    here = untrained(folder / "random", settings, seed)
+    here = folder / "random"
+    if not (here / "config.json").is_file():
+        untrained(here, settings, seed)
     for stage, (units, steps) in enumerate(settings.curriculum):
-        here = train(here, folder / f"base-{stage}", settings, units, steps, dense, 100 * seed + stage, 1.0)
+        scene = shorter(settings.scenes, units)
+        here = train(here, folder / f"base-{stage}", settings, scene, steps, dense, 100 * seed + stage, 1.0)
     models = {"base": here}
     if settings.further:
-        units = settings.curriculum[-1][0]
+        scene = replace(settings.scenes, **settings.further_scene)
         for name, rates in (("control", dense), ("uptrained", settings.rates)):
             if name == "control" and not settings.control:
                 continue
-            models[name] = train(here, folder / name, settings, units, settings.further, rates, 100 * seed + 50, 1 / 3)
+            models[name] = train(here, folder / name, settings, scene, settings.further, rates, 100 * seed + 50, 1 / 3)
     return models
 
 
@@ -328,8 +347,23 @@ def ask(
     }
 
 
+def claim(folder: Path, settings: Settings) -> None:
+    """Makes `folder` one of these settings, so that a run that was interrupted or gets further seeds goes on there.
+
+    Raises:
+        ConfigError: It holds checkpoints of other settings.
+    """
+    described = json.dumps({k: v for k, v in asdict(settings).items() if k not in _OF_THE_RUN}, indent=1)
+    path = folder / "settings.json"
+    if path.is_file() and path.read_text() != described:
+        raise ConfigError(f"{folder} holds checkpoints of other settings; give another --work or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(described)
+
+
 def measure(settings: Settings, folder: Path, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains and asks; the content of the JSON file."""
+    claim(folder, settings)
     examples = [make_example(settings.scenes, [5, number]) for number in range(settings.clips)]
     points = []
     started = time.time()

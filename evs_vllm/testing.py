@@ -176,7 +176,8 @@ def _qwen3_5_moe_text(s: dict[str, Any]) -> dict[str, Any]:
 
 
 # Its pixel limits count all frames of a clip; the cap per frame is the one of Qwen2-VL's processor.
-_QWEN3_VIDEO = {"video_processor_type": "Qwen3VLVideoProcessor", "cap_pixels_per_frame": True}
+_QWEN3_VIDEO = {"video_processor_type": "Qwen3VLVideoProcessor", "cap_pixels_per_frame": True,
+                "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}  # fmt: skip
 
 
 def _glm4v_vision(s: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,10 @@ from evs_vllm import testing
 hypothesis.settings.register_profile("evs", deadline=None)
 hypothesis.settings.load_profile("evs")
 
+# The models are so small that threads wait for each other more than they compute, much more on a busy machine. Before
+# torch is imported: later, vLLM's CPU worker ignores torch.set_num_threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Engines run inside the test process, where a test can look into them; servers are processes of their own.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the tiny models need far less

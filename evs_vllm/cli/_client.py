@@ -30,8 +30,18 @@ def data_url(video: Path) -> str:
     return f"data:video/mp4;base64,{base64.b64encode(video.read_bytes()).decode()}"
 
 
-def ask(url: str, model: str, video_url: str, question: str, max_tokens: int) -> Answer:
+def ask(
+    url: str, model: str, video_url: str, question: str, max_tokens: int, extra_body: dict[str, Any] | None = None
+) -> Answer:
     """Sends the request and reads the stream.
+
+    Args:
+        url: Of the server, without ``/v1``.
+        model: Its name there.
+        video_url: A URL that the server reads, or a ``data:`` URL.
+        question: The text after the video.
+        max_tokens: Longest answer.
+        extra_body: Further keys of the body, such as ``mm_processor_kwargs``.
 
     Raises:
         EVSError: The server refused it.
@@ -54,6 +64,7 @@ def ask(url: str, model: str, video_url: str, question: str, max_tokens: int) ->
                 temperature=0,
                 stream=True,
                 stream_options={"include_usage": True},
+                extra_body=extra_body,
             ) as chunks,
         ):
             for chunk in chunks:

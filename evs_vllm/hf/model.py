@@ -23,16 +23,11 @@ from evs_vllm.adapters.qwen2_vl import GRID, PIXELS
 from evs_vllm.apply import keep_rows
 from evs_vllm.config import EVSConfig, split_request_kwargs
 from evs_vllm.errors import ConfigError, RequestError, UnsupportedError
+from evs_vllm.hf.classes import CLASSES, SUPPORTED
 from evs_vllm.hf.prompt import Batch, Medium, prune_batch
 from evs_vllm.hf.tower import encode
-from evs_vllm.plan import Layout, RetentionPlan
+from evs_vllm.plan import RetentionPlan
 from evs_vllm.select import make_plan
-
-SUPPORTED = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-"""Classes of transformers that `enable` takes."""
-
-QWEN_STATS = PixelStats((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-"""How the processors of all released Qwen2-VL and Qwen2.5-VL models normalise."""
 
 _STATE = "_evs"
 _IGNORED_LABEL = -100
@@ -59,7 +54,7 @@ def enable(
     processors see the pruned prompt.
 
     Args:
-        model: A ``Qwen2VLForConditionalGeneration`` or ``Qwen2_5_VLForConditionalGeneration``, or a PEFT model of one.
+        model: Of one of the classes in `CLASSES`, or a PEFT model of one.
         rate: Fraction of each clip's tokens to drop, 0 <= rate < 1.
         processor: The model's processor, if it does not normalise pixels as the released ones do.
         served_positions: Also give prompts from which nothing is dropped (rate 0) the position IDs that vLLM gives.
@@ -76,14 +71,15 @@ def enable(
         UnsupportedError: The model is of another class, or its processor does not normalise.
     """
     base = _base(model)
-    family = family_of(type(base).__name__)
-    if type(base).__name__ not in SUPPORTED or family is None:
-        raise UnsupportedError(f"EVS for transformers supports {' and '.join(SUPPORTED)}, not {type(base).__name__}.")
+    name = type(base).__name__
+    family = family_of(name)
+    if name not in CLASSES or family is None:
+        raise UnsupportedError(f"EVS for transformers supports {SUPPORTED}, not {name}.")
     unknown = sorted({"request_overrides", "rate"} & set(options))
     if unknown:
         raise ConfigError(f"{', '.join(unknown)} cannot be given here.")
     config = EVSConfig.from_mapping({"rate": rate, **options, "request_overrides": "any"})
-    stats = QWEN_STATS
+    stats = CLASSES[name].stats
     if processor is not None:
         look = getattr(processor, "video_processor", None) or processor
         if not (look.do_rescale and look.do_normalize):
@@ -91,8 +87,8 @@ def enable(
         stats = PixelStats(tuple(look.image_mean), tuple(look.image_std))
     state = _State(_exact_unless_asked(config), stats, family.load_adapter(), served_positions)
     setattr(base, _STATE, state)
-    for name, method in _methods(base).items():
-        setattr(base, name, MethodType(method, base))
+    for method_name, method in _methods(base).items():
+        setattr(base, method_name, MethodType(method, base))
     return model
 
 
@@ -210,7 +206,10 @@ def _pruning_generate(cls: Any) -> Callable[..., Any]:
 
 def _settings(model: Any, kwargs: Mapping[str, Any]) -> tuple[EVSConfig, dict[str, Any]]:
     overrides, rest = split_request_kwargs(kwargs)
-    return _exact_unless_asked(getattr(model, _STATE).config.for_request(overrides)), rest
+    config = _exact_unless_asked(getattr(model, _STATE).config.for_request(overrides))
+    if config.encoder == "reuse" and not CLASSES[type(model).__name__].reuse:
+        raise UnsupportedError(f"encoder 'reuse' does not run in transformers' {type(model).__name__}; use 'full'.")
+    return config, rest
 
 
 def _shorten_limits(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shorter: int) -> None:
@@ -275,7 +274,7 @@ def _prune(model: Any, config: EVSConfig, given: Mapping[str, Any]) -> tuple[dic
     out["position_ids"] = batch.positions.to(ids.device)
     model.model.rope_deltas = batch.deltas.to(ids.device)
 
-    state.plans = [plan.with_layout(Layout.contiguous(placeholders["video"], plan.num_tokens)) for _, plan in clips]
+    state.plans = list(batch.plans)
     out["mm_encoder_outputs"] = {"video": _video_features(model, pixels, grids, state.plans)}
     if image_pixels is not None:
         # The stock method refuses to compute one modality when the other is given.
@@ -286,9 +285,17 @@ def _prune(model: Any, config: EVSConfig, given: Mapping[str, Any]) -> tuple[dic
 
 def _video_features(model: Any, pixels: torch.Tensor, grids: Any, plans: Sequence[RetentionPlan]) -> Any:
     """The kept embedding rows of each clip, as ``get_video_features`` returns them."""
+
+    def stay(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(keep_rows(rows, plan) for rows, plan in zip(embeds, plans, strict=True))
+
     visual = model.model.visual
     if all(plan.encoder == "full" for plan in plans):
-        embeds = model.model.get_video_features(pixels, grids, return_dict=True).pooler_output
+        features = model.model.get_video_features(pixels, grids, return_dict=True)
+        features.pooler_output = stay(features.pooler_output)
+        if getattr(features, "deepstack_features", None) is not None:
+            features.deepstack_features = [stay(level) for level in features.deepstack_features]
+        return features
     else:
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in visual.parameters()):
             raise UnsupportedError(
@@ -301,8 +308,7 @@ def _video_features(model: Any, pixels: torch.Tensor, grids: Any, plans: Sequenc
                 embeds.append(encode(visual, clip, plan))
             else:
                 embeds += model.model.get_video_features(clip, grid[None], return_dict=True).pooler_output
-    kept = tuple(keep_rows(rows, plan) for rows, plan in zip(embeds, plans, strict=True))
-    return BaseModelOutputWithPooling(pooler_output=kept)
+    return BaseModelOutputWithPooling(pooler_output=stay(embeds))
 
 
 def _in_tokens(model: Any, grid: Any) -> tuple[int, int, int]:
@@ -321,6 +327,7 @@ def _plan_clips(
     if config.active:
         _check_normalised(pixels, vision.in_channels, state.stats)
     per_second = getattr(vision, "tokens_per_second", None)
+    units_apart = CLASSES[type(model).__name__].units_apart
     clips = []
     rows = pixels.detach().split(grids.prod(-1).tolist())
     for number, (clip_pixels, grid) in enumerate(zip(rows, grids, strict=True)):
@@ -328,7 +335,7 @@ def _plan_clips(
         step = 1.0
         if per_second is not None:
             step = (1.0 if seconds is None else float(np.float32(seconds[number]))) * per_second
-        medium = Medium(_in_tokens(model, grid), step)
+        medium = Medium(_in_tokens(model, grid), step, units_apart)
         if config.active:
             clip = state.adapter.clip({PIXELS: clip_pixels, GRID: grid}, model.config, state.stats)
             assert clip is not None  # it has pixels

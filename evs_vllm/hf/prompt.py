@@ -6,7 +6,7 @@ resumes at the largest ID so far (over t, h and w) plus one. transformers 5 resu
 the text after a long clip differently from how the model was trained and is served.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,10 +25,12 @@ class Medium(NamedTuple):
     Attributes:
         grid: (T, H, W) in tokens.
         time_step: Position IDs from one temporal unit to the next.
+        units_apart: Whether text stands between the temporal units (Qwen3-VL); each is then laid out as a picture.
     """
 
     grid: tuple[int, int, int]
     time_step: float = 1.0
+    units_apart: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -40,6 +42,19 @@ class Placed(NamedTuple):
 
     offset: int
     medium: Medium
+
+    def runs(self, token_ids: Sequence[int]) -> "Iterator[Placed]":
+        """Itself, or its units where they stand apart."""
+        if not self.medium.units_apart:
+            yield self
+            return
+        units, height, width = self.medium.grid
+        placeholder, place = token_ids[self.offset], self.offset
+        for _ in range(units):
+            while token_ids[place] != placeholder:
+                place += 1
+            yield Placed(place, Medium((1, height, width)))
+            place += height * width
 
 
 def lay_out(token_ids: Sequence[int], items: Sequence[Placed]) -> tuple[torch.Tensor, int]:
@@ -54,7 +69,7 @@ def lay_out(token_ids: Sequence[int], items: Sequence[Placed]) -> tuple[torch.Te
     """
     ids = np.empty((3, len(token_ids)), dtype=np.int64)
     read, following = 0, 0
-    for offset, medium in items:
+    for offset, medium in (run for item in items for run in item.runs(token_ids)):
         ids[:, read:offset] = np.arange(following, following + offset - read)
         following += offset - read
         grid = np.indices(medium.grid)
@@ -74,11 +89,13 @@ class PrunedRow:
         index: (L',) for each token its place in the unpruned prompt.
         positions: (3, L') int64.
         delta: Added to a later place of the pruned sequence it gives that place's position ID.
+        plans: Those of its clips, with their layout.
     """
 
     index: IntArray
     positions: torch.Tensor
     delta: int
+    plans: tuple[RetentionPlan, ...]
 
 
 def prune_row(
@@ -101,6 +118,7 @@ def prune_row(
     """
     images, clips = iter(images), iter(clips)
     items: list[PositionRequest] = []
+    plans: list[RetentionPlan] = []
     index: list[IntArray] = []
     read, written = 0, 0
     placeholders = np.flatnonzero((token_ids == image_id) | (token_ids == video_id))
@@ -112,8 +130,8 @@ def prune_row(
             medium = next(images, None)
         else:
             medium, plan = next(clips, (None, None))
-        stop = start + (medium.num_tokens if medium is not None else 0)
-        if medium is None or stop > len(token_ids) or (token_ids[start:stop] != token).any():
+        places = placeholders[: medium.num_tokens if medium is not None else 0]
+        if medium is None or not _fits(token_ids, places, medium):
             found = int((token_ids == token).sum())
             raise RequestError(
                 f"The prompt has {found} placeholders of token {token}, but the grids given to the model do not fit "
@@ -121,13 +139,16 @@ def prune_row(
             )
         index.append(np.arange(read, start))
         written += start - read
-        stays, span = np.arange(medium.num_tokens), None
+        read = int(places[-1]) + 1
+        stays, span = np.arange(read - start), None
         if plan is not None:
-            plan = plan.with_layout(Layout.contiguous(token, medium.num_tokens))
+            here = token_ids[start:read]
+            plan = plan.with_layout(Layout(here, here == token, np.ones(medium.num_tokens, dtype=np.bool_)))
+            plans.append(plan)
             stays, span = plan.prompt_index, ClipSpan(written, plan)
         items.append(PositionRequest(medium, written, span))
         index.append(start + stays)
-        read, written = stop, written + len(stays)
+        written += len(stays)
     index.append(np.arange(read, len(token_ids)))
     whole = np.concatenate(index)
     positions, delta = pruned_positions(
@@ -136,7 +157,15 @@ def prune_row(
         lambda item, offset: Placed(offset, item.feature),  # type: ignore[arg-type]
         lay_out,
     )
-    return PrunedRow(whole, positions, delta)
+    return PrunedRow(whole, positions, delta, tuple(plans))
+
+
+def _fits(token_ids: IntArray, places: IntArray, medium: Medium) -> bool:
+    """Whether the placeholders at `places` are those of `medium`: as many, alike, and in the runs that it has."""
+    if len(places) != medium.num_tokens or (token_ids[places] != token_ids[places[0]]).any():
+        return False
+    runs = places.reshape(medium.grid[0] if medium.units_apart else 1, -1)
+    return bool((np.diff(runs, axis=1) == 1).all())
 
 
 @dataclass(frozen=True)
@@ -149,6 +178,7 @@ class Batch:
         positions: (3, B, L') int64.
         deltas: (B, 1) int64, see `PrunedRow`.
         padded: Whether there is padding.
+        plans: Of all clips in the order of the rows, with their layout.
     """
 
     index: torch.Tensor
@@ -156,6 +186,7 @@ class Batch:
     positions: torch.Tensor
     deltas: torch.Tensor
     padded: bool
+    plans: tuple[RetentionPlan, ...]
 
     def take(self, values: torch.Tensor, padding: int) -> torch.Tensor:
         """The columns of (B, L) `values` that stay: (B, L')."""
@@ -220,4 +251,5 @@ def _pad(rows: Sequence[PrunedRow], starts: Sequence[int], right: bool) -> Batch
         if row.positions.shape[1] != used:
             raise PlanError(f"{row.positions.shape[1]} position IDs for {used} tokens.")
     deltas = torch.tensor([[row.delta] for row in rows])
-    return Batch(index, mask, positions, deltas, bool((mask == 0).any()))
+    plans = tuple(plan for row in rows for plan in row.plans)
+    return Batch(index, mask, positions, deltas, bool((mask == 0).any()), plans)

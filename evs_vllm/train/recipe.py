@@ -69,7 +69,7 @@ class Recipe:
     """A whole run.
 
     Attributes:
-        model: Folder (or hub name) of a Qwen2-VL or Qwen2.5-VL checkpoint.
+        model: Folder (or hub name) of a checkpoint of one of the classes in `evs_vllm.hf.classes`.
         data: The examples.
         trainer: ``transformers.TrainingArguments`` by name; ``output_dir`` has to be there.
         rates: What rates are drawn from.
@@ -156,10 +156,11 @@ def load_model(recipe: Recipe) -> Any:
     import transformers
 
     from evs_vllm import hf
+    from evs_vllm.hf.classes import CLASSES, SUPPORTED
 
     architecture = (transformers.AutoConfig.from_pretrained(recipe.model).architectures or ["(none)"])[0]
-    if architecture not in hf.model.SUPPORTED:
-        raise UnsupportedError(f"uptrain supports {' and '.join(hf.model.SUPPORTED)}, not {architecture}.")
+    if architecture not in CLASSES:
+        raise UnsupportedError(f"uptrain supports {SUPPORTED}, not {architecture}.")
     dtype = getattr(torch, recipe.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype got {recipe.dtype!r}; a name of torch such as float32 or bfloat16 is needed.")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from evs_vllm.errors import ConfigError
+from evs_vllm.train.codec import through_h264, to_mp4
 
 COLOURS = {
     "red": (230, 30, 30),
@@ -37,6 +38,10 @@ class SceneSettings:
         noise: Each pixel of each frame is off by up to this many grey levels.
         most_places: The square stays at 1 to this many places, one after the other.
         tasks: The tasks that are asked.
+        texture: Seed of the background that all clips share, as before one camera; None gives each clip its own, and
+            then only position IDs tell cells apart.
+        h264: If given, frames are what a server decodes of them as H.264, at a constant rate factor drawn from this
+            range (`evs_vllm.train.codec`).
     """
 
     units: int = 32
@@ -47,9 +52,15 @@ class SceneSettings:
     noise: int = 6
     most_places: int = 4
     tasks: tuple[str, ...] = TASKS
+    texture: int | None = 0
+    h264: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
+        if self.h264 is not None:
+            object.__setattr__(self, "h264", tuple(self.h264))
+            if len(self.h264) != 2 or not 0 <= self.h264[0] <= self.h264[1] <= 51:
+                raise ConfigError(f"h264 got {list(self.h264)}; a range of rate factors within 0 to 51 is needed.")
         if min(self.units, self.rows, self.columns, self.cell, self.square, self.most_places) < 1:
             raise ConfigError("A synthetic clip needs at least one unit, cell, place and pixel.")
         if self.square > self.cell or self.noise < 0 or self.rows * self.columns < 2:
@@ -92,7 +103,8 @@ def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
     cells = tuple(np.repeat(stay_cells, lengths).tolist())
     colours = tuple(np.repeat(stay_colours, lengths).tolist())
 
-    coarse = rng.integers(60, 190, (s.rows * s.cell // 7 + 1, s.columns * s.cell // 7 + 1, 3))
+    painter = rng if s.texture is None else np.random.default_rng(s.texture)
+    coarse = painter.integers(60, 190, (s.rows * s.cell // 7 + 1, s.columns * s.cell // 7 + 1, 3))
     texture = np.kron(coarse, np.ones((7, 7, 1), dtype=np.int64))[: s.rows * s.cell, : s.columns * s.cell]
     frames = np.repeat(texture[None], 2 * s.units, axis=0)
     margin = (s.cell - s.square) // 2
@@ -111,7 +123,10 @@ def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
         "first": ("Which colour has the square in the beginning?", colours[0]),
         "when": (f"Which colour has the square at time {when}?", colours[when]),
     }[task]
-    return Example(np.clip(frames, 0, 255).astype(np.uint8), task, question, answer, cells, colours)
+    frames = np.clip(frames, 0, 255).astype(np.uint8)
+    if s.h264:
+        frames = through_h264(frames, crf=int(rng.integers(s.h264[0], s.h264[1] + 1)))
+    return Example(frames, task, question, answer, cells, colours)
 
 
 def write_dataset(
@@ -124,7 +139,7 @@ def write_dataset(
         count: Number of clips.
         settings: What they look like.
         seed: Of all of them; other seeds give other clips.
-        container: "npy" (frames as they are) or "mp4" (MPEG-4, lossy, 2 frames a second).
+        container: "npy" (frames as they are) or "mp4" (H.264, 2 frames a second).
 
     Returns:
         The path of ``data.jsonl``.
@@ -143,7 +158,7 @@ def write_dataset(
         if container == "npy":
             np.save(folder / name, example.frames)
         else:
-            _write_mp4(folder / name, example.frames)
+            (folder / name).write_bytes(to_mp4(example.frames))
         turns = [
             {"from": "human", "value": f"<video>\n{example.question}"},
             {"from": "gpt", "value": example.answer},
@@ -152,18 +167,6 @@ def write_dataset(
     path = folder / "data.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
-
-
-def _write_mp4(path: Path, frames: np.ndarray) -> None:
-    import cv2
-
-    size = (frames.shape[2], frames.shape[1])
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 2.0, size)  # type: ignore[attr-defined]
-    try:
-        for frame in frames:
-            writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-    finally:
-        writer.release()
 
 
 def shorter(settings: SceneSettings, units: int) -> SceneSettings:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from evs_vllm.cli import main
-from evs_vllm.errors import ConfigError
+from evs_vllm.errors import ConfigError, EVSError
 from evs_vllm.testing import real_clip_path
+from evs_vllm.train.codec import through_h264, to_mp4
 from evs_vllm.train.data import ChatCollator, ChatDataset, DataError, DrawnDataset, FrameSettings, load_video
 from evs_vllm.train.rates import RateSampler, RateSettings
 from evs_vllm.train.recipe import Recipe
@@ -117,9 +118,34 @@ def test_answers_are_what_the_pixels_show():
         tasks[example.task] = tasks.get(example.task, 0) + 1
     assert set(tasks) == set(TASKS) and len(set(times)) > 4
     assert np.array_equal(make_example(SMALL, 5).frames, make_example(SMALL, 5).frames)
-    for wrong in ({"square": 30}, {"tasks": ("why",)}, {"rows": 1, "columns": 1}, {"units": 0}):
+    for wrong in ({"square": 30}, {"tasks": ("why",)}, {"rows": 1, "columns": 1}, {"units": 0}, {"h264": (9, 60)}):
         with pytest.raises(ConfigError):
             SceneSettings(**wrong)
+
+
+def test_h264_is_what_a_server_decodes(tmp_path):
+    """The codec is lossy but close, gives the same bytes again, and OpenCV (vLLM's decoder) sees the same frames."""
+    cv2 = pytest.importorskip("cv2")
+    example = make_example(SceneSettings(units=6, noise=0), 4)
+    encoded, seen = to_mp4(example.frames, fps=3), through_h264(example.frames)
+    assert encoded == to_mp4(example.frames, fps=3) and seen.shape == example.frames.shape
+    difference = np.abs(seen.astype(int) - example.frames)
+    swapped = np.abs(seen[..., ::-1].astype(int) - example.frames)
+    assert 0 < difference.mean() < 10 and swapped.mean() > 2 * difference.mean(), "order of the colours"
+    (tmp_path / "c.mp4").write_bytes(encoded)
+    capture = cv2.VideoCapture(str(tmp_path / "c.mp4"))
+    decoded = np.stack([capture.read()[1][..., ::-1] for _ in range(12)]).astype(int)
+    assert capture.get(cv2.CAP_PROP_FPS) == 3 and not capture.read()[0]
+    assert np.abs(decoded - seen).mean() < difference.mean() / 2, "they interpolate colours differently"
+    with pytest.raises(EVSError, match="even"):
+        to_mp4(np.zeros((2, 28, 27, 3), np.uint8))
+
+
+def test_drawn_clips_through_h264():
+    plain, coded = SceneSettings(units=6), SceneSettings(units=6, h264=(20, 30))
+    first, same, raw = make_example(coded, 3), make_example(coded, 3), make_example(plain, 3)
+    assert np.array_equal(first.frames, same.frames) and not np.array_equal(first.frames, raw.frames)
+    assert (first.cells, first.question, first.answer) == (raw.cells, raw.question, raw.answer)
 
 
 @pytest.fixture
