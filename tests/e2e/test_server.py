@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evs_vllm.errors import EVSError
 from evs_vllm.testing import real_clip_frames, real_clip_path, synthetic_clip
+from tests.e2e import evaluation
 from tests.e2e.harness import IMAGE, MIN_GAP, TOLERANCE, VIDEO, chat, measured
 from tests.e2e.server import (
     API_SERVER,
@@ -135,6 +137,56 @@ class TestServe:
         text = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"])
         assert text == ref.tokenizer.decode(result.tokens)
         assert chunks[-1]["usage"]["prompt_tokens"] == len(result.prompt_ids)
+
+    @pytest.fixture(scope="class")
+    def local_task(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("local_task")
+        return folder, evaluation.write_task(folder, 10)
+
+    @pytest.mark.parametrize("rate", [0.0, 0.75])
+    def test_evaluation_asks_like_anybody(self, server, ref, local_task, rate):
+        _, questions = local_task
+        letters = evaluation.letters_only(ref.tokenizer)
+        expected = [evaluation.asked_plainly(server, question, rate, letters) for question in questions]
+        before = server.metrics()
+        answers, counted = evaluation.asked_by_the_client(server, questions, rate, letters)
+        assert [(answer.text, answer.prompt_tokens) for answer in answers] == expected
+        assert {answer.output_tokens for answer in answers} == {1}
+        assert len({answer.text for answer in answers}) > 1, "the same letter to every question shows little"
+        after = server.metrics()
+        assert counted == {name: after.get(name, 0) - before.get(name, 0) for name in counted}
+        units = evaluation.UNITS
+        tokens = [units * 6, max(6, int(units * 6 * (1 - rate)))] if rate else [0, 0]
+        assert list(counted.values()) == [len(questions) * n for n in [bool(rate), *tokens]]
+
+    def test_evaluation_passes_on_what_the_server_refuses(self, server, local_task):
+        _, questions = local_task
+        with pytest.raises(EVSError, match=r"HTTP 400 .*evs_rate.*1\.5"):
+            evaluation.asked_by_the_client(server, questions, 1.5, {})
+        with pytest.raises(EVSError, match="allowed-local-media-path"):
+            evaluation.asked_by_the_client(server, questions, 0.5, {}, video_as="file")
+        with pytest.raises(EVSError, match="does not serve 'another'"):
+            evaluation.asked_by_the_client(server, questions, 0.5, {}, model="another")
+
+    def test_evaluation_by_lmms_eval(self, server, ref, local_task, tmp_path):
+        """The whole command with lmms-eval, and MVBench's own scoring."""
+        pytest.importorskip("lmms_eval", reason='needs pip install "evs-vllm[eval]"')
+        folder, questions = local_task
+        letters = evaluation.letters_only(ref.tokenizer)
+        content, table = evaluation.run_command(server, folder, tmp_path, letters, rates=[0.5, 0.9])
+        assert content["complete"]
+        assert [point["rate"] for point in content["points"]] == [0, 0.5, 0.9]
+        full = None
+        for point in content["points"]:
+            plain = [evaluation.asked_plainly(server, question, point["rate"], letters) for question in questions]
+            assert point["answers"] == [letter for letter, _ in plain]
+            assert point["prompt_tokens"] == [tokens for _, tokens in plain]
+            right = sum(question.gold == letter for question, (letter, _) in zip(questions, plain, strict=True))
+            assert point["metrics"] == {"mvbench_accuracy": pytest.approx(100 * right / len(questions))}
+            full = full or point
+            assert point["video_tokens"] == (None if point is full else evaluation.UNITS * 6 * len(questions))
+        assert any(point["answers"] != full["answers"] for point in content["points"]), "pruning changed nothing"
+        assert f"| {evaluation.NAME} | default | 0.9 |" in table
 
 
 NOT_A_NUMBER = st.one_of(
