@@ -20,6 +20,7 @@ from evs_vllm.errors import EVSError
 COUNTERS = ("evs:clips_total", "evs:video_tokens_total", "evs:video_tokens_kept_total")
 VIDEO_AS = ("data", "file")
 REMOTE = ("http://", "https://", "file://", "data:")
+PASSED_ON = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
 START = "vllm serve MODEL --evs-rate 0 --evs-request-overrides any"
 
 
@@ -209,10 +210,28 @@ def _openai_part(part: Mapping[str, Any], video_as: str) -> dict[str, Any]:
         if not path.is_file():
             raise EVSError(f"no such video: {path}")
         if video_as == "file":
-            url = path.resolve().as_uri()
+            url = path.absolute().as_uri()
         else:
             # vLLM decides by "video/jpeg" or not; what is in the file, its decoder finds out by itself.
             kind = mimetypes.guess_type(path.name)[0] or ""
             kind = kind if kind.startswith("video/") else "video/mp4"
             url = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
     return {"type": "video_url", "video_url": {"url": url}}
+
+
+def generation_of(asked: Mapping[str, Any], max_tokens: int | None) -> dict[str, Any]:
+    """A task's ``generation_kwargs``, which are named as in transformers, in the names of the OpenAI API.
+
+    Raises:
+        EVSError: beam search, which the server does not do.
+    """
+    if asked.get("num_beams", 1) not in (None, 1):
+        raise EVSError(f"the task wants num_beams {asked['num_beams']}; the server has no beam search")
+    out = {name: asked[name] for name in PASSED_ON if asked.get(name) is not None}
+    if not asked.get("do_sample"):
+        out |= {"temperature": 0}
+        out.pop("top_p", None)
+    out["max_tokens"] = max_tokens or asked.get("max_new_tokens") or 16
+    if until := asked.get("until"):
+        out["stop"] = [until] if isinstance(until, str) else list(until)
+    return out

@@ -6,8 +6,8 @@ Start a server that prunes what each request asks for, then evaluate:
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --evs-rate 0 --evs-request-overrides any
     python bench/evaluate.py configs/eval/videomme.yaml --out bench/results/gpu/videomme
 
-writes videomme.json, .md and .svg after every step; ``--resume`` goes on where a run stopped. Needs no vLLM and no GPU
-of its own: ``pip install "evs-vllm[eval]"``, best in an environment of its own.
+writes videomme.json and .md after every step, and .svg; ``--resume`` goes on where a run stopped. Needs no vLLM and no
+GPU of its own: ``pip install "evs-vllm[eval]"``, best in an environment of its own.
 """
 
 import argparse
@@ -460,6 +460,8 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         print(f"{point.task:24} {point.variant:10} {point.rate:<5g} {said}", flush=True)
     content["complete"] = all(point["error"] is None for point in content["points"])
     write(content, args.out)
+    if args.out is not None:
+        plot(content, args.out.with_suffix(".svg"))
     print("\n" + markdown(content))
     return 0 if content["complete"] else 1
 
@@ -498,11 +500,10 @@ def kept_points(out: Path | None, content: Mapping[str, Any]) -> list[Point]:
 
 
 def write(content: Mapping[str, Any], out: Path | None) -> None:
-    """Writes the JSON file, the table and the picture."""
+    """Writes the JSON file and the table."""
     if out is not None:
         harness.write(dict(content), out.with_suffix(".json"))
         out.with_suffix(".md").write_text(markdown(content))
-        plot(content, out.with_suffix(".svg"))
 
 
 def brief(point: Point) -> str:

@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client import Answer, Ask, Client
+from client import Answer, Ask, Client, generation_of
 
 from evs_vllm.errors import EVSError
 
@@ -25,8 +25,6 @@ from lmms_eval.api.model import lmms
 from lmms_eval.tasks import TaskManager
 from loguru import logger
 
-PASSED_ON = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
-
 
 @dataclass
 class Scored:
@@ -36,13 +34,11 @@ class Scored:
         metrics: what the task says, by name, in the task's own unit; the first is its main one.
         answers: with their tokens, as the server gave them.
         videos: how many were sent.
-        asked: the number of each question in the task's data.
     """
 
     metrics: dict[str, float]
     answers: list[Answer]
     videos: int
-    asked: list[int] = field(default_factory=list)
 
 
 class ServedModel(lmms):
@@ -72,24 +68,6 @@ class ServedModel(lmms):
     def _ask(self, request: Instance) -> Ask:
         _, doc_to_messages, generation, number, task, split = request.args
         return Ask(doc_to_messages(self.task_dict[task][split][number]), generation_of(generation, self._max_tokens))
-
-
-def generation_of(asked: Mapping[str, Any], max_tokens: int | None) -> dict[str, Any]:
-    """A task's ``generation_kwargs``, which are named as in transformers, in the names of the OpenAI API.
-
-    Raises:
-        EVSError: beam search, which the server does not do.
-    """
-    if asked.get("num_beams", 1) not in (None, 1):
-        raise EVSError(f"the task wants num_beams {asked['num_beams']}; the server has no beam search")
-    out = {name: asked[name] for name in PASSED_ON if asked.get(name) is not None}
-    if not asked.get("do_sample"):
-        out |= {"temperature": 0}
-        out.pop("top_p", None)
-    out["max_tokens"] = max_tokens or asked.get("max_new_tokens") or 16
-    if until := asked.get("until"):
-        out["stop"] = [until] if isinstance(until, str) else list(until)
-    return out
 
 
 class Tasks:
@@ -147,8 +125,7 @@ class Tasks:
             metrics = {metric: float(scores[metric]) for metric in order if _is_number(scores.get(metric))}
         if not metrics:
             raise EVSError(f"{name} gives no score: it may need a judge, or writes a file to be submitted")
-        asked = sorted(model.answers)
-        return Scored(metrics, [model.answers[number] for number in asked], model.videos, asked)
+        return Scored(metrics, [answer for _, answer in sorted(model.answers.items())], model.videos)
 
 
 @contextmanager

@@ -92,7 +92,7 @@ class Question:
 
 def write_task(folder: Path, count: int) -> list[Question]:
     """Draws clips, asks for a colour with four options each, and writes the files of a task."""
-    scene = SceneSettings(units=UNITS, tasks=("first", "last"))
+    scene = SceneSettings(units=UNITS, tasks=("first", "last"), texture=None)
     lines = [json.loads(line) for line in write_dataset(folder, count, scene, 11, "mp4").read_text().splitlines()]
     rng = np.random.default_rng(3)
     questions = []
