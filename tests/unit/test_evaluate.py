@@ -407,3 +407,45 @@ def test_needs_no_vllm_and_no_torch():
     code = f"import sys; sys.path.insert(0, 'bench'); import evaluate, client; print({names})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+# with lmms-eval, where it is installed
+
+
+@pytest.fixture(scope="module")
+def tasks_of_files():
+    pytest.importorskip("lmms_eval", reason='needs pip install "evs-vllm[eval]"')
+    import lmms
+
+    files = [load_settings(path) for path in sorted((ROOT / "configs" / "eval").glob("*.yaml"))]
+    names = [part for settings in files for parts in settings.groups.values() for part in parts]
+    return names, lmms.Tasks([*names, "mvbench"], [], "default")
+
+
+def test_lmms_eval_knows_the_tasks(tasks_of_files):
+    names, tasks = tasks_of_files
+    assert all(tasks.parts(name) == [name] for name in names)
+    parts = tasks.parts("mvbench")
+    assert len(parts) == 20 and set(parts) > {name for name in names if name.startswith("mvbench")}
+    for name in names:
+        config = tasks._manager._get_config(name)
+        assert config["output_type"] == "generate_until" if "output_type" in config else True
+        assert config["metric_list"]
+
+
+def test_lmms_eval_tasks_that_cannot_run_say_why(tasks_of_files, tmp_path):
+    import lmms
+
+    _, tasks = tasks_of_files
+    with FakeServer() as server:
+        client = Client(server.url)
+        with pytest.raises(EVSError, match="lmms-eval could not run videomme: "):
+            tasks.run("videomme", client, {"evs_rate": 0}, 2, None)  # no hub in the tests
+    assert not server.seen
+    with pytest.raises(EVSError, match="knows no task mvbench_acton_count; there are .*mvbench_action_count"):
+        lmms.Tasks(["mvbench_acton_count"], [], "default")
+    with pytest.raises(EVSError, match="no such task_folders: .*nowhere"):
+        lmms.Tasks(["a"], [tmp_path / "nowhere"], "default")
+    model = lmms.ServedModel(client, {}, None)
+    with pytest.raises(EVSError, match="log-likelihoods"):
+        model.loglikelihood([])
