@@ -103,6 +103,12 @@ def _start(engine_args: Any, model_config: Any) -> None:
             f"{', '.join(supported_architectures())}. Drop the --evs-* options to serve it unpruned."
         )
     compat.refuse_conflicts(engine_args, model_config)
+    adapter = family.load_adapter()
+    if why := adapter.kwargs_obstacle(model_config.multimodal_config.mm_processor_kwargs or {}):
+        raise UnsupportedError(
+            f"EVS cannot prune video with these --mm-processor-kwargs: {why}. Leave that out, or drop the "
+            "--evs-* options."
+        )
     config = config.resolve_encoder(_reuse_obstacle(family, engine_args, model_config))
     compat.stamp(model_config, config)
     compat.give_positions(model_config)
@@ -122,7 +128,8 @@ def _reuse_obstacle(family: Family, engine_args: Any, model_config: Any) -> str:
 
     if not family.reuse:
         return _NO_TOWER
-    own = family.load_adapter().reuse_obstacle(model_config.hf_config)
+    adapter = family.load_adapter()
+    own = adapter.reuse_obstacle(adapter.media_config(model_config.hf_config))
     return compat.reuse_obstacle(engine_args, model_config) or own
 
 

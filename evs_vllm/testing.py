@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from evs_vllm import _testing_frames as _frames
+from evs_vllm import _testing_omni as _omni
 
 __all__ = [
     "FAMILIES",
@@ -237,6 +238,14 @@ FAMILIES: dict[str, TinyFamily] = {
         "LlavaNextVideoForConditionalGeneration", "LlavaNextVideoConfig", "LlavaNextVideoProcessor",
         _frames.clip_vision, make=_frames.make_frames_model,
     ),
+    "qwen2_5_omni": TinyFamily(
+        "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniConfig", "Qwen2_5OmniProcessor", _omni.qwen2_5_vision,
+        make=_omni.make_omni_model,
+    ),
+    "qwen2_5_omni_model": TinyFamily(  # the name that released checkpoints have
+        "Qwen2_5OmniModel", "Qwen2_5OmniConfig", "Qwen2_5OmniProcessor", _omni.qwen2_5_vision,
+        make=_omni.make_omni_model,
+    ),
 }  # fmt: skip
 
 SIZES: dict[str, Any] = {
@@ -286,19 +295,7 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
     _write_processor(directory, row, tokenizer, sizes["max_tokens_per_frame"])
 
-    half = sizes["hidden_size"] // sizes["heads"] // 2  # split over (t, h, w) like the released models: 1/4, 3/8, 3/8
-    rope = {"rope_type": "default", "rope_theta": sizes["rope_theta"],
-            "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]}  # fmt: skip
-    text = {
-        "vocab_size": len(tokenizer), "hidden_size": sizes["hidden_size"],
-        "intermediate_size": 2 * sizes["hidden_size"],
-        "num_hidden_layers": sizes["layers"], "num_attention_heads": sizes["heads"],
-        "num_key_value_heads": sizes["kv_heads"], "max_position_embeddings": sizes["max_position_embeddings"],
-        "rope_parameters": rope, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
-    }  # fmt: skip
-    own = row.text(sizes)
-    text |= own | {"rope_parameters": rope | own.get("rope_parameters", {})}
+    text = text_config(row, sizes, tokenizer)
     config = getattr(transformers, row.config_class)(
         text_config=text, vision_config=row.vision(sizes), tie_word_embeddings=False, dtype="float32",
         **{name: ids[token] for name, token in row.tokens.items()},
@@ -318,6 +315,24 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
     if row.transposed_experts:
         _transpose_experts(directory / "model.safetensors")
     return directory
+
+
+def text_config(row: TinyFamily, sizes: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The keyword arguments of a language model's config, with M-RoPE."""
+    end, pad = (tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>"))
+    half = sizes["hidden_size"] // sizes["heads"] // 2  # split over (t, h, w) like the released models: 1/4, 3/8, 3/8
+    rope = {"rope_type": "default", "rope_theta": sizes["rope_theta"],
+            "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]}  # fmt: skip
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": sizes["hidden_size"],
+        "intermediate_size": 2 * sizes["hidden_size"],
+        "num_hidden_layers": sizes["layers"], "num_attention_heads": sizes["heads"],
+        "num_key_value_heads": sizes["kv_heads"], "max_position_embeddings": sizes["max_position_embeddings"],
+        "rope_parameters": rope, "bos_token_id": pad, "eos_token_id": end,
+        "pad_token_id": pad,
+    }  # fmt: skip
+    own = row.text(sizes)
+    return text | own | {"rope_parameters": rope | own.get("rope_parameters", {})}
 
 
 def cached_model(family: str = "qwen2_5_vl", **sizes: Any) -> Path:
@@ -418,7 +433,7 @@ def fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
                 weight.copy_(noise * 4.0 / math.sqrt(fan_in))
             elif "lm_head" in name:
                 weight.copy_(noise * 3.0 / math.sqrt(fan_in))
-            elif any(part in name for part in ("q_proj", "k_proj", "attn.qkv")):
+            elif any(part in name for part in ("q_proj", "k_proj", "attn.qkv", "attn.q.", "attn.k.")):
                 weight.copy_(noise * 1.6 / math.sqrt(fan_in))
             else:
                 weight.copy_(noise / math.sqrt(fan_in))

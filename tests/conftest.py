@@ -33,12 +33,16 @@ if (root := str(Path(__file__).parent.parent)) not in sys.path:  # for `from tes
 FAMILIES = ("qwen2_5_vl", "qwen2_vl")
 """Families that every test with a `family` runs for."""
 
-EVERY_FAMILY = tuple(name for name, row in testing.FAMILIES.items() if row.make is None)
-"""Those made like Qwen2-VL. The others, whose processors give whole frames, are in tests/e2e/test_frame_families.py."""
+OMNI = ("qwen2_5_omni",)
+"""Families that also take audio."""
+
+EVERY_FAMILY = (*(name for name, row in testing.FAMILIES.items() if row.make is None), *OMNI)
+"""Those with pixel rows like Qwen2-VL's. The others, whose processors give whole frames, are in
+tests/e2e/test_frame_families.py."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`family`: `FAMILIES`; with the mark ``every_family`` all, with ``also(names)`` those, too.
+    """`family`: `FAMILIES`; with the mark ``every_family`` all, with ``omni`` `OMNI`, with ``also(names)`` those, too.
 
     Module scope groups the tests of a module by family, so that they share an engine. Modules with a fixture `family`
     of their own choose for themselves.
@@ -48,6 +52,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = (*FAMILIES, *also.args) if also else FAMILIES
         if metafunc.definition.get_closest_marker("every_family"):
             names = EVERY_FAMILY
+        if metafunc.definition.get_closest_marker("omni"):
+            names = OMNI
         metafunc.parametrize("family", names, scope="module", indirect=True)
 
 

@@ -130,6 +130,16 @@ FAMILIES: tuple[Family, ...] = (
         "Hugging Face reference",
         "one video a prompt, no images (vLLM's)",
     ),
+    Family(
+        "Qwen2.5-Omni",
+        ("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniModel"),
+        "evs_vllm.adapters.omni:Qwen2_5Omni",
+        "M-RoPE (t, h, w), t in real time",
+        "contiguous",
+        True,
+        "Hugging Face reference",
+        "the thinker; `use_audio_in_video` is refused for a video that is pruned",
+    ),
 )
 
 

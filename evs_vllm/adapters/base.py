@@ -73,6 +73,17 @@ class FamilyAdapter(ABC):
         """Why that tower cannot be used with this model, or ""."""
         return ""
 
+    def media_config(self, hf_config: Any) -> Any:
+        """The part of the model's config that vLLM's processor of the model works with, which all methods here take.
+
+        By default all of it.
+        """
+        return hf_config
+
+    def kwargs_obstacle(self, mm_processor_kwargs: Mapping[str, Any]) -> str:
+        """Why clips cannot be pruned under these arguments of the Hugging Face processor, or ""."""
+        return ""
+
     def max_position(self, hf_config: Any) -> int:
         """Number of position IDs that the language model's cos/sin cache holds. By default that of 1-D RoPE."""
         return rotary_length(hf_config.get_text_config())

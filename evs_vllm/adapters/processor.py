@@ -88,6 +88,11 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         settings = _OFF if _profiling.get() else self._evs_config.for_request(ours)
         if ours:
             inputs = replace(inputs, hf_processor_mm_kwargs=rest)
+        if settings.active and MODALITY in inputs.mm_data_items and (why := self._evs.kwargs_obstacle(rest)):
+            raise RequestError(
+                f"EVS cannot prune this request's video: {why}. Leave that out, or set evs_rate to 0 where the server "
+                "admits it."
+            )
         with _set(_settings, settings):
             return super().apply(inputs, timing_ctx)
 
@@ -219,7 +224,8 @@ def end_in_time(model_config: Any, request: Any) -> None:
     family = family_of(model_config.architecture)
     if family is None or all(plan is None or plan.positions != "keep" for _, plan in plans):
         return
-    adapter, hf_config = family.load_adapter(), model_config.hf_config
+    adapter = family.load_adapter()
+    hf_config = adapter.media_config(model_config.hf_config)
     extra = 0
     for feature, plan in plans:
         if plan is not None and plan.positions == "keep":

@@ -119,7 +119,10 @@ class Qwen2VLTower(ReuseTower):
             "max_seqlen_full": None,
             "max_seqlen_window": None,
         }
-        embeds: torch.Tensor = visual(batch[PIXELS], None, encoder_metadata=metadata)
+        return self._run(batch[PIXELS], metadata)
+
+    def _run(self, pixels: torch.Tensor, metadata: dict[str, Any]) -> torch.Tensor:
+        embeds: torch.Tensor = self._visual(pixels, None, encoder_metadata=metadata)
         return embeds
 
     def _per_place(self, height: int, width: int) -> dict[str, torch.Tensor]:

@@ -44,9 +44,9 @@ REFUSED: tuple[Refused, ...] = (
         False,
     ),
     Refused(
-        "Qwen2.5-Omni, Qwen3-Omni",
-        ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration"),
-        "with use_audio_in_video, audio tokens lie between those of the clip",
+        "Qwen3-Omni",
+        ("Qwen3OmniMoeForConditionalGeneration",),
+        "it has not been run",
         True,
     ),
     Refused(

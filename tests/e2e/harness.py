@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tests.reference.delta import use_fp32_delta_rule
-from tests.reference.hf import Clip, Picture, Reference, Result, Settings
+from tests.reference.hf import Clip, Picture, Reference, Result, Settings, Sound
 
 TOLERANCE = 1e-4
 """Largest allowed difference of a logprob between vLLM and the reference, fp32. Measured: below 3e-5."""
@@ -23,6 +25,7 @@ MIN_GAP = 5 * TOLERANCE
 MAX_TOKENS = 12
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+AUDIO = "<|audio_start|><|audio_pad|><|audio_end|>"
 
 FEWEST_FRAMES = {"qwen3_vl": 2, "qwen3_vl_moe": 2, "qwen3_5": 2, "qwen3_5_moe": 2}
 """Their video processor refuses a clip of fewer frames; that of others takes one."""
@@ -43,7 +46,7 @@ class Request:
     """One request: a prompt with one placeholder per item of `media`, and what it asks of EVS."""
 
     prompt: str | list[int]
-    media: Sequence[Clip | Picture]
+    media: Sequence[Clip | Picture | Sound]
     mm_processor_kwargs: dict[str, Any] | None = None
     max_tokens: int = MAX_TOKENS
     uuids: dict[str, list[str]] | None = None
@@ -62,6 +65,8 @@ class Request:
             data["video"] = [(clip.frames, metadata(clip)) for clip in clips]
         if pictures:
             data["image"] = [to_pil(picture) for picture in pictures]
+        if sounds := [(m.samples, 16000) for m in self.media if isinstance(m, Sound)]:
+            data["audio"] = sounds
         key = "prompt" if isinstance(self.prompt, str) else "prompt_token_ids"
         out: dict[str, Any] = {key: self.prompt, "multi_modal_data": data}
         if self.mm_processor_kwargs is not None:
@@ -240,6 +245,34 @@ def check(output: Any, result: Result) -> None:
     assert list(completion.token_ids) == result.tokens, f"other tokens; largest logprob difference {difference:.2e}"
     assert difference <= TOLERANCE, f"same tokens, but a logprob differs by {difference:.2e}"
     measured.append(difference)
+
+
+@contextmanager
+def recorded_positions(engine: Engine) -> Iterator[list[Any]]:
+    """(dtype, (3, n) values) of every positions tensor that enters the language model's first layer."""
+    calls: list[Any] = []
+
+    def record(module: Any, args: Any, kwargs: Any) -> None:
+        positions = kwargs["positions"] if "positions" in kwargs else args[0]
+        calls.append((positions.dtype, positions.detach().clone().numpy()))
+
+    handle = engine.language_model.layers[0].register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def check_positions(seen: list[Any], result: Result) -> None:
+    """What `recorded_positions` saw of one request is the reference's, as integers."""
+    (dtype, prefill), *decoding = seen
+    count = len(result.prompt_ids)
+    assert dtype == torch.int64 and prefill.shape[0] == 3
+    np.testing.assert_array_equal(prefill[:, :count], result.positions)
+    for step, (dtype, ids) in enumerate(decoding[: len(result.tokens) - 1]):
+        assert dtype == torch.int64
+        following = result.following + step
+        assert ids[:, 0].tolist() == [following] * 3, f"step {step}"
 
 
 def run_and_check(engine: Engine, reference: Reference, requests: Sequence[Request]) -> list[tuple[Any, Result]]:

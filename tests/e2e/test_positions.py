@@ -14,7 +14,9 @@ from tests.e2e.harness import (
     ask,
     chat,
     check,
+    check_positions,
     expected,
+    recorded_positions,
     start_engine,
     stop_engine,
 )
@@ -38,32 +40,13 @@ def ref(reference, family):
 
 @pytest.fixture
 def seen(engine):
-    """(dtype, (3, n) values) of every positions tensor that enters the language model's first layer."""
-    calls = []
-
-    def record(module, args, kwargs):
-        positions = kwargs["positions"] if "positions" in kwargs else args[0]
-        calls.append((positions.dtype, positions.detach().clone().numpy()))
-
-    handle = engine.language_model.layers[0].register_forward_pre_hook(record, with_kwargs=True)
-    yield calls
-    handle.remove()
+    with recorded_positions(engine) as calls:
+        yield calls
 
 
 def long_clip(family):
     # The moving rectangle keeps late units alive, so that large IDs are really used.
     return synthetic_clip(LONG[family], (56, 56), moving=0.15, noise=2, seed=7)
-
-
-def check_positions(seen, result):
-    (dtype, prefill), *decoding = seen
-    count = len(result.prompt_ids)
-    assert dtype == torch.int64 and prefill.shape[0] == 3
-    np.testing.assert_array_equal(prefill[:, :count], result.positions)
-    for step, (dtype, ids) in enumerate(decoding[: len(result.tokens) - 1]):
-        assert dtype == torch.int64
-        following = result.following + step
-        assert ids[:, 0].tolist() == [following] * 3, f"step {step}"
 
 
 @pytest.mark.also("qwen3_vl")

@@ -9,6 +9,7 @@ from evs_vllm.adapters.processor import PLAN_FIELD, plan_of
 from evs_vllm.plan import RetentionPlan
 from evs_vllm.testing import make_model, real_clip_frames, synthetic_clip
 from tests.e2e.harness import (
+    AUDIO,
     FEWEST_FRAMES,
     IMAGE,
     ONE_CLIP,
@@ -19,10 +20,12 @@ from tests.e2e.harness import (
     ask,
     chat,
     check,
+    check_positions,
     expected,
+    recorded_positions,
     run_and_check,
 )
-from tests.reference.hf import Clip, Picture, Settings, select
+from tests.reference.hf import Clip, Picture, Settings, Sound, select
 from tests.reference.tower import TowerReference, TowerSettings, computed_tokens
 
 pytestmark = pytest.mark.vllm
@@ -341,26 +344,6 @@ def test_a_static_clip_computes_unit_0_only(engine, ref, family):
 
 
 @pytest.mark.every_family
-def test_settings_of_the_server(pool, ref, family):
-    engine = pool.get(family, EVS | {"encoder": "reuse", "encoder_refresh": 2, "rate": 0.9}, max_num_batched_tokens=32)
-    requests = [
-        ask(clip(36, 32), TowerSettings(0.9, refresh=2)),
-        ask(clip(36, 32), TowerSettings(0.9, refresh=0), evs_encoder_refresh=0),
-        ask(clip(37, 22), TowerSettings(0.5, refresh=2), evs_rate=0.5),
-        ask(clip(37, 22), Settings(0.5), evs_rate=0.5, evs_encoder="full"),
-    ]
-    # Chunked prefill: no step is longer than the clip, so some begin inside it.
-    for request in requests:
-        engine.reset()
-        run_and_check(engine, ref, [request])
-        (span,) = (f.mm_position for f in engine.sent[-1].mm_features)
-        assert any(span.offset < step.computed < span.offset + span.length for step in engine.steps)
-    engine.reset()
-    media = [Clip(clip(38, 10), settings=TowerSettings(0.9, refresh=2)), Picture(clip(39, 1, size=(56, 84))[0])]
-    run_and_check(engine, ref, [*requests, Request(chat(VIDEO, IMAGE, "Why?"), media)])
-
-
-@pytest.mark.every_family
 def test_the_comparison_can_fail(engine, ref):
     """A reference with a small mistake in the rule is no longer matched."""
     request = ask(clip(1), TowerSettings(0.75, refresh=3), evs_encoder_refresh=3)
@@ -380,3 +363,48 @@ def test_the_comparison_can_fail(engine, ref):
         assert off > 10 * TOLERANCE, f"{what} moves the first logprobs by {off:.1e} only"
         with pytest.raises(AssertionError):
             check(output, result)
+
+
+@pytest.mark.omni
+@pytest.mark.parametrize("positions", ["keep", "sequential"])
+def test_audio_beside_clips(engine, ref, positions):
+    """Sounds stand where text stands; here the clips' time is told by the request, as these models' processor does."""
+
+    def sound(seed, samples):
+        noise = np.random.default_rng(seed).standard_normal(samples) / 10
+        return Sound(noise.astype(np.float32))
+
+    settings, kwargs = TowerSettings(0.75, positions=positions), {"evs_positions": positions, "fps": 3.2}
+    one, two = (Clip(clip(50 + i, 16 + i), fps=3.2, settings=settings) for i in range(2))
+    picture = Picture(clip(52, 1, kind="noise", size=(84, 112))[0])
+    for prompt, media in (
+        (chat(AUDIO, VIDEO, "What is that?"), [sound(1, 20000), one]),
+        (chat(VIDEO, AUDIO, "What is that?"), [one, sound(2, 31200)]),
+        (chat(VIDEO, AUDIO, "and ", AUDIO, IMAGE, VIDEO, "Why?"), [one, sound(3, 9600), sound(4, 9920), picture, two]),
+        (chat(AUDIO, "Why?"), [sound(5, 20000)]),
+    ):
+        engine.reset()
+        with recorded_positions(engine) as seen:
+            ((_, result),) = run_and_check(engine, ref, [Request(prompt, media, kwargs)])
+        check_positions(seen, result)
+
+
+# Last of a family: it starts an engine of its own.
+@pytest.mark.every_family
+def test_settings_of_the_server(pool, ref, family):
+    engine = pool.get(family, EVS | {"encoder": "reuse", "encoder_refresh": 2, "rate": 0.9}, max_num_batched_tokens=32)
+    requests = [
+        ask(clip(36, 32), TowerSettings(0.9, refresh=2)),
+        ask(clip(36, 32), TowerSettings(0.9, refresh=0), evs_encoder_refresh=0),
+        ask(clip(37, 22), TowerSettings(0.5, refresh=2), evs_rate=0.5),
+        ask(clip(37, 22), Settings(0.5), evs_rate=0.5, evs_encoder="full"),
+    ]
+    # Chunked prefill: no step is longer than the clip, so some begin inside it.
+    for request in requests:
+        engine.reset()
+        run_and_check(engine, ref, [request])
+        (span,) = (f.mm_position for f in engine.sent[-1].mm_features)
+        assert any(span.offset < step.computed < span.offset + span.length for step in engine.steps)
+    engine.reset()
+    media = [Clip(clip(38, 10), settings=TowerSettings(0.9, refresh=2)), Picture(clip(39, 1, size=(56, 84))[0])]
+    run_and_check(engine, ref, [*requests, Request(chat(VIDEO, IMAGE, "Why?"), media)])

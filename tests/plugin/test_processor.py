@@ -67,7 +67,7 @@ def plan_in(result: Any) -> RetentionPlan | None:
     return None if array is None else RetentionPlan.from_array(array.numpy())
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v"])
+@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v", "qwen2_5_omni"])
 def model(request: pytest.FixtureRequest, model_dir: Callable[[str], Path]) -> Path:
     return model_dir(request.param)
 
@@ -91,7 +91,8 @@ def test_a_painted_token_changes_its_score_and_no_other(model: Path, adapter: Fa
         top, left = row * 28 + int(rng.integers(28)), column * 28 + int(rng.integers(28))
         painted[2 * t + int(rng.integers(2)), top, left, int(rng.integers(3))] = 137
         item = fields(process(processor, painted))
-        clip = adapter.clip(item, processor.info.get_hf_config(), None)  # type: ignore[arg-type]
+        stats = adapter.pixel_stats(processor.info.get_hf_processor())
+        clip = adapter.clip(item, processor.info.get_hf_config(), stats)
         assert clip is not None and clip.grid == grid
         expected = np.zeros(grid, dtype=np.int64)
         expected[t, row, column] = 37
@@ -104,7 +105,8 @@ def test_frames_come_back_as_they_went_in(model: Path, adapter: FamilyAdapter) -
     processor = processor_for(model, {"rate": 0.5, "encoder": "full"})
     frames = synthetic_clip(frames=6, size=SIZE, moving=0.2)
     item = fields(process(processor, frames))
-    shown = adapter.frames(item, processor.info.get_hf_config(), None)  # type: ignore[arg-type]
+    stats = adapter.pixel_stats(processor.info.get_hf_processor())
+    shown = adapter.frames(item, processor.info.get_hf_config(), stats)
     assert shown.shape == frames.shape and (shown == frames).all()
 
 
@@ -112,7 +114,8 @@ def test_host_normalised_pixels_give_the_same_plan(model: Path) -> None:
     frames = synthetic_clip(frames=9, size=SIZE, moving=0.2)
     raw = process(processor_for(model, {"rate": 0.75}), frames)
     normalised = process(processor_for(model, {"rate": 0.75}, mm_device_do_normalize=False), frames)
-    assert fields(raw)["pixel_values_videos"].dtype == torch.uint8
+    # vLLM has the tower of the Omni models take normalised pixels only.
+    assert fields(raw)["pixel_values_videos"].dtype == (torch.float32 if "omni" in str(model) else torch.uint8)
     assert fields(normalised)["pixel_values_videos"].dtype == torch.float32
     one, other = plan_in(raw), plan_in(normalised)
     assert one is not None and other is not None and one.kept.tolist() == other.kept.tolist()
@@ -262,11 +265,13 @@ def test_position_span_is_what_the_model_makes(model: Path, adapter: FamilyAdapt
 
     processor = processor_for(model, {"rate": 0.75, "encoder": "full"})
     frames = synthetic_clip(frames=14, size=SIZE, moving=0.2)
-    result = process(processor, frames, fps_of_clip=fps, evs_rate=0.75)
-    stock = process(processor_for(model, None), frames, fps_of_clip=fps)
+    kwargs = {"fps": fps} if "omni" in str(model) else {}  # their processor reads no metadata
+    result = process(processor, frames, fps_of_clip=fps, evs_rate=0.75, **kwargs)
+    stock_processor = processor_for(model, None)
+    stock = process(stock_processor, frames, fps_of_clip=fps, **kwargs)
     feature = MultiModalFeatureSpec(stock["mm_kwargs"]["video"][0], "video", "x", stock["mm_placeholders"]["video"][0])
     config = processor.info.get_hf_config()
-    cls: Any = compat.stock_model_class(config.architectures[0])
+    cls: Any = compat.stock_model_class(stock_processor.info.ctx.model_config.architecture)
     stock_model = cls.__new__(cls)  # without its weights
     torch.nn.Module.__init__(stock_model)
     stock_model.config = config
@@ -277,6 +282,42 @@ def test_position_span_is_what_the_model_makes(model: Path, adapter: FamilyAdapt
     plan = plan_in(result)
     assert plan is not None
     assert adapter.position_span(fields(result), plan.grid, config) == after
+
+
+@pytest.fixture(params=["qwen2_5_omni"])
+def omni(request: pytest.FixtureRequest, model_dir: Callable[[str], Path]) -> Path:
+    return model_dir(request.param)
+
+
+def test_audio_in_video_is_refused_where_the_clip_would_be_pruned(omni: Path) -> None:
+    from evs_vllm.errors import UnsupportedError
+
+    def ask(processor: Any, audio: bool = True, video: bool = True, **mm_kwargs: Any) -> Any:
+        clip = synthetic_clip(frames=8, size=SIZE, moving=0.2)
+        samples = (np.random.default_rng(1).standard_normal(20000) / 10).astype(np.float32)
+        media = {"video": [clip]} if video else {}
+        if audio:
+            media["audio"] = [(samples, 16000)]
+        text = "<|vision_start|><|video_pad|><|vision_end|>" if video else "<|audio_start|><|audio_pad|><|audio_end|>"
+        items = processor.info.parse_mm_data(media)
+        return processor(text + "What is that?", items, hf_processor_mm_kwargs=mm_kwargs)
+
+    on, off = processor_for(omni, {"rate": 0.75, "request_overrides": "any"}), processor_for(omni, None)
+    with pytest.raises(RequestError, match="use_audio_in_video"):
+        ask(on, use_audio_in_video=True)
+    assert plan_in(ask(on, audio=False, use_audio_in_video=False)) is not None
+    ask(on, video=False, use_audio_in_video=True)  # without a clip it means nothing
+
+    # Not pruned, it is vLLM's: audio and clip share their place in the prompt, in turns.
+    one, other = ask(on, use_audio_in_video=True, evs_rate=0), ask(off, use_audio_in_video=True)
+    assert one["prompt_token_ids"] == other["prompt_token_ids"] and one["mm_hashes"] == other["mm_hashes"]
+    assert plan_in(one) is None and fields(one)["use_audio_in_video"]
+    for kind in "video", "audio":
+        (a,), (b,) = one["mm_placeholders"][kind], other["mm_placeholders"][kind]
+        assert (a.offset, a.length) == (b.offset, b.length) and a.is_embed.tolist() == b.is_embed.tolist()
+
+    with pytest.raises(UnsupportedError, match="use_audio_in_video"):
+        processor_for(omni, {"rate": 0.75}, mm_processor_kwargs={"use_audio_in_video": True})
 
 
 def test_memory_is_profiled_unpruned(model: Path) -> None:

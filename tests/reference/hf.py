@@ -2,9 +2,9 @@
 """The independent reference: the same weights in Hugging Face transformers, pruned by code written from the paper.
 
 Nothing here comes from `evs_vllm` or `evs_kernels`, and nothing is fast. A prompt is text with one
-`<|image_pad|>` / `<|video_pad|>` per item. The whole clip goes through the vision tower, a plain NumPy selection picks
-the tokens to keep, their embeddings are gathered, every token gets an explicit M-RoPE position ID, and the language
-model decodes greedily, one step at a time.
+`<|image_pad|>` / `<|video_pad|>` / `<|audio_pad|>` per item. The whole clip goes through the vision tower, a plain
+NumPy selection picks the tokens to keep, their embeddings are gathered, every token gets an explicit M-RoPE position
+ID, and the language model decodes greedily, one step at a time.
 
 Qwen3-VL and Qwen3.5 write each unit as ``<t seconds><vision_start>tokens<vision_end>``, GLM-4.1V writes its own names
 of these and the time after it; that text is spelled out here.
@@ -55,6 +55,13 @@ class Picture:
     """An image: uint8 (H, W, 3)."""
 
     pixels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """Audio: float32 samples at 16 kHz."""
+
+    samples: np.ndarray
 
 
 @dataclass
@@ -155,12 +162,20 @@ class Reference:
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(directory)
-        architecture = getattr(transformers, config.architectures[0])
+        name = config.architectures[0]
+        if thinker := hasattr(config, "thinker_config"):  # of the Omni models the part that sees and answers
+            config = config.thinker_config
+            name = type(config).__name__.replace("Config", "ForConditionalGeneration")
+        architecture = getattr(transformers, name)
         self.model = architecture.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+        # Those of the Omni models have no level between.
+        inner = self.model if thinker else self.model.model
+        self.visual, self.language_model = inner.visual, inner.model if thinker else inner.language_model
         self.processor = transformers.AutoProcessor.from_pretrained(directory)
         self.tokenizer = self.processor.tokenizer
         self.config = config
         self.image_id, self.video_id = config.image_token_id, config.video_token_id
+        self.audio_id = getattr(config, "audio_token_id", None)
         self.glm = architecture.__name__.startswith("Glm")
         self.clip_id = self.image_id if self.glm else self.video_id  # of a clip's tokens in the final prompt
         self.per_unit = self.glm or architecture.__name__.startswith(("Qwen3VL", "Qwen3_5"))
@@ -178,7 +193,7 @@ class Reference:
     def generate(
         self,
         prompt: str | list[int],
-        media: Sequence[Clip | Picture] = (),
+        media: Sequence[Clip | Picture | Sound] = (),
         max_tokens: int = 12,
         distort: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> Result:
@@ -197,6 +212,9 @@ class Reference:
                 vectors, grid = self._see_image(queue.pop(0))
                 here, step = number_clip(grid, 1.0, np.arange(len(vectors)), sequential=False)
                 tokens_here = [token] * len(vectors)
+            elif token == self.audio_id:
+                vectors, step = self._hear(queue.pop(0))
+                here, tokens_here = np.tile(np.arange(step), (3, 1)), [token] * step
             elif token == self.video_id:
                 clip = queue.pop(0)
                 vectors, grid, pixels = self._see_clip(clip)
@@ -282,7 +300,7 @@ class Reference:
     def _decode(self, rows: torch.Tensor, positions: np.ndarray, following: int, max_tokens: int) -> Any:
         from transformers import DynamicCache
 
-        cache, language_model = DynamicCache(config=self.config.get_text_config()), self.model.model.language_model
+        cache = DynamicCache(config=self.config.get_text_config())
         inputs, *deep = rows[None].split(self.hidden, dim=-1)
         where, tokens, logprobs = torch.from_numpy(positions)[:, None], [], []
         # Rows of text are zero there, so they may be added to every place.
@@ -291,7 +309,7 @@ class Reference:
             everywhere = torch.ones(inputs.shape[:2], dtype=torch.bool)
             extra = {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [level[0] for level in deep]}
         for step in range(max_tokens):
-            out = language_model(
+            out = self.language_model(
                 inputs_embeds=inputs, position_ids=where, past_key_values=cache, use_cache=True, **extra
             )
             extra = {}
@@ -307,12 +325,21 @@ class Reference:
         _, h, w = seen["image_grid_thw"][0].tolist()
         return self._tower(seen["pixel_values"], seen["image_grid_thw"]), (1, h // 2, w // 2)
 
+    def _hear(self, sound: Sound) -> tuple[torch.Tensor, int]:
+        """Embeddings of a sound, and how many they are."""
+        padding = "max_length" if "Qwen2_5" in type(self.model).__name__ else "longest"  # as their processors have it
+        heard = self.processor.feature_extractor(
+            sound.samples, sampling_rate=16000, padding=padding, return_attention_mask=True, return_tensors="pt"
+        )
+        out = self.model.get_audio_features(heard["input_features"], heard["attention_mask"])
+        return out.last_hidden_state, len(out.last_hidden_state)
+
     def _tower(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """Embeddings, with deepstack's beside them."""
         if self.glm:  # takes a clip as its frames
             ((units, rows, columns),) = grid.tolist()
             grid = torch.tensor([[1, rows, columns]] * units)
-        out = self.model.model.visual(pixels, grid_thw=grid)
+        out = self.visual(pixels, grid_thw=grid)
         return torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], dim=1)
 
     def _see_clip(self, clip: Clip) -> tuple[torch.Tensor, tuple[int, int, int], np.ndarray]:
@@ -331,8 +358,9 @@ class Reference:
         return look(videos=[video], return_tensors="pt", do_sample_frames=False, **settings)
 
     def _time_step(self, clip: Clip) -> float:
-        """Position IDs per temporal unit: Qwen2.5-VL counts seconds (in fp32, like vLLM), Qwen2-VL units."""
-        per_second = getattr(self.config.vision_config, "tokens_per_second", None)
+        """Position IDs per unit: Qwen2.5-VL and the Omni models count seconds (in fp32, like vLLM), Qwen2-VL units."""
+        per_second = getattr(self.config, "position_id_per_seconds", None)
+        per_second = getattr(self.config.vision_config, "tokens_per_second", per_second)
         if per_second is None:
             return 1.0
         return float(np.float32(self.config.vision_config.temporal_patch_size / clip.fps)) * per_second

@@ -127,8 +127,14 @@ def encode(
         attention = block.attn
         heads = attention.num_heads
         mask = anything if side is None or number in visual.fullatt_block_indexes else same_window
-        qkv = attention.qkv(block.norm1(hidden)).reshape(units, per_unit, 3, heads, -1)
-        query, key, value = (_rotated(qkv[:, :, 0], cos, sin), _rotated(qkv[:, :, 1], cos, sin), qkv[:, :, 2])
+        normed = block.norm1(hidden)
+        parts = (
+            attention.qkv(normed).chunk(3, dim=-1)
+            if hasattr(attention, "qkv")
+            else [projection(normed) for projection in (attention.q, attention.k, attention.v)]
+        )
+        query, key, value = (part.reshape(units, per_unit, heads, -1) for part in parts)
+        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
         attended = torch.empty_like(query)
         for t in range(units):
             k, v = key[latest[t], place], value[latest[t], place]  # (places, heads, head size)
@@ -180,5 +186,5 @@ class TowerReference(Reference):
             if len(kept) < len(vectors):
                 seen = self._process(clip)
                 computed = computed_tokens(pixels, kept, settings)
-                vectors, _ = encode(self.model.model.visual, seen["pixel_values_videos"], grid, computed)
+                vectors, _ = encode(self.visual, seen["pixel_values_videos"], grid, computed)
         return vectors, grid, pixels
