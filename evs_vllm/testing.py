@@ -242,6 +242,10 @@ FAMILIES: dict[str, TinyFamily] = {
         "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniConfig", "Qwen2_5OmniProcessor", _omni.qwen2_5_vision,
         make=_omni.make_omni_model,
     ),
+    "qwen3_omni_moe": TinyFamily(
+        "Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeConfig", "Qwen3OmniMoeProcessor", _omni.qwen3_vision,
+        _qwen3_vl_moe_text, make=_omni.make_omni_model,
+    ),
     "qwen2_5_omni_model": TinyFamily(  # the name that released checkpoints have
         "Qwen2_5OmniModel", "Qwen2_5OmniConfig", "Qwen2_5OmniProcessor", _omni.qwen2_5_vision,
         make=_omni.make_omni_model,

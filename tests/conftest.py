@@ -33,7 +33,7 @@ if (root := str(Path(__file__).parent.parent)) not in sys.path:  # for `from tes
 FAMILIES = ("qwen2_5_vl", "qwen2_vl")
 """Families that every test with a `family` runs for."""
 
-OMNI = ("qwen2_5_omni",)
+OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
 """Families that also take audio."""
 
 EVERY_FAMILY = (*(name for name, row in testing.FAMILIES.items() if row.make is None), *OMNI)

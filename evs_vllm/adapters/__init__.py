@@ -140,6 +140,16 @@ FAMILIES: tuple[Family, ...] = (
         "Hugging Face reference",
         "the thinker; `use_audio_in_video` is refused for a video that is pruned",
     ),
+    Family(
+        "Qwen3-Omni",
+        ("Qwen3OmniMoeForConditionalGeneration",),
+        "evs_vllm.adapters.omni:Qwen3Omni",
+        "interleaved M-RoPE (t, h, w), t in real time",
+        "contiguous",
+        True,
+        "Hugging Face reference",
+        "the thinker; `use_audio_in_video` is refused for a video that is pruned",
+    ),
 )
 
 

@@ -44,12 +44,6 @@ REFUSED: tuple[Refused, ...] = (
         False,
     ),
     Refused(
-        "Qwen3-Omni",
-        ("Qwen3OmniMoeForConditionalGeneration",),
-        "it has not been run",
-        True,
-    ),
-    Refused(
         "GLM-4.5V, 4.6V",
         ("Glm4vMoeForConditionalGeneration",),
         "its mixture of experts and GLM-4.6V's processor have not been run",
