@@ -77,7 +77,7 @@ class Qwen3OmniTower(Qwen2VLTower):
         if visual.apply_vit_abs_pos_embed:
             hidden = hidden + metadata["pos_embeds"]
         hidden = hidden[:, None]
-        deep = []
+        deep: list[torch.Tensor] = []
         for number, block in enumerate(visual.blocks):
             hidden = block(
                 hidden,
