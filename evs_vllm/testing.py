@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 
 from evs_vllm import _testing_frames as _frames
+from evs_vllm import _testing_gemma4 as _gemma4
+from evs_vllm import _testing_ovis as _ovis
 
 __all__ = [
     "FAMILIES",
@@ -237,6 +239,11 @@ FAMILIES: dict[str, TinyFamily] = {
         "LlavaNextVideoForConditionalGeneration", "LlavaNextVideoConfig", "LlavaNextVideoProcessor",
         _frames.clip_vision, make=_frames.make_frames_model,
     ),
+    "gemma4": TinyFamily(
+        "Gemma4ForConditionalGeneration", "Gemma4Config", "Gemma4Processor", _gemma4.vision, _gemma4.text,
+        make=_gemma4.make_gemma4,
+    ),
+    "ovis2_5": TinyFamily("Ovis2_5", "", "", _ovis.vision, make=_ovis.make_ovis),
 }  # fmt: skip
 
 SIZES: dict[str, Any] = {

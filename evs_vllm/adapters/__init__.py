@@ -130,6 +130,26 @@ FAMILIES: tuple[Family, ...] = (
         "Hugging Face reference",
         "one video a prompt, no images (vLLM's)",
     ),
+    Family(
+        "Gemma 4",
+        ("Gemma4ForConditionalGeneration",),
+        "evs_vllm.adapters.gemma4:Gemma4",
+        "1-D RoPE",
+        "text and brackets around each frame",
+        False,
+        "Hugging Face reference",
+        "no encoder reuse: its tower takes whole frames only",
+    ),
+    Family(
+        "Ovis2.5",
+        ("Ovis2_5", "Ovis2_6ForCausalLM", "Ovis2_6_MoeForCausalLM"),
+        "evs_vllm.adapters.ovis:Ovis25",
+        "1-D RoPE",
+        "contiguous, between two indicators",
+        False,
+        "Hugging Face language model, own tower",
+        "one video a prompt (vLLM's); 2.6 is the same code of vLLM's, but was not run",
+    ),
 )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL and LLaVA: whole frames, text between frames or extra rows, 1-D RoPE. vLLM answers like the reference.
+"""InternVL, LLaVA and Gemma 4: whole frames, text between frames or extra rows, 1-D RoPE. vLLM answers like the reference.
 
 One engine for each family: its steps are so short that every prefill is cut, and it caches prefixes.
 """
@@ -11,14 +11,19 @@ from evs_vllm import testing
 from evs_vllm.plan import RetentionPlan
 from evs_vllm.testing import real_clip_frames, synthetic_clip
 from tests.e2e.harness import TOLERANCE, Request, check, expected, run_and_check
-from tests.reference.frames import FramesReference
+from tests.reference.families import reference_for
 from tests.reference.hf import Clip, Picture, Settings
 from tests.reference.tower import TowerSettings
 
 pytestmark = pytest.mark.vllm
 
 FAMILIES = tuple(name for name, row in testing.FAMILIES.items() if row.make is not None)
+SIZES = {"llava_onevision": (104, 104), "llava_next_video": (64, 64), "gemma4": (84, 120)}
+"""Height and width of a frame that reaches the model without resizing, where it is not 112 x 112."""
+GRIDS = {"gemma4": (7, 10)}
+"""Rows and columns of tokens of such a frame, where it is not 4 x 4."""
 PER_FRAME = 16
+"""Tokens of a frame of InternVL."""
 SERVER = Settings(0.75)
 MODES = {
     "keep": (Settings(0.5), {"evs_rate": 0.5}),
@@ -34,7 +39,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def ref(model_dir, family):
-    return FramesReference(model_dir(family))
+    return reference_for(model_dir(family))
 
 
 @pytest.fixture
@@ -49,10 +54,8 @@ def engine(engines, family):
 
 @pytest.fixture
 def clip(family):
-    side = {"llava_onevision": 104, "llava_next_video": 64}.get(family, 112)  # reaches the model without resizing
-
     def make(seed=0, frames=8, **kwargs):
-        return synthetic_clip(frames, (side, side), seed=seed, noise=kwargs.pop("noise", 2), **kwargs)
+        return synthetic_clip(frames, SIZES.get(family, (112, 112)), seed=seed, noise=kwargs.pop("noise", 2), **kwargs)
 
     return make
 
@@ -67,31 +70,39 @@ def ask(ref, frames, settings=SERVER, question="Describe the video.", **kwargs):
 
 @pytest.fixture
 def rotated(engine):
-    """Every positions tensor that reached the rotary embedding, which the layers of the language model share."""
+    """Every positions tensor that reached a rotary embedding, of which layers of one kind share one."""
     calls = []
-    rotary = engine.language_model.layers[0].self_attn.rotary_emb
-    assert all(layer.self_attn.rotary_emb is rotary for layer in engine.language_model.layers)
-    forward = rotary.forward
+    embeddings = {layer.self_attn.rotary_emb for layer in engine.language_model.layers}
+    assert len(embeddings) <= 2
 
-    def recording(positions, *args, **kwargs):
-        calls.append(positions.detach().clone())
-        return forward(positions, *args, **kwargs)
+    def record(rotary):
+        forward = rotary.forward
 
-    rotary.forward = recording
+        def recording(positions, *args, **kwargs):
+            calls.append(positions.detach().clone())
+            return forward(positions, *args, **kwargs)
+
+        rotary.forward = recording
+
+    for rotary in embeddings:
+        record(rotary)
     yield calls
-    del rotary.forward
+    for rotary in embeddings:
+        del rotary.forward
 
 
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
-def test_rates_and_positions(engine, ref, clip, rotated, positions):
+def test_rates_and_positions(engine, ref, clip, rotated, positions, family):
+    grid = GRIDS.get(family, (4, 4))
+    per_frame = grid[0] * grid[1]
     for seed, rate in enumerate((0, 0.75, 0.9)):
         engine.reset()
         rotated.clear()
         settings = Settings(rate, positions=positions)
         request = ask(ref, clip(seed), settings, evs_rate=rate, evs_positions=positions)
         ((output, result),) = run_and_check(engine, ref, [request])
-        assert result.grids == [(8, 4, 4)]
-        assert len(result.kept[0]) == max(PER_FRAME, int(128 * (100 - 100 * rate) / 100))
+        assert result.grids == [(8, *grid)]
+        assert len(result.kept[0]) == max(per_frame, int(8 * per_frame * (100 - 100 * rate) / 100))
         extra = ref.kind == "llava_onevision"
         assert output.prompt_token_ids.count(ref.video_id) == len(result.kept[0]) + extra
         # What the attention of the language model sees: one axis, the places of the unpruned prompt.
