@@ -2,7 +2,7 @@
 """A tiny Gemma 4, for `evs_vllm.testing`.
 
 As in the small released models, layers with a sliding window and layers with another head size and rotary embedding
-take turns, the last ones use keys and values of earlier ones, and every token has an embedding of its own in each layer.
+take turns, the last ones use keys and values of earlier ones, and every token has another embedding in each layer.
 """
 
 from __future__ import annotations

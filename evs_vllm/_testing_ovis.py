@@ -67,9 +67,9 @@ def make_ovis(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int
     model.save_pretrained(directory / LANGUAGE)
 
     _with_indicators(tokenizer).save_pretrained(directory)
-    t.SiglipImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": SIDE, "width": SIDE}).save_pretrained(
-        directory
-    )
+    t.SiglipImageProcessor(
+        image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": SIDE, "width": SIDE}
+    ).save_pretrained(directory)
     (directory / "configuration_ovis2_5.py").write_text(CONFIG)
     whole = {
         "architectures": [row.architecture], "model_type": "ovis2_5", "dtype": "float32",

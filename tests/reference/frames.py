@@ -111,9 +111,7 @@ class FramesReference:
         """Takes attention out of the tower, so that a row sees its own patches only."""
         with torch.no_grad():
             for name, weight in self.model.named_parameters():
-                if "vision_tower" in name and any(
-                    part in name for part in ("out_proj", "o_proj", "projection_layer")
-                ):
+                if "vision_tower" in name and any(part in name for part in ("out_proj", "o_proj", "projection_layer")):
                     weight.zero_()
 
     def _image_text(self, rows: int) -> str:

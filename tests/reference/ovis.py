@@ -101,7 +101,9 @@ class OvisReference(FramesReference):
         heads, size = width // 32, 32
 
         theta = 10000.0 ** -(torch.arange(0, size // 2, 2).float() / (size // 2))
-        row, column = (axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+        row, column = (
+            axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        )
         phase = torch.cat([row[:, None] * theta, column[:, None] * theta], dim=1)
         cos, sin = phase.cos()[:, None], phase.sin()[:, None]
 
