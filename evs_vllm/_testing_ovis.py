@@ -42,7 +42,8 @@ def vision(s: dict[str, Any]) -> dict[str, Any]:
     return {
         "hidden_size": s["vision_hidden"], "num_hidden_layers": s["vision_layers"], "patch_size": PATCH,
         "num_attention_heads": s["vision_hidden"] // 32, "intermediate_size": 2 * s["vision_hidden"],
-        "image_size": 4 * PATCH, "num_patches": -1, "num_channels": 3, "hidden_stride": STRIDE, "window_size": 2 * PATCH,
+        "image_size": 4 * PATCH, "num_patches": -1, "num_channels": 3, "hidden_stride": STRIDE,
+        "window_size": 2 * PATCH,
         "fullatt_block_indexes": None, "temporal_patch_size": 1, "preserve_original_pe": True, "use_rope": True,
         "hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0, "layer_norm_eps": 1e-6,
     }  # fmt: skip
@@ -67,9 +68,8 @@ def make_ovis(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int
     model.save_pretrained(directory / LANGUAGE)
 
     _with_indicators(tokenizer).save_pretrained(directory)
-    t.SiglipImageProcessor(
-        image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": SIDE, "width": SIDE}
-    ).save_pretrained(directory)
+    size = {"height": SIDE, "width": SIDE}
+    t.SiglipImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, size=size).save_pretrained(directory)
     (directory / "configuration_ovis2_5.py").write_text(CONFIG)
     whole = {
         "architectures": [row.architecture], "model_type": "ovis2_5", "dtype": "float32",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL, LLaVA and Gemma 4: whole frames, text between frames or extra rows, 1-D RoPE. vLLM answers like the reference.
+"""InternVL, LLaVA, Gemma 4, Ovis: one frame a unit, text between frames or extra rows, 1-D RoPE. vLLM answers like the
+reference.
 
 One engine for each family: its steps are so short that every prefill is cut, and it caches prefixes.
 """
@@ -24,8 +25,9 @@ GRIDS = {"gemma4": (7, 10)}
 """Rows and columns of tokens of such a frame, where it is not 4 x 4."""
 LIMITS = {"llava_next_video": {"video": 1}, "ovis2_5": {"video": 1, "image": 4}}
 """What vLLM allows in a prompt."""
-LONG = {"gemma4": 8}
-"""Frames of a clip that takes several steps to prefill, where it is not 15."""
+LONG = {"gemma4": 9}
+"""Frames of a clip that takes several steps to prefill, where it is not 15. vLLM caches only the last blocks of a prompt
+for layers with a sliding window: this clip ends within the block in which its prompt does."""
 BLOCK = {"gemma4": 64}
 """Tokens that a prefix-cache hit is a multiple of, where it is not 32: its layers' blocks hold 32 and 64."""
 PER_FRAME = 16

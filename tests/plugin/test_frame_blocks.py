@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL, LLaVA and Gemma 4 without an engine: the score of a token is that of its pixels, its row of the tower sees them."""
+"""InternVL, LLaVA, Gemma 4, Ovis without an engine: scores are those of a token's pixels, its tower row sees them."""
 
 from collections.abc import Callable
 from pathlib import Path

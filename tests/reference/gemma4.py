@@ -15,7 +15,7 @@ from tests.reference.hf import Clip, Picture
 
 
 class Gemma4Reference(FramesReference):
-    """Its own video processor, where vLLM uses the one for images; which pixels are a token's is read off the places."""
+    """Its own video processor, where vLLM uses the one for images; the pixels of a token are read off their places."""
 
     def __init__(self, directory: str | Path) -> None:
         super().__init__(directory)

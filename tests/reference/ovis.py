@@ -101,9 +101,8 @@ class OvisReference(FramesReference):
         heads, size = width // 32, 32
 
         theta = 10000.0 ** -(torch.arange(0, size // 2, 2).float() / (size // 2))
-        row, column = (
-            axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        )
+        row = torch.arange(rows).repeat_interleave(columns)
+        column = torch.arange(columns).repeat(rows)
         phase = torch.cat([row[:, None] * theta, column[:, None] * theta], dim=1)
         cos, sin = phase.cos()[:, None], phase.sin()[:, None]
 
