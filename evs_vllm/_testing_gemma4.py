@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny Gemma 4, for `evs_vllm.testing`.
+"""A tiny Gemma 4, with a tower or unified, for `evs_vllm.testing`.
 
 As in the small released models, layers with a sliding window and layers with another head size and rotary embedding
 take turns, the last ones use keys and values of earlier ones, and every token has another embedding in each layer.
@@ -34,6 +34,13 @@ def vision(s: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def patch_embedding(s: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "patch_size": PATCH, "pooling_kernel_size": POOL, "mm_embed_dim": s["vision_hidden"], "mm_posemb_size": 256,
+        "output_proj_dims": s["vision_hidden"], "num_soft_tokens": TOKENS,
+    }  # fmt: skip
+
+
 def text(s: dict[str, Any]) -> dict[str, Any]:
     kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(s["layers"] + 1)]
     return {
@@ -41,8 +48,8 @@ def text(s: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": s["heads"], "num_key_value_heads": s["kv_heads"],
         "head_dim": s["hidden_size"] // s["heads"], "global_head_dim": 2 * s["hidden_size"] // s["heads"],
         "max_position_embeddings": s["max_position_embeddings"], "layer_types": kinds, "sliding_window": 96,
-        "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "pad_token_id": 0, "bos_token_id": 0,
-        "eos_token_id": 2, "tie_word_embeddings": False,
+        "num_kv_shared_layers": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 2,
+        "tie_word_embeddings": False, "use_bidirectional_attention": None,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": s["rope_theta"]},
             "full_attention": {
@@ -63,26 +70,28 @@ def make_gemma4(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: i
     template = CHAT_TEMPLATE.replace("<image>", TOKEN_NAMES["image_token"]).replace("<video>", VIDEO)
     tokenizer = testing.make_tokenizer([*TEXT_TOKENS, *TOKEN_NAMES.values(), VIDEO], template, **TOKEN_NAMES)
     shape = {"patch_size": PATCH, "pooling_kernel_size": POOL, "max_soft_tokens": TOKENS}
-    t.Gemma4Processor(
-        t.Gemma4AudioFeatureExtractor(), t.Gemma4ImageProcessor(**shape), tokenizer, t.Gemma4VideoProcessor(**shape),
-        chat_template=template, image_seq_length=TOKENS,
+    kind = row.config_class.removesuffix("Config")
+    getattr(t, row.processor_class)(
+        getattr(t, f"{kind}AudioFeatureExtractor")(), getattr(t, f"{kind}ImageProcessor")(**shape), tokenizer,
+        getattr(t, f"{kind}VideoProcessor")(**shape), chat_template=template, image_seq_length=TOKENS,
     ).save_pretrained(directory)  # fmt: skip
 
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in TOKEN_NAMES.items()}
     ids["eoa_token_index"] = ids.pop("eoa_token_id")
-    config = t.Gemma4Config(
-        text_config=text(sizes) | {"vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer)},
-        vision_config=vision(sizes), audio_config=None, tie_word_embeddings=False, dtype="float32",
+    own = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": len(tokenizer)} if kind == "Gemma4" else {}
+    config = getattr(t, row.config_class)(
+        text_config=text(sizes) | own | {"vocab_size": len(tokenizer)},
+        vision_config=row.vision(sizes), audio_config=None, tie_word_embeddings=False, dtype="float32",
         video_token_id=tokenizer.convert_tokens_to_ids(VIDEO), **ids,
     )  # fmt: skip
     config.architectures = [row.architecture]
     with torch.device("meta"):
-        model = t.Gemma4ForConditionalGeneration._from_config(config, dtype=torch.float32)
+        model = getattr(t, row.architecture)._from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")
     testing.fill_weights(model, tokenizer, seed)
     with torch.no_grad():
         for name, weight in (*model.named_parameters(), *model.named_buffers()):
-            if "position_embedding_table" in name:
+            if "position_embedding_table" in name or "pos_embedding" in name:
                 weight *= 0.5 / float(weight.std())
             elif name.endswith("embed_tokens.weight"):  # the model multiplies by the root of the width
                 weight /= sizes["hidden_size"] ** 0.5

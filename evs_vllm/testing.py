@@ -243,6 +243,10 @@ FAMILIES: dict[str, TinyFamily] = {
         "Gemma4ForConditionalGeneration", "Gemma4Config", "Gemma4Processor", _gemma4.vision, _gemma4.text,
         make=_gemma4.make_gemma4,
     ),
+    "gemma4_unified": TinyFamily(
+        "Gemma4UnifiedForConditionalGeneration", "Gemma4UnifiedConfig", "Gemma4UnifiedProcessor",
+        _gemma4.patch_embedding, _gemma4.text, make=_gemma4.make_gemma4,
+    ),
     "ovis2_5": TinyFamily("Ovis2_5", "", "", _ovis.vision, make=_ovis.make_ovis),
 }  # fmt: skip
 

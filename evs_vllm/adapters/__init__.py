@@ -132,13 +132,14 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "Gemma 4",
-        ("Gemma4ForConditionalGeneration",),
+        ("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
         "evs_vllm.adapters.gemma4:Gemma4",
         "1-D RoPE",
         "text and brackets around each frame",
         False,
         "Hugging Face reference",
-        "no encoder reuse: its tower takes whole frames only",
+        "no encoder reuse: its tower takes whole frames only; attention within a frame in both directions "
+        "(`use_bidirectional_attention`) was not run, vLLM's CPU engine has none",
     ),
     Family(
         "Ovis2.5",

@@ -2,7 +2,8 @@
 """Gemma 4: patches of a frame, pooled k x k (k = 3) to a token; text and brackets around each frame.
 
 The processor gives (F, patches, side * side * 3) rows in raster order, filled up with rows at place (-1, -1), and the
-(x, y) places. One frame is one unit; all frames of a clip have one size.
+(x, y) places. One frame is one unit; all frames of a clip have one size. Without a tower (the unified models) the
+processor pools: a row is a token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ COUNTS = "video_frame_counts"
 
 
 class Gemma4(FamilyAdapter):
-    """Adapter of Gemma 4. No encoder reuse: its tower is Hugging Face's module, which takes whole frames only."""
+    """Adapter of Gemma 4. No encoder reuse: a tower is Hugging Face's module, which takes whole frames only."""
 
     def pixel_stats(self, hf_processor: Any) -> PixelStats:
         look = hf_processor.image_processor  # frames go through it, not through the video processor
@@ -31,8 +32,8 @@ class Gemma4(FamilyAdapter):
     def clip(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> Clip | None:
         if PIXELS not in item:
             return None
-        pool = hf_config.vision_config.pooling_kernel_size
-        patches = self._patches(item, stats)
+        vision, patches = hf_config.vision_config, self._patches(item, stats)
+        pool = vision.patch_size * vision.pooling_kernel_size // patches.shape[3]
         count, rows, columns = patches.shape[:3]
         grid = (count, rows // pool, columns // pool)
         tokens = patches.reshape(count, grid[1], pool, grid[2], pool, -1).transpose(2, 3)

@@ -69,12 +69,6 @@ REFUSED: tuple[Refused, ...] = (
         True,
     ),
     Refused(
-        "Gemma 4 without a tower",
-        ("Gemma4UnifiedForConditionalGeneration",),
-        "its pixel rows are one to a token, not one to a patch as those of Gemma 4; not run",
-        True,
-    ),
-    Refused(
         "Nemotron Nano VL",
         (
             "NemotronH_Nano_VL_V2",

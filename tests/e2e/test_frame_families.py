@@ -19,16 +19,22 @@ from tests.reference.tower import TowerSettings
 pytestmark = pytest.mark.vllm
 
 FAMILIES = tuple(name for name, row in testing.FAMILIES.items() if row.make is not None)
-SIZES = {"llava_onevision": (104, 104), "llava_next_video": (64, 64), "gemma4": (84, 120), "ovis2_5": (448, 448)}
+SIZES = {
+    "llava_onevision": (104, 104),
+    "llava_next_video": (64, 64),
+    "gemma4": (84, 120),
+    "gemma4_unified": (84, 120),
+    "ovis2_5": (448, 448),
+}
 """Height and width of a frame that reaches the model without resizing, where it is not 112 x 112."""
-GRIDS = {"gemma4": (7, 10)}
+GRIDS = {"gemma4": (7, 10), "gemma4_unified": (7, 10)}
 """Rows and columns of tokens of such a frame, where it is not 4 x 4."""
 LIMITS = {"llava_next_video": {"video": 1}, "ovis2_5": {"video": 1, "image": 4}}
 """What vLLM allows in a prompt."""
-LONG = {"gemma4": 9}
-"""Frames of a clip that takes several steps to prefill, where it is not 15. vLLM caches only the last blocks of a prompt
-for layers with a sliding window: this clip ends within the block in which its prompt does."""
-BLOCK = {"gemma4": 64}
+LONG = {"gemma4": 9, "gemma4_unified": 9}
+"""Frames of a clip that takes several steps to prefill, where it is not 15. For layers with a sliding window vLLM caches
+only the last blocks of a prompt: these clips end within the block in which their prompts do."""
+BLOCK = {"gemma4": 64, "gemma4_unified": 64}
 """Tokens that a prefix-cache hit is a multiple of, where it is not 32: its layers' blocks hold 32 and 64."""
 PER_FRAME = 16
 """Tokens of a frame of InternVL."""
@@ -38,6 +44,7 @@ ROTARY = {
     "llava_onevision": {"YaRNScalingRotaryEmbedding"},
     "llava_next_video": {"Llama3RotaryEmbedding"},
     "gemma4": {"RotaryEmbedding", "Gemma4RotaryEmbedding"},
+    "gemma4_unified": {"RotaryEmbedding", "Gemma4RotaryEmbedding"},
     "ovis2_5": {"Phi3LongRoPEScaledRotaryEmbedding"},
 }
 """What vLLM makes of the `rope_type` of each of these models: between them all that such models come with."""
@@ -61,7 +68,7 @@ def ref(model_dir, family):
 
 @pytest.fixture
 def engine(engines, family):
-    options = {"max_num_batched_tokens": 256 if family == "gemma4" else 64, "block_size": 32}
+    options = {"max_num_batched_tokens": 256 if family in LONG else 64, "block_size": 32}
     if family in LIMITS:
         options["limit_mm_per_prompt"] = LIMITS[family]
     remote = family in ("internvl_chat", "ovis2_5")

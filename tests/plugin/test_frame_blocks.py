@@ -26,10 +26,10 @@ pytestmark = pytest.mark.vllm
 WHOLE = {"rate": 0.5, "encoder": "full"}  # with "reuse" the pixels of other tokens are gone
 SIZES = {
     "internvl": (112, 112), "internvl_chat": (112, 112), "llava_onevision": (104, 104), "llava_next_video": (64, 64),
-    "gemma4": (84, 120), "ovis2_5": (448, 448),
+    "gemma4": (84, 120), "gemma4_unified": (84, 120), "ovis2_5": (448, 448),
 }  # fmt: skip
 """Height and width of a frame that reaches the model without resizing."""
-GRIDS = {"gemma4": (7, 10)}
+GRIDS = {"gemma4": (7, 10), "gemma4_unified": (7, 10)}
 """Rows and columns of tokens of such a frame, where it is not 4 x 4."""
 
 
@@ -89,7 +89,7 @@ def tokens_under(family: str, pixel: int) -> list[int]:
     """Along one side of a frame, the tokens whose pixels hold `pixel`, written down by hand."""
     if family == "llava_onevision":  # 7 patches of 14 and 6 pixels: tokens of patches 0-1, 2-3, 3-4 and 5-6
         return [[0], [0], [1], [1, 2], [2], [3], [3], []][pixel // 14]
-    return [pixel // {"gemma4": 12, "llava_next_video": 16, "ovis2_5": 112}.get(family, 28)]
+    return [pixel // {"gemma4": 12, "gemma4_unified": 12, "llava_next_video": 16, "ovis2_5": 112}.get(family, 28)]
 
 
 def test_a_painted_pixel_changes_the_score_of_its_token_and_no_other(processor: Any, family: str) -> None:

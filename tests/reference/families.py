@@ -10,7 +10,11 @@ from tests.reference.frames import FramesReference
 from tests.reference.gemma4 import Gemma4Reference
 from tests.reference.ovis import OvisReference
 
-OWN = {"Gemma4ForConditionalGeneration": Gemma4Reference, "Ovis2_5": OvisReference}
+OWN = {
+    "Gemma4ForConditionalGeneration": Gemma4Reference,
+    "Gemma4UnifiedForConditionalGeneration": Gemma4Reference,
+    "Ovis2_5": OvisReference,
+}
 
 
 def reference_for(directory: Path) -> FramesReference:

@@ -19,6 +19,7 @@ class Gemma4Reference(FramesReference):
 
     def __init__(self, directory: str | Path) -> None:
         super().__init__(directory)
+        self.unified = self.kind == "gemma4_unified"  # without a tower: a row of pixels is a token
         self.image = self.image_row = "<|image|>"
         self.video = self.video_row = "<|video|>"
         self.image_id, self.video_id = self.tokenizer.convert_tokens_to_ids([self.image, self.video])
@@ -33,6 +34,8 @@ class Gemma4Reference(FramesReference):
 
     def _beside(self, ids: Sequence[int]) -> dict[str, Any]:
         core = self.model.model.language_model
+        if self.unified:
+            return {}
         pad = self.config.text_config.pad_token_id
         text = [pad if token in (self.image_id, self.video_id) else token for token in ids]
         return {"per_layer_inputs": core.get_per_layer_inputs(torch.tensor([text]), None)}
@@ -54,12 +57,12 @@ class Gemma4Reference(FramesReference):
         out = self.model.model.get_video_features(
             seen["pixel_values_videos"], seen["video_position_ids"], count, return_dict=True
         )
-        units = []
+        units, pool = [], 1 if self.unified else 3
         for patches, where in zip(pixels.numpy(), places.tolist(), strict=True):
             tokens: dict[tuple[int, int], list[np.ndarray]] = {}
             for patch, (x, y) in zip(patches, where, strict=True):
                 if x >= 0:
-                    tokens.setdefault((y // 3, x // 3), []).append(patch)
+                    tokens.setdefault((y // pool, x // pool), []).append(patch)
             units.append([np.concatenate(tokens[place]) for place in sorted(tokens)])
             rows, columns = (1 + max(place[axis] for place in tokens) for axis in (0, 1))
         return out.pooler_output[0], (len(units), rows, columns), np.array(units)
