@@ -143,13 +143,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "Ovis2.5",
-        ("Ovis2_5", "Ovis2_6ForCausalLM", "Ovis2_6_MoeForCausalLM"),
+        ("Ovis2_5",),
         "evs_vllm.adapters.ovis:Ovis25",
         "1-D RoPE",
         "contiguous, between two indicators",
         False,
         "Hugging Face language model, own tower",
-        "one video a prompt (vLLM's); 2.6 is the same code of vLLM's, but was not run",
+        "one video a prompt (vLLM's); no encoder reuse yet",
     ),
 )
 

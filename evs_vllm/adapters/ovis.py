@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ovis2.5 and 2.6: pixel rows in the order of Qwen2-VL; an indicator row before and one after the clip's tokens.
+"""Ovis2.5: pixel rows in the order of Qwen2-VL; an indicator row before and one after the clip's tokens.
 
 Ordinary RoPE, so what Qwen2-VL's adapter says of positions does not apply. Indicators are rows of the encoder's output
 like all others and have the same placeholder.

@@ -88,6 +88,12 @@ REFUSED: tuple[Refused, ...] = (
         True,
     ),
     Refused(
+        "Ovis2.6",
+        ("Ovis2_6ForCausalLM", "Ovis2_6_MoeForCausalLM"),
+        "it runs with vLLM's code for Ovis2.5, which EVS supports, but has not been run",
+        True,
+    ),
+    Refused(
         "Ernie-4.5-VL",
         ("Ernie4_5_VLMoeForConditionalGeneration",),
         "vLLM 0.32 takes the config and the pixel rows of the checkpoints' own code only, other fields than those of "

@@ -32,8 +32,8 @@ GRIDS = {"gemma4": (7, 10), "gemma4_unified": (7, 10)}
 LIMITS = {"llava_next_video": {"video": 1}, "ovis2_5": {"video": 1, "image": 4}}
 """What vLLM allows in a prompt."""
 LONG = {"gemma4": 9, "gemma4_unified": 9}
-"""Frames of a clip that takes several steps to prefill, where it is not 15. For layers with a sliding window vLLM caches
-only the last blocks of a prompt: these clips end within the block in which their prompts do."""
+"""Frames of a clip that takes several steps to prefill, where it is not 15. For layers with a sliding window, vLLM
+caches only the last blocks of a prompt: these clips end within the block in which their prompts do."""
 BLOCK = {"gemma4": 64, "gemma4_unified": 64}
 """Tokens that a prefix-cache hit is a multiple of, where it is not 32: its layers' blocks hold 32 and 64."""
 PER_FRAME = 16
