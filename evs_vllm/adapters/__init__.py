@@ -148,7 +148,7 @@ FAMILIES: tuple[Family, ...] = (
         "1-D RoPE",
         "contiguous, between two indicators",
         False,
-        "Hugging Face language model, own tower",
+        "Hugging Face language model, tower written down in the tests",
         "one video a prompt (vLLM's); no encoder reuse yet",
     ),
 )
