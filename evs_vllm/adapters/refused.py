@@ -44,6 +44,12 @@ REFUSED: tuple[Refused, ...] = (
         False,
     ),
     Refused(
+        "Keye-VL 1.5",
+        ("KeyeVL1_5ForConditionalGeneration",),
+        "slow and fast frames have different sizes, and a plan has one grid of tokens for all units of a clip",
+        False,
+    ),
+    Refused(
         "Qwen2.5-Omni, Qwen3-Omni",
         ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration"),
         "with use_audio_in_video, audio tokens lie between those of the clip",
@@ -56,16 +62,10 @@ REFUSED: tuple[Refused, ...] = (
         True,
     ),
     Refused(
-        "Keye-VL 1.5",
-        ("KeyeVL1_5ForConditionalGeneration",),
-        "slow and fast frames have different sizes, and a plan has one grid of tokens for all units of a clip",
-        False,
-    ),
-    Refused(
         "MiniCPM-V 4.6, 4.7",
         ("MiniCPMV4_6ForConditionalGeneration", "MiniCPMV4_7ForConditionalGeneration"),
-        "a frame becomes an overview and slices, which are not one grid of rows and columns, and vLLM makes the prompt "
-        "of a cached clip anew from its text, so the plan that lies with the prompt is lost",
+        "a frame becomes an overview and slices, which are not one grid of rows and columns; 4.6 also writes a cached "
+        "clip's prompt anew from its text where the clip's number differs, and the plan that lies with it is lost",
         True,
     ),
     Refused(
