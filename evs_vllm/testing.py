@@ -395,7 +395,9 @@ def _write_processor(directory: Path, row: TinyFamily, tokenizer: Any, max_token
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
         "processor_class": row.processor_class,
     }  # fmt: skip
-    image = common | {"image_processor_type": row.image_processor}
+    # vLLM normalises clips on the device by the statistics of images; in released models they are the same.
+    statistics = {key: row.video[key] for key in ("image_mean", "image_std") if key in row.video}
+    image = common | statistics | {"image_processor_type": row.image_processor}
     video = common | {"cap_pixels_per_frame": False} | dict(row.video)
     if video["video_processor_type"] != "Qwen2VLVideoProcessor":  # their limit counts all frames
         video |= {"max_video_tokens": max_tokens_per_frame, "size": size | {"longest_edge": 64 * size["longest_edge"]}}
