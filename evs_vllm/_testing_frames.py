@@ -42,6 +42,11 @@ ROPE: dict[str, dict[str, Any]] = {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
+    "ovis2_5": {
+        "rope_type": "longrope", "factor": 2048.0, "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 16, "long_factor": [1 + place / 4 for place in range(16)],
+        "short_mscale": 1.1, "long_mscale": 1.1, "attention_factor": 1.1,
+    },
 }  # fmt: skip
 
 
@@ -72,7 +77,7 @@ def clip_vision(s: dict[str, Any]) -> dict[str, Any]:
 
 def text_config(family: str, s: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """The language model's config: Qwen3 for InternVL (as 3.5), Qwen2 and Llama for the others, as released."""
-    kinds = {"internvl": "qwen3", "llava_next_video": "llama"}
+    kinds = {"internvl": "qwen3", "llava_next_video": "llama", "ovis2_5": "qwen3"}
     rope = s.get("rope") or ROPE[family]
     return {
         "model_type": kinds.get(family, "qwen2"), "vocab_size": len(tokenizer), "hidden_size": s["hidden_size"],

@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 
 from evs_vllm import _testing_frames as _frames
+from evs_vllm import _testing_gemma4 as _gemma4
 from evs_vllm import _testing_omni as _omni
+from evs_vllm import _testing_ovis as _ovis
 
 __all__ = [
     "FAMILIES",
@@ -250,6 +252,15 @@ FAMILIES: dict[str, TinyFamily] = {
         "Qwen2_5OmniModel", "Qwen2_5OmniConfig", "Qwen2_5OmniProcessor", _omni.qwen2_5_vision,
         make=_omni.make_omni_model,
     ),
+    "gemma4": TinyFamily(
+        "Gemma4ForConditionalGeneration", "Gemma4Config", "Gemma4Processor", _gemma4.vision, _gemma4.text,
+        make=_gemma4.make_gemma4,
+    ),
+    "gemma4_unified": TinyFamily(
+        "Gemma4UnifiedForConditionalGeneration", "Gemma4UnifiedConfig", "Gemma4UnifiedProcessor",
+        _gemma4.patch_embedding, _gemma4.text, make=_gemma4.make_gemma4,
+    ),
+    "ovis2_5": TinyFamily("Ovis2_5", "", "", _ovis.vision, make=_ovis.make_ovis),
 }  # fmt: skip
 
 SIZES: dict[str, Any] = {
@@ -403,7 +414,9 @@ def _write_processor(directory: Path, row: TinyFamily, tokenizer: Any, max_token
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
         "processor_class": row.processor_class,
     }  # fmt: skip
-    image = common | {"image_processor_type": row.image_processor}
+    # vLLM normalises clips on the device by the statistics of images; in released models they are the same.
+    statistics = {key: row.video[key] for key in ("image_mean", "image_std") if key in row.video}
+    image = common | statistics | {"image_processor_type": row.image_processor}
     video = common | {"cap_pixels_per_frame": False} | dict(row.video)
     if video["video_processor_type"] != "Qwen2VLVideoProcessor":  # their limit counts all frames
         video |= {"max_video_tokens": max_tokens_per_frame, "size": size | {"longest_edge": 64 * size["longest_edge"]}}

@@ -150,6 +150,27 @@ FAMILIES: tuple[Family, ...] = (
         "Hugging Face reference",
         "the thinker; `use_audio_in_video` is refused for a video that is pruned",
     ),
+    Family(
+        "Gemma 4",
+        ("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
+        "evs_vllm.adapters.gemma4:Gemma4",
+        "1-D RoPE",
+        "text and brackets around each frame",
+        False,
+        "Hugging Face reference",
+        "no encoder reuse: its tower takes whole frames only; attention within a frame in both directions "
+        "(`use_bidirectional_attention`) was not run, vLLM's CPU engine has none",
+    ),
+    Family(
+        "Ovis2.5",
+        ("Ovis2_5",),
+        "evs_vllm.adapters.ovis:Ovis25",
+        "1-D RoPE",
+        "contiguous, between two indicators",
+        False,
+        "Hugging Face language model, tower written down in the tests",
+        "one video a prompt (vLLM's); no encoder reuse yet",
+    ),
 )
 
 

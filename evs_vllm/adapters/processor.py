@@ -174,7 +174,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         # Where the scheduler cannot see the plan it cannot end the answer in time, so the whole context has to fit.
         whole_context = model_config.multimodal_config.mm_processor_cache_type == "shm"
         length = max(prompt_tokens, model_config.max_model_len) if whole_context else prompt_tokens
-        limit = self._evs.max_position(self.info.get_hf_config())
+        limit = self._evs.max_position(self.info.get_hf_config(), model_config.max_model_len)
         if room_to_answer(length, extra, limit) < 1:
             way_out = " or serve with a lower --max-model-len" if whole_context else ""
             raise RequestError(
@@ -231,7 +231,8 @@ def end_in_time(model_config: Any, request: Any) -> None:
         if plan is not None and plan.positions == "keep":
             fields = {key: elem.data for key, elem in feature.data.items()}
             extra += adapter.position_span(fields, plan.grid, hf_config) - plan.num_kept
-    room = room_to_answer(request.num_prompt_tokens, extra, adapter.max_position(hf_config))
+    limit = adapter.max_position(hf_config, model_config.max_model_len)
+    room = room_to_answer(request.num_prompt_tokens, extra, limit)
     request.max_tokens = min(request.max_tokens, max(1, room))
 
 

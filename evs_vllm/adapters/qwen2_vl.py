@@ -69,8 +69,8 @@ class Qwen2VL(FamilyAdapter):
         step = getattr(hf_config.vision_config, "tokens_per_second", 1.0) * (1.0 if seconds is None else float(seconds))
         return max(int((grid[0] - 1) * step), grid[1] - 1, grid[2] - 1) + 1
 
-    def max_position(self, hf_config: Any) -> int:
-        return MROPE_CACHE_FACTOR * super().max_position(hf_config)
+    def max_position(self, hf_config: Any, max_model_len: int) -> int:
+        return MROPE_CACHE_FACTOR * super().max_position(hf_config, max_model_len)
 
 
 class Qwen2VLTower(ReuseTower):

@@ -144,7 +144,7 @@ class Engine:
 
     @property
     def language_model(self) -> Any:
-        return self.runner.model.language_model.model
+        return self.runner.model.get_language_model().model
 
     def reset(self) -> None:
         """Forget every cache, so that a test starts from nothing."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL and LLaVA: whole frames, text between frames or extra rows, 1-D RoPE. vLLM answers like the reference.
+"""InternVL, LLaVA, Gemma 4, Ovis: one frame a unit, text between frames or extra rows, 1-D RoPE. vLLM answers like the
+reference.
 
 One engine for each family: its steps are so short that every prefill is cut, and it caches prefixes.
 """
@@ -11,14 +12,42 @@ from evs_vllm import testing
 from evs_vllm.plan import RetentionPlan
 from evs_vllm.testing import real_clip_frames, synthetic_clip
 from tests.e2e.harness import TOLERANCE, Request, check, expected, run_and_check
-from tests.reference.frames import FramesReference
+from tests.reference.families import reference_for
 from tests.reference.hf import Clip, Picture, Settings
 from tests.reference.tower import TowerSettings
 
 pytestmark = pytest.mark.vllm
 
-FAMILIES = tuple(name for name, row in testing.FAMILIES.items() if row.make is not None)
+FAMILIES = tuple(name for name, row in testing.FAMILIES.items() if row.make is not None and "omni" not in name)
+SIZES = {
+    "llava_onevision": (104, 104),
+    "llava_next_video": (64, 64),
+    "gemma4": (84, 120),
+    "gemma4_unified": (84, 120),
+    "ovis2_5": (448, 448),
+}
+"""Height and width of a frame that reaches the model without resizing, where it is not 112 x 112."""
+GRIDS = {"gemma4": (7, 10), "gemma4_unified": (7, 10)}
+"""Rows and columns of tokens of such a frame, where it is not 4 x 4."""
+LIMITS = {"llava_next_video": {"video": 1}, "ovis2_5": {"video": 1, "image": 4}}
+"""What vLLM allows in a prompt."""
+LONG = {"gemma4": 9, "gemma4_unified": 9}
+"""Frames of a clip that takes several steps to prefill, where it is not 15. For layers with a sliding window, vLLM
+caches only the last blocks of a prompt: these clips end within the block in which their prompts do."""
+BLOCK = {"gemma4": 64, "gemma4_unified": 64}
+"""Tokens that a prefix-cache hit is a multiple of, where it is not 32: its layers' blocks hold 32 and 64."""
 PER_FRAME = 16
+"""Tokens of a frame of InternVL."""
+ROTARY = {
+    "internvl": {"RotaryEmbedding"},
+    "internvl_chat": {"DynamicNTKScalingRotaryEmbedding"},
+    "llava_onevision": {"YaRNScalingRotaryEmbedding"},
+    "llava_next_video": {"Llama3RotaryEmbedding"},
+    "gemma4": {"RotaryEmbedding", "Gemma4RotaryEmbedding"},
+    "gemma4_unified": {"RotaryEmbedding", "Gemma4RotaryEmbedding"},
+    "ovis2_5": {"Phi3LongRoPEScaledRotaryEmbedding"},
+}
+"""What vLLM makes of the `rope_type` of each of these models: between them all that such models come with."""
 SERVER = Settings(0.75)
 MODES = {
     "keep": (Settings(0.5), {"evs_rate": 0.5}),
@@ -34,25 +63,23 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def ref(model_dir, family):
-    return FramesReference(model_dir(family))
+    return reference_for(model_dir(family))
 
 
 @pytest.fixture
 def engine(engines, family):
-    options = {"max_num_batched_tokens": 64, "block_size": 32, "enable_prefix_caching": True}
-    if family == "llava_next_video":
-        options["limit_mm_per_prompt"] = {"video": 1}
-    return engines.get(
-        family, {"rate": 0.75, "request_overrides": "any"}, trust_remote_code=family == "internvl_chat", **options
-    )
+    options = {"max_num_batched_tokens": 256 if family in LONG else 64, "block_size": 32}
+    if family in LIMITS:
+        options["limit_mm_per_prompt"] = LIMITS[family]
+    remote = family in ("internvl_chat", "ovis2_5")
+    evs = {"rate": 0.75, "request_overrides": "any"}
+    return engines.get(family, evs, trust_remote_code=remote, enable_prefix_caching=True, **options)
 
 
 @pytest.fixture
 def clip(family):
-    side = {"llava_onevision": 104, "llava_next_video": 64}.get(family, 112)  # reaches the model without resizing
-
     def make(seed=0, frames=8, **kwargs):
-        return synthetic_clip(frames, (side, side), seed=seed, noise=kwargs.pop("noise", 2), **kwargs)
+        return synthetic_clip(frames, SIZES.get(family, (112, 112)), seed=seed, noise=kwargs.pop("noise", 2), **kwargs)
 
     return make
 
@@ -66,33 +93,41 @@ def ask(ref, frames, settings=SERVER, question="Describe the video.", **kwargs):
 
 
 @pytest.fixture
-def rotated(engine):
-    """Every positions tensor that reached the rotary embedding, which the layers of the language model share."""
+def rotated(engine, family):
+    """Every positions tensor that reached a rotary embedding, of which layers of one kind share one."""
     calls = []
-    rotary = engine.language_model.layers[0].self_attn.rotary_emb
-    assert all(layer.self_attn.rotary_emb is rotary for layer in engine.language_model.layers)
-    forward = rotary.forward
+    embeddings = {layer.self_attn.rotary_emb for layer in engine.language_model.layers}
+    assert sorted(type(rotary).__name__ for rotary in embeddings) == sorted(ROTARY[family])
 
-    def recording(positions, *args, **kwargs):
-        calls.append(positions.detach().clone())
-        return forward(positions, *args, **kwargs)
+    def record(rotary):
+        forward = rotary.forward
 
-    rotary.forward = recording
+        def recording(positions, *args, **kwargs):
+            calls.append(positions.detach().clone())
+            return forward(positions, *args, **kwargs)
+
+        rotary.forward = recording
+
+    for rotary in embeddings:
+        record(rotary)
     yield calls
-    del rotary.forward
+    for rotary in embeddings:
+        del rotary.forward
 
 
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
-def test_rates_and_positions(engine, ref, clip, rotated, positions):
+def test_rates_and_positions(engine, ref, clip, rotated, positions, family):
+    grid = GRIDS.get(family, (4, 4))
+    per_frame = grid[0] * grid[1]
     for seed, rate in enumerate((0, 0.75, 0.9)):
         engine.reset()
         rotated.clear()
         settings = Settings(rate, positions=positions)
         request = ask(ref, clip(seed), settings, evs_rate=rate, evs_positions=positions)
         ((output, result),) = run_and_check(engine, ref, [request])
-        assert result.grids == [(8, 4, 4)]
-        assert len(result.kept[0]) == max(PER_FRAME, int(128 * (100 - 100 * rate) / 100))
-        extra = ref.kind == "llava_onevision"
+        assert result.grids == [(8, *grid)]
+        assert len(result.kept[0]) == max(per_frame, int(8 * per_frame * (100 - 100 * rate) / 100))
+        extra = {"llava_onevision": 1, "ovis2_5": 2}.get(ref.kind, 0)
         assert output.prompt_token_ids.count(ref.video_id) == len(result.kept[0]) + extra
         # What the attention of the language model sees: one axis, the places of the unpruned prompt.
         assert all(ids.ndim == 1 for ids in rotated)
@@ -135,23 +170,24 @@ def test_clips_of_different_lengths_in_one_call_of_the_tower(engine, ref, clip):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_chunked_prefill_and_second_turn(engine, ref, clip, mode):
+def test_chunked_prefill_and_second_turn(engine, ref, clip, mode, family):
     settings, kwargs = MODES[mode]
-    first = ask(ref, clip(30, 15), settings, **kwargs)
+    frames = clip(30, LONG.get(family, 15))
+    first = ask(ref, frames, settings, **kwargs)
     ((answer, _),) = run_and_check(engine, ref, [first])
     assert answer.num_cached_tokens == 0
     (feature,) = engine.sent[-1].mm_features
     start, end = feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length
     assert any(start < step.computed < end for step in engine.steps), "no prefill step began inside the clip"
 
-    other = ask(ref, clip(30, 15), settings, "How many people ride their bikes down the street?", **kwargs)
+    other = ask(ref, frames, settings, "How many people ride their bikes down the street?", **kwargs)
     ((output, _),) = run_and_check(engine, ref, [other])
     assert start < output.num_cached_tokens, "nothing of the clip came from the cache"
 
     said = ref.tokenizer.decode(answer.outputs[0].token_ids)
     second = Request(first.prompt + said + "<|im_end|>\n" + chat("And what comes next?"), first.media, kwargs or None)
     ((output, _),) = run_and_check(engine, ref, [second])
-    assert output.num_cached_tokens >= end - 32, "the second turn computed the clip again"
+    assert output.num_cached_tokens >= end - BLOCK.get(family, 32), "the second turn computed the clip again"
 
 
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
@@ -171,6 +207,8 @@ def test_images_and_videos_in_any_order(engine, ref, clip, positions, family):
     }
     media = {"image, video": [picture, one], "video, image, video": [one, picture, other]}
     for name, items in orders.items():
+        if items.count(ref.video) > LIMITS.get(family, {}).get("video", 2):
+            continue
         prompt = chat(*(f"{item}\n" for item in items), "What moves?")
         run_and_check(engine, ref, [Request(prompt, media[name], kwargs)])
 

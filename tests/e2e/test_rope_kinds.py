@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of 1-D rotary embedding: at rate 0 vLLM's own numbers, pruned the position IDs of the full prompt."""
+"""An engine without EVS beside one with it: at rate 0 its very numbers, pruned the position IDs of its full prompt.
+
+For one kind of rotary embedding. `test_frame_families.py` runs every kind and compares with Hugging Face, and
+`tests/plugin/test_frame_blocks.py` sees that the language model is built from the same config with EVS as without.
+"""
 
 import pytest
 import torch
 
-from evs_vllm._testing_frames import ROPE
 from evs_vllm.testing import make_model, synthetic_clip
 from tests.e2e.harness import Request, check, expected, start_engine, stop_engine
 from tests.reference.frames import FramesReference
@@ -13,8 +16,9 @@ from tests.reference.hf import Clip, Settings
 pytestmark = pytest.mark.vllm
 
 FAMILY = "llava_next_video"
-KINDS = {rope["rope_type"]: rope for rope in ROPE.values()}
-OPTIONS = {"limit_mm_per_prompt": {"video": 1}, "enable_prefix_caching": False}
+CONTEXT = 256
+"""Of the model and of the engines: so short that answers reach its end."""
+OPTIONS = {"limit_mm_per_prompt": {"video": 1}, "enable_prefix_caching": False, "max_model_len": CONTEXT}
 
 
 def ask(frames, settings, **kwargs):
@@ -42,59 +46,70 @@ def answer(engine, request):
     return output, steps, torch.cat(seen[::layers]).tolist(), type(rotary).__name__
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rope_kind(engines, tmp_path, kind):
-    directory = make_model(tmp_path / kind, FAMILY, rope=KINDS[kind])
-    frames = [synthetic_clip(count, (64, 64), seed=count, noise=2) for count in (9, 4)]
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("rope") / "short", FAMILY, max_position_embeddings=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return [synthetic_clip(count, (64, 64), seed=count, noise=2) for count in (9, 4)]
+
+
+@pytest.fixture(scope="module")
+def stock(engines, directory, frames):
+    """Answers of an engine without EVS."""
     engines.close()
     engine = start_engine(directory, None, **OPTIONS)
     try:
-        stock = [answer(engine, ask(clip, Settings())) for clip in frames]
         assert not engine.runner.uses_mrope, "vLLM numbers this model's prompts itself"
+        return [answer(engine, ask(clip, Settings())) for clip in frames]
     finally:
         stop_engine(engine)
+
+
+@pytest.fixture(scope="module")
+def engine(stock, directory):
     engine = start_engine(directory, {"rate": 0.75, "request_overrides": "any"}, **OPTIONS)
-    try:
-        assert engine.runner.uses_mrope
-        for clip, (output, steps, seen, rotary) in zip(frames, stock):
-            ours, our_steps, our_seen, our_rotary = answer(engine, ask(clip, Settings(), evs_rate=0))
-            assert our_rotary == rotary and our_seen == seen
-            assert list(ours.prompt_token_ids) == list(output.prompt_token_ids) and our_steps == steps
-        reference = FramesReference(directory)
-        request = ask(frames[0], Settings(0.75))
-        result = expected(reference, request)
-        output, _, seen, _ = answer(engine, request)
-        check(output, result)
-        full = stock[0][2][: len(stock[0][0].prompt_token_ids)]
-        kept = result.kept[0].tolist()
-        start = result.prompt_ids.index(reference.video_id)
-        assert seen[: len(result.prompt_ids)] == (
-            full[:start] + [full[start + i] for i in kept] + full[start + 9 * 16 :]
-        ), "the IDs of kept tokens and of the text after them are not those of the unpruned prompt"
-        assert seen[len(result.prompt_ids) :] == [len(full) + i for i in range(len(result.tokens) - 1)]
-    finally:
-        stop_engine(engine)
+    yield engine
+    stop_engine(engine)
 
 
-def test_answer_ends_with_the_position_ids(engines, tmp_path):
+def test_rate_0_gives_the_numbers_of_an_engine_without_evs(engine, stock, frames):
+    assert engine.runner.uses_mrope
+    for clip, (output, steps, seen, rotary) in zip(frames, stock):
+        ours, our_steps, our_seen, our_rotary = answer(engine, ask(clip, Settings(), evs_rate=0))
+        assert our_rotary == rotary and our_seen == seen
+        assert list(ours.prompt_token_ids) == list(output.prompt_token_ids) and our_steps == steps
+
+
+def test_pruned_prompts_have_the_ids_of_the_full_one(engine, stock, directory, frames):
+    reference = FramesReference(directory)
+    request = ask(frames[0], Settings(0.75))
+    result = expected(reference, request)
+    output, _, seen, _ = answer(engine, request)
+    check(output, result)
+    full = stock[0][2][: len(stock[0][0].prompt_token_ids)]
+    kept = result.kept[0].tolist()
+    start = result.prompt_ids.index(reference.video_id)
+    assert seen[: len(result.prompt_ids)] == (
+        full[:start] + [full[start + i] for i in kept] + full[start + 9 * 16 :]
+    ), "the IDs of kept tokens and of the text after them are not those of the unpruned prompt"
+    assert seen[len(result.prompt_ids) :] == [len(full) + i for i in range(len(result.tokens) - 1)]
+
+
+def test_answer_ends_with_the_position_ids(engine):
     """A context of 256 with 256 position IDs: the answer to a pruned prompt ends where that to the full one would."""
-    directory = make_model(tmp_path / "short", FAMILY, max_position_embeddings=256)
-    engines.close()
-    evs = {"rate": 0.75, "request_overrides": "any"}
-    engine = start_engine(directory, evs, max_model_len=256, **OPTIONS)
-    try:
-        frames = synthetic_clip(11, (64, 64), seed=5, noise=2)
-        request = ask(frames, Settings(0.75))
-        request.max_tokens = 100
-        output, _, seen, _ = answer(engine, request)
-        dropped = 11 * 16 * 3 // 4
-        room = 256 - 32 - len(output.prompt_token_ids) - dropped
-        assert len(output.outputs[0].token_ids) == room < 100 and output.outputs[0].finish_reason == "length"
-        assert max(seen) < 256 - 32
-        sequential = ask(frames, Settings(0.75), evs_positions="sequential")
-        sequential.max_tokens = 100
-        assert len(answer(engine, sequential)[0].outputs[0].token_ids) == 100
-        with pytest.raises(Exception, match="the model has 256"):
-            engine.generate([ask(synthetic_clip(16, (64, 64), seed=5), Settings(0.75))])
-    finally:
-        stop_engine(engine)
+    frames = synthetic_clip(11, (64, 64), seed=5, noise=2)
+    request = ask(frames, Settings(0.75))
+    request.max_tokens = 100
+    output, _, seen, _ = answer(engine, request)
+    dropped = 11 * 16 * 3 // 4
+    room = CONTEXT - 32 - len(output.prompt_token_ids) - dropped
+    assert len(output.outputs[0].token_ids) == room < 100 and output.outputs[0].finish_reason == "length"
+    assert max(seen) < CONTEXT - 32
+    sequential = ask(frames, Settings(0.75), evs_positions="sequential")
+    sequential.max_tokens = 100
+    assert len(answer(engine, sequential)[0].outputs[0].token_ids) == 100
+    with pytest.raises(Exception, match="the model has 256"):
+        engine.generate([ask(synthetic_clip(16, (64, 64), seed=5), Settings(0.75))])

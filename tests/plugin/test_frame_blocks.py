@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL and LLaVA without an engine: the score of a token is that of its pixels, its row of the tower sees them."""
+"""InternVL, LLaVA, Gemma 4, Ovis without an engine: scores are those of a token's pixels, its tower row sees them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +18,22 @@ from evs_vllm.errors import ConfigError, RequestError
 from evs_vllm.plan import RetentionPlan
 from evs_vllm.scoring import pixel_change
 from evs_vllm.testing import synthetic_clip
-from tests.reference.frames import FramesReference
+from tests.reference.families import reference_for
 from tests.reference.hf import Clip
 
 pytestmark = pytest.mark.vllm
 
 WHOLE = {"rate": 0.5, "encoder": "full"}  # with "reuse" the pixels of other tokens are gone
-SIDES = {"internvl": 112, "internvl_chat": 112, "llava_onevision": 104, "llava_next_video": 64}
+SIZES = {
+    "internvl": (112, 112), "internvl_chat": (112, 112), "llava_onevision": (104, 104), "llava_next_video": (64, 64),
+    "gemma4": (84, 120), "gemma4_unified": (84, 120), "ovis2_5": (448, 448),
+}  # fmt: skip
+"""Height and width of a frame that reaches the model without resizing."""
+GRIDS = {"gemma4": (7, 10), "gemma4_unified": (7, 10)}
+"""Rows and columns of tokens of such a frame, where it is not 4 x 4."""
 
 
-@pytest.fixture(scope="module", params=SIDES)
+@pytest.fixture(scope="module", params=SIZES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -56,7 +62,8 @@ def process(processor: Any, frames: np.ndarray, **mm_kwargs: Any) -> Any:
         "video_backend": "opencv", "do_sample_frames": False,
     }  # fmt: skip
     items = processor.info.parse_mm_data({"video": [(frames, metadata)]})
-    return processor("Look: <video>\nWhat moves?", items, hf_processor_mm_kwargs=mm_kwargs)
+    video = processor.dummy_inputs.get_dummy_text({"video": 1}).strip()
+    return processor(f"Look: {video}\nWhat moves?", items, hf_processor_mm_kwargs=mm_kwargs)
 
 
 def clip_of(processor: Any, frames: np.ndarray) -> Any:
@@ -82,19 +89,19 @@ def tokens_under(family: str, pixel: int) -> list[int]:
     """Along one side of a frame, the tokens whose pixels hold `pixel`, written down by hand."""
     if family == "llava_onevision":  # 7 patches of 14 and 6 pixels: tokens of patches 0-1, 2-3, 3-4 and 5-6
         return [[0], [0], [1], [1, 2], [2], [3], [3], []][pixel // 14]
-    return [pixel // (SIDES[family] // 4)]
+    return [pixel // {"gemma4": 12, "gemma4_unified": 12, "llava_next_video": 16, "ovis2_5": 112}.get(family, 28)]
 
 
 def test_a_painted_pixel_changes_the_score_of_its_token_and_no_other(processor: Any, family: str) -> None:
-    side = SIDES[family]
-    frames = np.full((5, side, side, 3), 100, dtype=np.uint8)
+    height, width = SIZES[family]
+    frames = np.full((5, height, width, 3), 100, dtype=np.uint8)
     rng = np.random.default_rng()
     for _ in range(12):
-        t, top, left = int(rng.integers(1, 5)), int(rng.integers(side)), int(rng.integers(side))
+        t, top, left = int(rng.integers(1, 5)), int(rng.integers(height)), int(rng.integers(width))
         painted = frames.copy()
         painted[t, top, left, int(rng.integers(3))] = 137
         clip = clip_of(processor, painted)
-        assert clip.grid == (5, 4, 4) and clip.tokens.dtype == torch.uint8
+        assert clip.grid == (5, *GRIDS.get(family, (4, 4))) and clip.tokens.dtype == torch.uint8
         expected = np.zeros(clip.grid, dtype=np.int64)
         for row in tokens_under(family, top):
             for column in tokens_under(family, left):
@@ -104,24 +111,22 @@ def test_a_painted_pixel_changes_the_score_of_its_token_and_no_other(processor: 
 
 def test_the_rows_of_the_tower_are_the_tokens(model_dir: Callable[[str], Path], processor: Any, family: str) -> None:
     """With its attention silenced, row i of the tower answers to the pixels that are compared for token i alone."""
-    reference = FramesReference(model_dir(family))
-    with torch.no_grad():
-        for name, weight in reference.model.named_parameters():
-            if "vision_tower" in name and ("out_proj" in name or "projection_layer" in name):
-                weight.zero_()
-    side = SIDES[family]
-    frames = synthetic_clip(3, (side, side), "noise", seed=1)
+    reference = reference_for(model_dir(family))
+    reference.silence_attention()
+    height, width = SIZES[family]
+    frames = synthetic_clip(3, (height, width), "noise", seed=1)
     before, grid, _ = reference.see_clip(Clip(frames))
     one = clip_of(processor, frames)
-    assert one.grid == grid == (3, 4, 4)
+    assert one.grid == grid == (3, *GRIDS.get(family, (4, 4)))
     rng = np.random.default_rng()
     changed_once = np.zeros(grid, dtype=bool)
     for _ in range(10):
-        t, top, left = int(rng.integers(3)), int(rng.integers(side)), int(rng.integers(side))
+        t, top, left = int(rng.integers(3)), int(rng.integers(height)), int(rng.integers(width))
         painted = frames.copy()
         painted[t, top, left] = 255 - painted[t, top, left]
         after, _, _ = reference.see_clip(Clip(painted))
-        rows = (after - before).abs().amax(dim=1)[:48].view(grid) > 0
+        changed = (after - before).abs().amax(dim=1)[reference.lead :][: int(np.prod(grid))]
+        rows = changed.view(grid) > 0
         pixels = (clip_of(processor, painted).tokens != one.tokens).any(dim=-1).view(grid)
         assert rows.tolist() == pixels.tolist(), (t, top, left)
         changed_once |= rows.numpy()
@@ -129,7 +134,7 @@ def test_the_rows_of_the_tower_are_the_tokens(model_dir: Callable[[str], Path], 
 
 
 def test_frames_come_back_as_they_went_in(processor: Any, family: str) -> None:
-    frames = synthetic_clip(3, (SIDES[family], SIDES[family]), "noise", seed=2)
+    frames = synthetic_clip(3, SIZES[family], "noise", seed=2)
     adapter = adapter_of(processor)
     stats = adapter.pixel_stats(processor.info.get_hf_processor())
     shown = adapter.frames(fields_of(processor, frames), processor.info.get_hf_config(), stats)
@@ -197,9 +202,9 @@ SHORT = {"text_config": {"max_position_embeddings": 512}}
 def test_off_sets_nothing(model_dir: Callable[[str], Path], family: str) -> None:
     config = processor_for(model_dir(family), None).info.ctx.model_config
     assert not config.uses_mrope and not hasattr(config.hf_config, "mrope_section")
-    config = processor_for(model_dir(family), {"rate": 0}).info.ctx.model_config
-    assert config.uses_mrope and config.hf_config.mrope_section[1:] == [0, 0]
-    assert "mrope_section" not in config.hf_text_config.rope_parameters, "another rotary embedding would be chosen"
+    on = processor_for(model_dir(family), {"rate": 0}).info.ctx.model_config
+    assert on.uses_mrope and on.hf_config.mrope_section[1:] == [0, 0]
+    assert on.hf_text_config.to_dict() == config.hf_text_config.to_dict(), "another language model would be built"
 
 
 def test_statistics_of_the_own_format_are_those_of_its_processor() -> None:

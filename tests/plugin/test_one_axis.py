@@ -32,16 +32,58 @@ ROPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def rope_of(parameters: dict[str, Any], max_model_len: int) -> Any:
+    """The rotary embedding that vLLM makes in an engine of that context length."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers import rotary_embedding
+
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(max_model_len=max_model_len)  # type: ignore[assignment]
+    rotary_embedding._ROPE_DICT.clear()  # it does not tell context lengths apart
+    with set_current_vllm_config(config):
+        return rotary_embedding.get_rope(32, max_position=512, rope_parameters=parameters, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("name", ROPES)
 def test_rotary_length_is_that_of_vllms_cache(name: str) -> None:
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers.rotary_embedding import get_rope
-
     parameters = ROPES[name] | {"rope_theta": 10000.0}
     config = SimpleNamespace(max_position_embeddings=512, rope_parameters=parameters)
-    with set_current_vllm_config(VllmConfig()):
-        rope = get_rope(32, max_position=512, rope_parameters=parameters, dtype=torch.float32)
-    assert rotary_length(config) == len(rope.cos_sin_cache)
+    assert rotary_length(config, 512) == len(rope_of(parameters, 512).cos_sin_cache)
+
+
+@pytest.mark.parametrize("max_model_len", [64, 128, 129, 512])
+def test_ids_of_longrope_are_angles_up_to_its_length_and_not_behind_it(max_model_len: int) -> None:
+    short, long = [1.0] * 16, [1 + place / 4 for place in range(16)]
+    parameters = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+        "short_factor": short, "long_factor": long, "short_mscale": 1.0, "long_mscale": 1.0,
+    }  # fmt: skip
+    config = SimpleNamespace(max_position_embeddings=512, rope_parameters=parameters)
+    rope = rope_of(parameters, max_model_len)
+    length = rotary_length(config, max_model_len)
+    assert length == (128 if max_model_len <= 128 else 512)
+
+    def turned(position: int) -> torch.Tensor:
+        ones = torch.ones(1, 32)
+        return rope(torch.tensor([position]), ones, ones.clone())[0][0]  # type: ignore[no-any-return]
+
+    factors = torch.tensor(short if max_model_len <= 128 else long)
+    speed = 10000.0 ** -(torch.arange(0, 32, 2) / 32) / factors
+    for position in (0, 1, length - 1):
+        angle = (position * speed).double()
+        expected = torch.cat([angle.cos() - angle.sin(), angle.cos() + angle.sin()]).float()
+        torch.testing.assert_close(turned(position), expected, atol=1e-4, rtol=0)
+    if length == 128:  # silently another angle
+        angle = (128 * speed).double()
+        assert (turned(128)[:16] - (angle.cos() - angle.sin()).float()).abs().max() > 0.1
+    else:
+        with pytest.raises(IndexError):
+            turned(length)
+
+
+def test_rotary_length_of_layers_that_differ_is_the_shortest() -> None:
+    kinds = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "linear", "factor": 4.0}}
+    assert rotary_length(SimpleNamespace(max_position_embeddings=512, rope_parameters=kinds), 512) == 512
 
 
 def test_room_to_answer() -> None:
@@ -58,7 +100,9 @@ def request_with(plan: RetentionPlan | None, **fields: Any) -> Any:
 def test_answers_end_where_the_position_ids_do() -> None:
     text = SimpleNamespace(max_position_embeddings=512)
     model_config = SimpleNamespace(
-        architecture="LlavaNextVideoForConditionalGeneration", hf_config=SimpleNamespace(get_text_config=lambda: text)
+        architecture="LlavaNextVideoForConditionalGeneration",
+        hf_config=SimpleNamespace(get_text_config=lambda: text),
+        max_model_len=512,
     )
     layout = Layout.contiguous(1, 320)
     keep, sequential = (

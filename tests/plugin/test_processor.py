@@ -243,7 +243,7 @@ def test_positions_beyond_the_rotary_cache_are_refused(model: Path, adapter: Fam
 
     processor = processor_for(model, {"rate": 0.75, "encoder": "full"})
     config = processor.info.get_hf_config()
-    limit = adapter.max_position(config)
+    limit = adapter.max_position(config, 4096)
     assert limit == 4 * config.get_text_config().max_position_embeddings
 
     def check(span: int, positions: str = "keep") -> None:

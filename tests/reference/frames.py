@@ -40,6 +40,7 @@ class FramesReference:
         if self.chat_format:
             self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
         self.config, self.kind = config, config.model_type
+        self.lead = 0  # rows of a clip before those of its tokens
         # What stands in the prompt for an item, and what stands for each of its rows.
         internvl = self.kind == "internvl"
         self.image, self.video = ("<image>" if self.chat_format or not internvl else "<IMG_CONTEXT>"), "<video>"
@@ -61,13 +62,15 @@ class FramesReference:
     ) -> Result:
         """As `tests.reference.hf.Reference.generate`; positions are (1, prompt tokens)."""
         queue, text = list(media), ""
-        seen: dict[str, list[torch.Tensor]] = {"image": [], "video": []}
-        stays: list[tuple[bool, bool]] = []  # of each video row: whether it stays, and whether its clip is sequential
+        seen: dict[int, list[torch.Tensor]] = {self.image_id: [], self.video_id: []}
+        # Of each row: whether it stays, and whether its clip is sequential.
+        stays: dict[int, list[tuple[bool, bool]]] = {self.image_id: [], self.video_id: []}
         kept, grids = [], []
         for piece in re.split(f"({re.escape(self.image)}|{re.escape(self.video)})", prompt):
             if piece == self.image:
                 rows = self._see_image(queue.pop(0))
-                seen["image"].append(rows)
+                seen[self.image_id].append(rows)
+                stays[self.image_id] += [(True, False)] * len(rows)
                 text += self._image_text(len(rows))
             elif piece == self.video:
                 clip = queue.pop(0)
@@ -75,10 +78,10 @@ class FramesReference:
                 keep = select(pixels, clip.settings)
                 sequential = clip.settings.positions == "sequential" and not clip.settings.off
                 tokens = grid[0] * grid[1] * grid[2]
-                wanted = set(keep.tolist()) | set(range(tokens, len(rows)))  # rows after the grid always stay
-                stays += [(i in wanted, sequential) for i in range(len(rows))]
-                seen["video"].append(rows)
-                text += self._video_text(grid[0], len(rows))
+                dropped = {self.lead + i for i in set(range(tokens)) - set(keep.tolist())}
+                stays[self.video_id] += [(i not in dropped, sequential) for i in range(len(rows))]
+                seen[self.video_id].append(rows)
+                text += self._video_text(clip, grid[0], len(rows))
                 kept.append(keep)
                 grids.append(grid)
             else:
@@ -86,33 +89,47 @@ class FramesReference:
         assert not queue, "more media than placeholders"
 
         embed = self.model.get_input_embeddings()
-        sources = {self.image_id: iter(_rows(seen["image"])), self.video_id: iter(_rows(seen["video"]))}
-        fates, rows, positions, prompt_ids, following = iter(stays), [], [], [], 0
+        sources = {token: iter(_rows(parts)) for token, parts in seen.items()}
+        fates = {token: iter(each) for token, each in stays.items()}
+        rows, positions, prompt_ids, following = [], [], [], 0
         for token in self.tokenizer(text)["input_ids"]:
             row = next(sources[token]) if token in sources else embed(torch.tensor(token))
-            stay, sequential = next(fates) if token == self.video_id else (True, False)
+            stay, sequential = next(fates[token]) if token in fates else (True, False)
             if stay:
                 rows.append(row)
                 positions.append(following)
                 prompt_ids.append(token)
             following += stay or not sequential
-        assert next(fates, None) is None and all(next(rest, None) is None for rest in sources.values())
+        assert all(next(rest, None) is None for rest in (*fates.values(), *sources.values()))
         ids = np.array([positions])
         if distort is not None:
             ids = distort(ids)
-        tokens, logprobs = self._decode(torch.stack(rows), ids[0], following, max_tokens)
+        tokens, logprobs = self._decode(torch.stack(rows), prompt_ids, ids[0], following, max_tokens)
         return Result(prompt_ids, ids, kept, grids, following, tokens, logprobs)
+
+    def silence_attention(self) -> None:
+        """Takes attention out of the tower, so that a row sees its own patches only."""
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                if "vision_tower" in name and any(part in name for part in ("out_proj", "o_proj", "projection_layer")):
+                    weight.zero_()
 
     def _image_text(self, rows: int) -> str:
         return f"<img>{self.image_row * rows}</img>" if self.kind == "internvl" else self.image_row * rows
 
-    def _video_text(self, frames: int, rows: int) -> str:
+    def _video_text(self, clip: Clip, frames: int, rows: int) -> str:
         if self.kind != "internvl":
             return self.video_row * rows
         one = f"<img>{self.video_row * (rows // frames)}</img>"
         return ("" if self.chat_format else "\n").join(f"Frame{i + 1}: {one}" for i in range(frames))
 
-    def _decode(self, rows: torch.Tensor, positions: np.ndarray, following: int, max_tokens: int) -> Any:
+    def _beside(self, ids: Sequence[int]) -> dict[str, Any]:
+        """What the language model takes of tokens beside their embeddings."""
+        return {}
+
+    def _decode(
+        self, rows: torch.Tensor, ids: Sequence[int], positions: np.ndarray, following: int, max_tokens: int
+    ) -> Any:
         from transformers import DynamicCache
 
         cache, language_model = DynamicCache(config=self.config.get_text_config()), self.model.model.language_model
@@ -120,11 +137,13 @@ class FramesReference:
         for step in range(max_tokens):
             seen = torch.ones(1, len(rows) + step, dtype=torch.long)  # said outright: gaps in the IDs separate nothing
             out = language_model(
-                inputs_embeds=inputs, position_ids=where, past_key_values=cache, use_cache=True, attention_mask=seen
-            )
+                inputs_embeds=inputs, position_ids=where, past_key_values=cache, use_cache=True, attention_mask=seen,
+                **self._beside(ids),
+            )  # fmt: skip
             logits = self.model.lm_head(out.last_hidden_state[0, -1]).float()
             logprobs.append(torch.log_softmax(logits, dim=-1).numpy())
             tokens.append(int(logprobs[-1].argmax()))
+            ids = tokens[-1:]
             inputs = self.model.get_input_embeddings()(torch.tensor([[tokens[-1]]]))
             where = torch.tensor([[following + step]])
         return tokens, np.stack(logprobs)
