@@ -195,6 +195,26 @@ def _glm4v_text(s: dict[str, Any]) -> dict[str, Any]:
     return {"rope_parameters": {"partial_rotary_factor": 0.5, "mrope_section": section}, "attention_bias": True}
 
 
+def _glm4v_moe_text(s: dict[str, Any]) -> dict[str, Any]:
+    # The first layer is dense, one expert is shared. head_dim and use_qk_norm, which vLLM reads, transformers' config
+    # class does not have, but the released checkpoints do.
+    return _glm4v_text(s) | {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "use_qk_norm": False,
+        "head_dim": s["hidden_size"] // s["heads"],
+    }  # fmt: skip
+
+
+_GLM4V: dict[str, Any] = {
+    "video": {"video_processor_type": "Glm4vVideoProcessor"}, "image_processor": "Glm4vImageProcessor",
+    "tokens": GLM_TOKENS,
+}  # fmt: skip
+_GLM46V: dict[str, Any] = {
+    "video": {"video_processor_type": "Glm46VVideoProcessor"}, "image_processor": "Glm46VImageProcessor",
+    "tokens": GLM_TOKENS,
+}  # fmt: skip
+
+
 FAMILIES: dict[str, TinyFamily] = {
     "qwen2_5_vl": TinyFamily(
         "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", "Qwen2_5_VLProcessor", _qwen2_5_vision
@@ -217,9 +237,15 @@ FAMILIES: dict[str, TinyFamily] = {
         video=_QWEN3_VIDEO,
     ),
     "glm4v": TinyFamily(
-        "Glm4vForConditionalGeneration", "Glm4vConfig", "Glm4vProcessor", _glm4v_vision, _glm4v_text,
-        video={"video_processor_type": "Glm4vVideoProcessor"}, image_processor="Glm4vImageProcessor",
-        tokens=GLM_TOKENS,
+        "Glm4vForConditionalGeneration", "Glm4vConfig", "Glm4vProcessor", _glm4v_vision, _glm4v_text, **_GLM4V
+    ),
+    "glm45v": TinyFamily(
+        "Glm4vMoeForConditionalGeneration", "Glm4vMoeConfig", "Glm4vProcessor", _glm4v_vision, _glm4v_moe_text,
+        **_GLM4V,
+    ),
+    "glm46v": TinyFamily(
+        "Glm4vMoeForConditionalGeneration", "Glm4vMoeConfig", "Glm46VProcessor", _glm4v_vision, _glm4v_moe_text,
+        **_GLM46V,
     ),
     "internvl": TinyFamily(
         "InternVLForConditionalGeneration", "InternVLConfig", "InternVLProcessor", _frames.internvl_vision,
@@ -422,6 +448,9 @@ def fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
                 weight.copy_(noise * 1.6 / math.sqrt(fan_in))
             else:
                 weight.copy_(noise / math.sqrt(fan_in))
+        for name, values in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # changes which experts are chosen, not their weights
+                values.copy_(0.2 * torch.randn(values.shape, generator=generator))
         # Only printable tokens are ever generated: no end of text in the middle, no stray placeholder, readable output.
         for index in range(len(tokenizer)):
             piece = tokenizer.decode([index])

@@ -24,10 +24,10 @@ MAX_TOKENS = 12
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
-FEWEST_FRAMES = {"qwen3_vl": 2, "qwen3_vl_moe": 2, "qwen3_5": 2, "qwen3_5_moe": 2}
+FEWEST_FRAMES = {"qwen3_vl": 2, "qwen3_vl_moe": 2, "qwen3_5": 2, "qwen3_5_moe": 2, "glm46v": 2}
 """Their video processor refuses a clip of fewer frames; that of others takes one."""
 
-ONE_CLIP = ("glm4v",)
+ONE_CLIP = ("glm4v", "glm45v", "glm46v")
 """Families of which vLLM allows one clip in a prompt."""
 
 measured: list[float] = []

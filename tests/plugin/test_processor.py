@@ -67,7 +67,7 @@ def plan_in(result: Any) -> RetentionPlan | None:
     return None if array is None else RetentionPlan.from_array(array.numpy())
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v"])
+@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v", "glm46v"])
 def model(request: pytest.FixtureRequest, model_dir: Callable[[str], Path]) -> Path:
     return model_dir(request.param)
 
