@@ -136,7 +136,7 @@ FAMILIES: tuple[Family, ...] = (
         "evs_vllm.adapters.llava:LlavaNextVideo",
         "1-D RoPE",
         "contiguous",
-        False,
+        True,
         "Hugging Face reference",
         "one video a prompt, no images (vLLM's)",
     ),
