@@ -103,6 +103,8 @@ class TinyFamily:
     video: Mapping[str, Any] = field(default_factory=lambda: {"video_processor_type": "Qwen2VLVideoProcessor"})
     """Settings of the video processor that differ from Qwen2-VL's."""
     image_processor: str = "Qwen2VLImageProcessor"
+    patch: int = 14
+    """Side of a vision patch in pixels; a token is 2 x 2 of them."""
     tokens: Mapping[str, str] = field(default_factory=lambda: QWEN_TOKENS)
     """Names in the config of the tokens around and for media."""
     make: Callable[..., None] | None = None
@@ -126,11 +128,10 @@ def _qwen2_5_vision(s: dict[str, Any]) -> dict[str, Any]:
 
 
 def _qwen3_vision(s: dict[str, Any]) -> dict[str, Any]:
-    # The released models have patches of 16 pixels; with 14 the same clips fit every family. The learned place grid is
-    # 4 x 4, so that most places lie between its nodes.
+    # The learned place grid is 4 x 4, so that most places lie between its nodes.
     return {
         "depth": s["vision_layers"], "hidden_size": s["vision_hidden"], "intermediate_size": 2 * s["vision_hidden"],
-        "num_heads": s["vision_hidden"] // 32, "out_hidden_size": s["hidden_size"], "patch_size": 14,
+        "num_heads": s["vision_hidden"] // 32, "out_hidden_size": s["hidden_size"], "patch_size": 16,
         "num_position_embeddings": 16,
     }  # fmt: skip
 
@@ -222,19 +223,19 @@ FAMILIES: dict[str, TinyFamily] = {
     "qwen2_vl": TinyFamily("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", "Qwen2VLProcessor", _qwen2_vision),
     "qwen3_vl": TinyFamily(
         "Qwen3VLForConditionalGeneration", "Qwen3VLConfig", "Qwen3VLProcessor", _qwen3_vl_vision, _qwen3_vl_text,
-        video=_QWEN3_VIDEO,
+        patch=16, video=_QWEN3_VIDEO,
     ),
     "qwen3_vl_moe": TinyFamily(
         "Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeConfig", "Qwen3VLProcessor", _qwen3_vl_vision,
-        _qwen3_vl_moe_text, transposed_experts=True, video=_QWEN3_VIDEO,
+        _qwen3_vl_moe_text, transposed_experts=True, patch=16, video=_QWEN3_VIDEO,
     ),
     "qwen3_5": TinyFamily(
         "Qwen3_5ForConditionalGeneration", "Qwen3_5Config", "Qwen3VLProcessor", _qwen3_vision, _qwen3_5_text,
-        video=_QWEN3_VIDEO,
+        patch=16, video=_QWEN3_VIDEO,
     ),
     "qwen3_5_moe": TinyFamily(
         "Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeConfig", "Qwen3VLProcessor", _qwen3_vision, _qwen3_5_moe_text,
-        video=_QWEN3_VIDEO,
+        patch=16, video=_QWEN3_VIDEO,
     ),
     "glm4v": TinyFamily(
         "Glm4vForConditionalGeneration", "Glm4vConfig", "Glm4vProcessor", _glm4v_vision, _glm4v_text, **_GLM4V
@@ -403,10 +404,11 @@ def make_tokenizer(
 
 
 def _write_processor(directory: Path, row: TinyFamily, tokenizer: Any, max_tokens_per_frame: int) -> None:
-    size = {"shortest_edge": 28 * 28, "longest_edge": max_tokens_per_frame * 28 * 28}
+    token = (2 * row.patch) ** 2
+    size = {"shortest_edge": token, "longest_edge": max_tokens_per_frame * token}
     common = {
-        "size": size, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "do_resize": True, "resample": 3,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
+        "size": size, "patch_size": row.patch, "temporal_patch_size": 2, "merge_size": 2, "do_resize": True,
+        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
         "processor_class": row.processor_class,
     }  # fmt: skip
@@ -478,7 +480,7 @@ def synthetic_clip(
 
     Args:
         frames: number of frames.
-        size: (height, width) in pixels; multiples of 28 reach the model without resizing.
+        size: (height, width) in pixels; multiples of a token (28, of Qwen3-VL 32) reach the model without resizing.
         kind: `"moving"`: a static textured background with a textured rectangle travelling over it; `"static"`: the
             same frame again and again; `"noise"`: every pixel of every frame is new.
         moving: share of the picture's area that the rectangle covers.

@@ -7,7 +7,7 @@ computed in every frame of which anything is.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ class PlainTower(ReuseTower):
     conv: Any
     places: Callable[[], torch.Tensor]
     finish: Callable[[torch.Tensor], torch.Tensor]
-    start: Callable[[torch.Tensor], torch.Tensor] = torch.nn.Identity()
+    start: Callable[[torch.Tensor], torch.Tensor] = field(default_factory=torch.nn.Identity)
 
     def attentions(self) -> Iterable[torch.nn.Module]:
         return [self.attention(layer) for layer in self.layers]

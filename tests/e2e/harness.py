@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from evs_vllm.testing import FAMILIES
 from tests.reference.delta import use_fp32_delta_rule
 from tests.reference.hf import Clip, Picture, Reference, Result, Settings
 
@@ -29,6 +30,13 @@ FEWEST_FRAMES = {"qwen3_vl": 2, "qwen3_vl_moe": 2, "qwen3_5": 2, "qwen3_5_moe": 
 
 ONE_CLIP = ("glm4v", "glm45v", "glm46v")
 """Families of which vLLM allows one clip in a prompt."""
+
+
+def sized(family: str, size: tuple[int, int]) -> tuple[int, int]:
+    """A (height, width) given for tokens of 28 x 28 pixels, for as many of those that the family has."""
+    side = 2 * FAMILIES[family].patch
+    return size[0] // 28 * side, size[1] // 28 * side
+
 
 measured: list[float] = []
 """Every difference that was compared, for the summary line."""
