@@ -412,6 +412,8 @@ def _write_processor(directory: Path, row: TinyFamily, tokenizer: Any, max_token
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
         "processor_class": row.processor_class,
     }  # fmt: skip
+    # vLLM normalises images and clips alike, by the image processor's numbers.
+    common |= {key: row.video[key] for key in ("image_mean", "image_std") if key in row.video}
     image = common | {"image_processor_type": row.image_processor}
     video = common | {"cap_pixels_per_frame": False} | dict(row.video)
     if video["video_processor_type"] != "Qwen2VLVideoProcessor":  # their limit counts all frames
