@@ -22,7 +22,7 @@ Ledger (reason; when it can go):
 - `stock_model_class`, `replace_model_class`: ``ModelRegistry.register_model`` is public, reading back what an
   architecture was registered to is not.
 
-0.32 and 0.33 need no difference so far: everything used here is the same in both (0.33 was read, not run).
+0.32 and 0.33 need no difference so far: everything used here is the same in both. No engine of 0.33 was run.
 """
 
 import argparse

@@ -106,6 +106,8 @@ class TinyFamily:
     video: Mapping[str, Any] = field(default_factory=lambda: {"video_processor_type": "Qwen2VLVideoProcessor"})
     """Settings of the video processor that differ from Qwen2-VL's."""
     image_processor: str = "Qwen2VLImageProcessor"
+    patch: int = 14
+    """Side of a vision patch in pixels; a token is 2 x 2 of them."""
     tokens: Mapping[str, str] = field(default_factory=lambda: QWEN_TOKENS)
     """Names in the config of the tokens around and for media."""
     make: Callable[..., None] | None = None
@@ -129,11 +131,10 @@ def _qwen2_5_vision(s: dict[str, Any]) -> dict[str, Any]:
 
 
 def _qwen3_vision(s: dict[str, Any]) -> dict[str, Any]:
-    # The released models have patches of 16 pixels; with 14 the same clips fit every family. The learned place grid is
-    # 4 x 4, so that most places lie between its nodes.
+    # The learned place grid is 4 x 4, so that most places lie between its nodes.
     return {
         "depth": s["vision_layers"], "hidden_size": s["vision_hidden"], "intermediate_size": 2 * s["vision_hidden"],
-        "num_heads": s["vision_hidden"] // 32, "out_hidden_size": s["hidden_size"], "patch_size": 14,
+        "num_heads": s["vision_hidden"] // 32, "out_hidden_size": s["hidden_size"], "patch_size": 16,
         "num_position_embeddings": 16,
     }  # fmt: skip
 
@@ -198,6 +199,26 @@ def _glm4v_text(s: dict[str, Any]) -> dict[str, Any]:
     return {"rope_parameters": {"partial_rotary_factor": 0.5, "mrope_section": section}, "attention_bias": True}
 
 
+def _glm4v_moe_text(s: dict[str, Any]) -> dict[str, Any]:
+    # The first layer is dense, one expert is shared. head_dim and use_qk_norm, which vLLM reads, transformers' config
+    # class does not have, but the released checkpoints do.
+    return _glm4v_text(s) | {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "use_qk_norm": False,
+        "head_dim": s["hidden_size"] // s["heads"],
+    }  # fmt: skip
+
+
+_GLM4V: dict[str, Any] = {
+    "video": {"video_processor_type": "Glm4vVideoProcessor"}, "image_processor": "Glm4vImageProcessor",
+    "tokens": GLM_TOKENS,
+}  # fmt: skip
+_GLM46V: dict[str, Any] = {
+    "video": {"video_processor_type": "Glm46VVideoProcessor"}, "image_processor": "Glm46VImageProcessor",
+    "tokens": GLM_TOKENS,
+}  # fmt: skip
+
+
 FAMILIES: dict[str, TinyFamily] = {
     "qwen2_5_vl": TinyFamily(
         "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", "Qwen2_5_VLProcessor", _qwen2_5_vision
@@ -205,24 +226,30 @@ FAMILIES: dict[str, TinyFamily] = {
     "qwen2_vl": TinyFamily("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", "Qwen2VLProcessor", _qwen2_vision),
     "qwen3_vl": TinyFamily(
         "Qwen3VLForConditionalGeneration", "Qwen3VLConfig", "Qwen3VLProcessor", _qwen3_vl_vision, _qwen3_vl_text,
-        video=_QWEN3_VIDEO,
+        patch=16, video=_QWEN3_VIDEO,
     ),
     "qwen3_vl_moe": TinyFamily(
         "Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeConfig", "Qwen3VLProcessor", _qwen3_vl_vision,
-        _qwen3_vl_moe_text, transposed_experts=True, video=_QWEN3_VIDEO,
+        _qwen3_vl_moe_text, transposed_experts=True, patch=16, video=_QWEN3_VIDEO,
     ),
     "qwen3_5": TinyFamily(
         "Qwen3_5ForConditionalGeneration", "Qwen3_5Config", "Qwen3VLProcessor", _qwen3_vision, _qwen3_5_text,
-        video=_QWEN3_VIDEO,
+        patch=16, video=_QWEN3_VIDEO,
     ),
     "qwen3_5_moe": TinyFamily(
         "Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeConfig", "Qwen3VLProcessor", _qwen3_vision, _qwen3_5_moe_text,
-        video=_QWEN3_VIDEO,
+        patch=16, video=_QWEN3_VIDEO,
     ),
     "glm4v": TinyFamily(
-        "Glm4vForConditionalGeneration", "Glm4vConfig", "Glm4vProcessor", _glm4v_vision, _glm4v_text,
-        video={"video_processor_type": "Glm4vVideoProcessor"}, image_processor="Glm4vImageProcessor",
-        tokens=GLM_TOKENS,
+        "Glm4vForConditionalGeneration", "Glm4vConfig", "Glm4vProcessor", _glm4v_vision, _glm4v_text, **_GLM4V
+    ),
+    "glm45v": TinyFamily(
+        "Glm4vMoeForConditionalGeneration", "Glm4vMoeConfig", "Glm4vProcessor", _glm4v_vision, _glm4v_moe_text,
+        **_GLM4V,
+    ),
+    "glm46v": TinyFamily(
+        "Glm4vMoeForConditionalGeneration", "Glm4vMoeConfig", "Glm46VProcessor", _glm4v_vision, _glm4v_moe_text,
+        **_GLM46V,
     ),
     "internvl": TinyFamily(
         "InternVLForConditionalGeneration", "InternVLConfig", "InternVLProcessor", _frames.internvl_vision,
@@ -407,10 +434,11 @@ def make_tokenizer(
 
 
 def _write_processor(directory: Path, row: TinyFamily, tokenizer: Any, max_tokens_per_frame: int) -> None:
-    size = {"shortest_edge": 28 * 28, "longest_edge": max_tokens_per_frame * 28 * 28}
+    token = (2 * row.patch) ** 2
+    size = {"shortest_edge": token, "longest_edge": max_tokens_per_frame * token}
     common = {
-        "size": size, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "do_resize": True, "resample": 3,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
+        "size": size, "patch_size": row.patch, "temporal_patch_size": 2, "merge_size": 2, "do_resize": True,
+        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
         "processor_class": row.processor_class,
     }  # fmt: skip
@@ -454,6 +482,9 @@ def fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
                 weight.copy_(noise * 1.6 / math.sqrt(fan_in))
             else:
                 weight.copy_(noise / math.sqrt(fan_in))
+        for name, values in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # changes which experts are chosen, not their weights
+                values.copy_(0.2 * torch.randn(values.shape, generator=generator))
         # Only printable tokens are ever generated: no end of text in the middle, no stray placeholder, readable output.
         for index in range(len(tokenizer)):
             piece = tokenizer.decode([index])
@@ -481,7 +512,7 @@ def synthetic_clip(
 
     Args:
         frames: number of frames.
-        size: (height, width) in pixels; multiples of 28 reach the model without resizing.
+        size: (height, width) in pixels; multiples of a token (28, of Qwen3-VL 32) reach the model without resizing.
         kind: `"moving"`: a static textured background with a textured rectangle travelling over it; `"static"`: the
             same frame again and again; `"noise"`: every pixel of every frame is new.
         moving: share of the picture's area that the rectangle covers.

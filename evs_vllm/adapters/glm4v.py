@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLM-4.1V.
+"""GLM-4.1V, 4.5V and 4.6V: one vision tower; the latter two have a mixture of experts.
 
 Pixel rows are Qwen2-VL's. In the prompt every unit stands between text, as in Qwen3-VL, with the same positions:
-``<begin_of_image>placeholders<end_of_image>t``; the placeholders are those of images.
+``<begin_of_image>placeholders<end_of_image>t``; the placeholders are those of images. GLM-4.6V writes "t seconds".
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from evs_vllm.adapters.qwen3_vl import Qwen3VL
 
 
 class GLM4V(Qwen3VL):
-    """Adapter of the GLM-4.1V prompt."""
+    """Adapter of the GLM-V prompts."""
 
     def reuse_tower(self, model: Any) -> ReuseTower:
         return GLM4VTower(model.visual)

@@ -10,7 +10,7 @@ import torch
 
 from evs_vllm.adapters.base import PixelStats, ReuseTower
 from evs_vllm.adapters.frame_blocks import FrameBlocks
-from evs_vllm.adapters.plain_vit import PlainTower, packed_blocks, packed_frames
+from evs_vllm.adapters.plain_vit import PlainTower, packed_blocks, packed_frames, with_class
 from evs_vllm.plan import RetentionPlan
 
 
@@ -48,14 +48,9 @@ class InternVLNative(FrameBlocks):
             vision.encoder.layer,
             lambda layer: layer.attention.attn,
             vision.embeddings.patch_embeddings.projection,
-            lambda: _with_class(vision.embeddings.cls_token, vision.embeddings.position_embeddings),
+            lambda: with_class(vision.embeddings.cls_token, vision.embeddings.position_embeddings),
             lambda patches: model.multi_modal_projector(shuffle(vision.layernorm(patches)).flatten(1)),
         )
-
-
-def _with_class(token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """(1, 1, width) class token and (1, n, width) positions, of which the first is its own, as (n, width)."""
-    return torch.cat([token[0] + positions[0, :1], positions[0, 1:]])
 
 
 class InternVLChat(InternVLNative):
@@ -84,6 +79,6 @@ class InternVLChat(InternVLNative):
             vision.encoder.layers,
             lambda layer: layer.attn.attn,
             vision.embeddings.patch_embedding,
-            lambda: _with_class(vision.embeddings.class_embedding, vision.embeddings.position_embedding),
+            lambda: with_class(vision.embeddings.class_embedding, vision.embeddings.position_embedding),
             lambda patches: model.mlp1(shuffle(patches).flatten(1)),
         )

@@ -1,21 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA-NeXT-Video and LLaVA-OneVision: the patches of a frame are pooled to half as many along each side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evs_vllm.adapters.base import Clip
+import torch
+
+from evs_vllm.adapters.base import Clip, ReuseTower
 from evs_vllm.adapters.frame_blocks import FrameBlocks
-from evs_vllm.plan import BoolArray, Layout
+from evs_vllm.adapters.plain_vit import PlainTower, packed_blocks, with_class
+from evs_vllm.plan import BoolArray, Layout, RetentionPlan
 
 
 class LlavaNextVideo(FrameBlocks):
-    """LLaVA-NeXT-Video: pooling makes one token of each s x s patches (s = 2)."""
+    """LLaVA-NeXT-Video: pooling makes one token of each s x s patches (s = 2), so a token's patches go together."""
 
     def block_starts(self, hf_config: Any) -> tuple[list[int], int]:
         vision, stride = hf_config.vision_config, hf_config.spatial_pool_stride
         block = vision.patch_size * stride
         return [block * i for i in range(vision.image_size // vision.patch_size // stride)], block
+
+    def computed_pixels(self, item: Mapping[str, Any], plan: RetentionPlan) -> dict[str, Any]:
+        return {self.pixels: packed_blocks(item[self.pixels], plan)}
+
+    def reuse_obstacle(self, hf_config: Any) -> str:
+        vision = hf_config.vision_config
+        if vision.model_type != "clip_vision_model" or hf_config.vision_feature_select_strategy != "default":
+            return "only a CLIP vision tower without its class token is supported."
+        if vision.image_size % (vision.patch_size * hf_config.spatial_pool_stride):
+            return "pooling leaves out the last patches of a frame."
+        return ""
+
+    def reuse_tower(self, model: Any) -> ReuseTower | None:
+        if self.reuse_obstacle(model.config):
+            return None
+        vision, pool = model.vision_tower.vision_model, model.vision_resampler.pool
+        embeddings = vision.embeddings
+
+        def finish(patches: torch.Tensor) -> torch.Tensor:
+            projected: torch.Tensor = model.multi_modal_projector(pool(patches.permute(0, 3, 1, 2)).flatten(1))
+            return projected
+
+        return PlainTower(
+            self.pixels,
+            vision.encoder.layers,
+            lambda layer: layer.self_attn.attn,
+            embeddings.patch_embedding,
+            lambda: with_class(embeddings.class_embedding[None, None], embeddings.position_embedding.weight[None]),
+            finish,
+            vision.pre_layrnorm,
+        )
 
 
 class LlavaOnevision(FrameBlocks):

@@ -7,7 +7,7 @@ computed in every frame of which anything is.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,11 @@ from evs_vllm.reuse import ClipRows, ReuseSchedule
 
 SCHEDULE = "evs_schedule"
 """Attribute of an attention module that holds the schedule of the call."""
+
+
+def with_class(token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(1, 1, width) class token and (1, n, width) positions, of which the first is its own, as (n, width)."""
+    return torch.cat([token[0] + positions[0, :1], positions[0, 1:]])
 
 
 def packed_frames(plan: RetentionPlan) -> int:
@@ -71,12 +76,13 @@ def frame_rows(plan: RetentionPlan, patches: int) -> tuple[ClipRows, np.ndarray]
 @dataclass
 class PlainTower(ReuseTower):
     """Attributes:
-    pixels: Name of the pixel field, which holds what `packed_blocks` made.
+    pixels: Name of the pixel field, which holds what `packed_blocks` made: one tensor, or one of each clip.
     layers: The tower's layers, (1, rows, width) to the same.
     attention: From a layer to its attention module.
     conv: The patch embedding, (n, 3, S, S) pixels to (n, width, patches, patches).
     places: The (1 + patches per frame, width) rows to add: first the class token with its position, then the positions.
     finish: (tokens, r, r, width), the r x r patches of each token, to (tokens, hidden).
+    start: What comes before the first layer, (rows, width) to the same, each row by itself.
     """
 
     pixels: str
@@ -85,12 +91,16 @@ class PlainTower(ReuseTower):
     conv: Any
     places: Callable[[], torch.Tensor]
     finish: Callable[[torch.Tensor], torch.Tensor]
+    start: Callable[[torch.Tensor], torch.Tensor] = field(default_factory=torch.nn.Identity)
 
     def attentions(self) -> Iterable[torch.nn.Module]:
         return [self.attention(layer) for layer in self.layers]
 
     def encode(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> torch.Tensor:
-        patches = self.conv(batch[self.pixels].to(self.conv.weight.dtype))
+        frames = batch[self.pixels]
+        if isinstance(frames, list) or frames.ndim == 5:  # clip by clip
+            frames = torch.cat(list(frames))
+        patches = self.conv(frames.to(self.conv.weight.dtype))
         count, width, across, _ = patches.shape
         side = plans[0].grid[1]
         ratio = across // side
@@ -104,16 +114,16 @@ class PlainTower(ReuseTower):
         start = 0
         for plan in plans:
             clip, patch = frame_rows(plan, ratio**2)
-            frames = packed_frames(plan)
-            tokens = patches[start : start + frames].flatten(0, 1)[: len(plan.computed)]
+            packed = packed_frames(plan)
+            tokens = patches[start : start + packed].flatten(0, 1)[: len(plan.computed)]
             place = torch.from_numpy(plan.computed % plan.tokens_per_unit).to(table.device)
             own = table[:1].repeat(len(patch), 1)
             own[torch.from_numpy(patch).to(own.device)] = (tokens + positions[place]).flatten(0, 1)
             rows.append(clip)
             hidden.append(own)
             is_patch.append(patch)
-            start += frames
-        out = self._run(torch.cat(hidden)[None], ReuseSchedule(rows, 1))[0]
+            start += packed
+        out = self._run(self.start(torch.cat(hidden))[None], ReuseSchedule(rows, 1))[0]
         out = out[torch.from_numpy(np.concatenate(is_patch)).to(out.device)]
         return self.finish(out.view(-1, ratio, ratio, width))
 

@@ -50,12 +50,6 @@ REFUSED: tuple[Refused, ...] = (
         False,
     ),
     Refused(
-        "GLM-4.5V, 4.6V",
-        ("Glm4vMoeForConditionalGeneration",),
-        "its mixture of experts and GLM-4.6V's processor have not been run",
-        True,
-    ),
-    Refused(
         "MiniCPM-V 4.6, 4.7",
         ("MiniCPMV4_6ForConditionalGeneration", "MiniCPMV4_7ForConditionalGeneration"),
         "a frame becomes an overview and slices, which are not one grid of rows and columns; 4.6 also writes a cached "

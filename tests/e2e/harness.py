@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from evs_vllm.testing import FAMILIES
 from tests.reference.delta import use_fp32_delta_rule
 from tests.reference.hf import Clip, Picture, Reference, Result, Settings, Sound
 
@@ -27,11 +28,18 @@ VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 AUDIO = "<|audio_start|><|audio_pad|><|audio_end|>"
 
-FEWEST_FRAMES = {"qwen3_vl": 2, "qwen3_vl_moe": 2, "qwen3_5": 2, "qwen3_5_moe": 2}
+FEWEST_FRAMES = {"qwen3_vl": 2, "qwen3_vl_moe": 2, "qwen3_5": 2, "qwen3_5_moe": 2, "glm46v": 2}
 """Their video processor refuses a clip of fewer frames; that of others takes one."""
 
-ONE_CLIP = ("glm4v",)
+ONE_CLIP = ("glm4v", "glm45v", "glm46v")
 """Families of which vLLM allows one clip in a prompt."""
+
+
+def sized(family: str, size: tuple[int, int]) -> tuple[int, int]:
+    """A (height, width) given for tokens of 28 x 28 pixels, for as many of those that the family has."""
+    side = 2 * FAMILIES[family].patch
+    return size[0] // 28 * side, size[1] // 28 * side
+
 
 measured: list[float] = []
 """Every difference that was compared, for the summary line."""

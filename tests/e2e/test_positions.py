@@ -116,7 +116,7 @@ def test_ids_above_256_are_exact(engine, ref, seen, family):
 
 
 # Frames that fit, frames that do not, and their size: few and wide where the text of each unit takes up context.
-BEYOND = {"qwen2_vl": (1600, 2200, (28, 28)), "qwen3_vl": (22, 30, (28, 28 * 60))}
+BEYOND = {"qwen2_vl": (1600, 2200, (28, 28)), "qwen3_vl": (22, 30, (32, 32 * 60))}
 
 
 @pytest.mark.parametrize("name", BEYOND)

@@ -24,6 +24,7 @@ from tests.e2e.harness import (
     expected,
     recorded_positions,
     run_and_check,
+    sized,
 )
 from tests.reference.hf import Clip, Picture, Settings, Sound, select
 from tests.reference.tower import TowerReference, TowerSettings, computed_tokens
@@ -101,8 +102,14 @@ class Recorder:
         return [RetentionPlan.from_array(a.numpy()) for kwargs, _ in self.calls for a in kwargs.get(PLAN_FIELD, [])]
 
 
-def clip(seed=0, frames=16, **kwargs):
-    return synthetic_clip(frames, seed=seed, noise=kwargs.pop("noise", 2), **kwargs)
+@pytest.fixture
+def clip(family):
+    """Draws clips that reach the model without resizing; `size` is that for tokens of 28 x 28 pixels."""
+
+    def make(seed=0, frames=16, size=(112, 140), noise=2, **kwargs):
+        return synthetic_clip(frames, sized(family, size), seed=seed, noise=noise, **kwargs)
+
+    return make
 
 
 def embeddings(engine, request):
@@ -123,7 +130,7 @@ def computed_by(ref, request):
 
 # First in the module: it starts an engine of its own, the others share one.
 @pytest.mark.also("qwen3_vl")
-def test_rate_zero_is_the_stock_tower_bit_for_bit(pool, family):
+def test_rate_zero_is_the_stock_tower_bit_for_bit(pool, family, clip):
     frames = {
         "synthetic": clip(1),
         "odd": clip(2, 7, size=(84, 140)),
@@ -155,7 +162,7 @@ def test_rate_zero_is_the_stock_tower_bit_for_bit(pool, family):
 
 @pytest.mark.every_family
 @pytest.mark.parametrize("rate", [0.5, 0.75, 0.9, 0.99])
-def test_one_request(engine, ref, rate):
+def test_one_request(engine, ref, clip, rate):
     request = ask(clip(5), TowerSettings(rate), evs_rate=rate)
     with Recorder(engine) as seen:
         ((output, result),) = run_and_check(engine, ref, [request])
@@ -174,7 +181,7 @@ def test_real_video(engine, ref, name):
 
 @pytest.mark.also("qwen3_vl")
 @pytest.mark.parametrize("refresh", [0, 1, 2, 3, 50])
-def test_refresh(engine, ref, refresh):
+def test_refresh(engine, ref, clip, refresh):
     request = ask(clip(4, 17), TowerSettings(0.75, refresh=refresh), evs_encoder_refresh=refresh)
     with Recorder(engine) as seen:
         ((_, result),) = run_and_check(engine, ref, [request])
@@ -198,21 +205,21 @@ SETTINGS = {
 
 @pytest.mark.also("qwen3_vl")
 @pytest.mark.parametrize("name", SETTINGS)
-def test_budgets(engine, ref, name):
+def test_budgets(engine, ref, clip, name):
     settings, kwargs = SETTINGS[name]
     run_and_check(engine, ref, [ask(clip(40), settings, **kwargs), ask(clip(43, 9), settings, **kwargs)])
 
 
 @pytest.mark.also("qwen3_vl")
 @pytest.mark.parametrize("size", [(28, 28), (28, 140), (140, 28), (84, 84), (112, 140)])
-def test_odd_grids_and_short_clips(engine, ref, family, size):
+def test_odd_grids_and_short_clips(engine, ref, clip, family, size):
     counts = [max(frames, FEWEST_FRAMES.get(family, 1)) for frames in (1, 2, 3, 6, 11)]
     requests = [ask(clip(7, frames, size=size), TowerSettings(0.6), evs_rate=0.6) for frames in counts]
     run_and_check(engine, ref, requests)
 
 
 @pytest.mark.every_family
-def test_eight_requests_with_their_own_rates_and_encoders(engine, ref, family):
+def test_eight_requests_with_their_own_rates_and_encoders(engine, ref, clip, family):
     choices = [
         (TowerSettings(0.5), {"evs_rate": 0.5}),
         (Settings(0.5), {"evs_rate": 0.5, "evs_encoder": "full"}),
@@ -240,7 +247,7 @@ def test_eight_requests_with_their_own_rates_and_encoders(engine, ref, family):
 
 
 @pytest.mark.also("qwen3_vl")
-def test_a_batch_gives_each_clip_what_it_gets_alone(engine, ref):
+def test_a_batch_gives_each_clip_what_it_gets_alone(engine, ref, clip):
     cases = [
         (clip(20, 16), {"evs_rate": 0.5}),
         (clip(21, 9, size=(84, 140)), {"evs_rate": 0.9}),
@@ -260,7 +267,7 @@ def test_a_batch_gives_each_clip_what_it_gets_alone(engine, ref):
 
 
 @pytest.mark.every_family
-def test_second_turn_hits_the_prefix_cache(engine, ref, family):
+def test_second_turn_hits_the_prefix_cache(engine, ref, clip, family):
     settings, kwargs = TowerSettings(0.75, refresh=3), {"evs_encoder_refresh": 3}
     first = ask(clip(30, 24), settings, **kwargs)
     ((answer, result),) = run_and_check(engine, ref, [first])
@@ -278,7 +285,7 @@ def test_second_turn_hits_the_prefix_cache(engine, ref, family):
     run_and_check(engine, ref, [third])
 
 
-def test_identities(engine, ref):
+def test_identities(engine, ref, clip):
     frames = clip(32)
     variants = {
         "server": (REUSE, {}),
@@ -307,7 +314,7 @@ def test_identities(engine, ref):
 
 
 @pytest.mark.also("qwen3_vl")
-def test_pixels_that_travel(engine):
+def test_pixels_that_travel(engine, clip):
     for kwargs, rows in (
         ({}, 40),
         ({"evs_encoder_refresh": 2}, 40),
@@ -327,7 +334,7 @@ def test_pixels_that_travel(engine):
 
 
 @pytest.mark.also("qwen3_vl")
-def test_a_static_clip_computes_unit_0_only(engine, ref, family):
+def test_a_static_clip_computes_unit_0_only(engine, ref, clip, family):
     frames = clip(34, kind="static", noise=0)
     kwargs = {"evs_threshold": 1}
     request = ask(frames, TowerSettings(threshold=1.0), **kwargs)
@@ -344,7 +351,7 @@ def test_a_static_clip_computes_unit_0_only(engine, ref, family):
 
 
 @pytest.mark.every_family
-def test_the_comparison_can_fail(engine, ref):
+def test_the_comparison_can_fail(engine, ref, clip):
     """A reference with a small mistake in the rule is no longer matched."""
     request = ask(clip(1), TowerSettings(0.75, refresh=3), evs_encoder_refresh=3)
     request.prompt = ref.spelled(request.prompt)
@@ -367,7 +374,7 @@ def test_the_comparison_can_fail(engine, ref):
 
 @pytest.mark.omni
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
-def test_audio_beside_clips(engine, ref, positions):
+def test_audio_beside_clips(engine, ref, clip, positions):
     """Sounds stand where text stands; here the clips' time is told by the request, as these models' processor does."""
 
     def sound(seed, samples):
@@ -393,7 +400,7 @@ def test_audio_beside_clips(engine, ref, positions):
 
 # Last of a family: it starts an engine of its own.
 @pytest.mark.every_family
-def test_settings_of_the_server(pool, ref, family):
+def test_settings_of_the_server(pool, ref, clip, family):
     engine = pool.get(family, EVS | {"encoder": "reuse", "encoder_refresh": 2, "rate": 0.9}, max_num_batched_tokens=32)
     requests = [
         ask(clip(36, 32), TowerSettings(0.9, refresh=2)),

@@ -214,8 +214,8 @@ def test_statistics_of_the_own_format_are_those_of_its_processor() -> None:
 
 
 def test_pixels_that_nobody_computes_do_not_travel(model_dir: Callable[[str], Path]) -> None:
-    frames = synthetic_clip(8, (112, 112), moving=0.2, seed=4)
-    for name in ("internvl", "internvl_chat"):
+    for name in ("internvl", "internvl_chat", "llava_next_video"):
+        frames = synthetic_clip(8, SIZES[name], moving=0.2, seed=4)
         pixels = adapter_of(whole := processor_for(model_dir(name), WHOLE)).pixels
         for options, expected in (({"encoder_refresh": 0}, 4), ({"encoder_refresh": 2}, 6)):
             processor = processor_for(model_dir(name), {"rate": 0.5} | options)
@@ -230,6 +230,8 @@ def test_reuse_is_refused_where_it_would_be_wrong(model_dir: Callable[[str], Pat
     for name, options, reason in (
         ("internvl_chat", {"hf_overrides": {"ps_version": "v1"}}, "pixel shuffle"),
         ("llava_onevision", {}, "not supported"),
+        ("llava_next_video", {"hf_overrides": {"vision_feature_select_strategy": "full"}}, "class token"),
+        ("llava_next_video", {"hf_overrides": {"spatial_pool_stride": 3}}, "leaves out"),
     ):
         with pytest.raises(ConfigError, match=reason):
             processor_for(model_dir(name), {"rate": 0.5, "encoder": "reuse"}, **options)

@@ -93,14 +93,16 @@ def test_two_clips_together_equal_a_dense_tower_in_loops() -> None:
         lambda layer: layer.attn,
         conv,
         lambda: table,
-        lambda x: x.flatten(1),  # type: ignore[arg-type]
+        lambda x: x.flatten(1),
+        torch.nn.LayerNorm(WIDTH, elementwise_affine=False),
     )
     for attention in tower.attentions():
         accept_schedules(attention)
     clips = [plan_of(4, side, 0.3, 1), plan_of(3, side, 0.1, 2)]
     videos = [torch.randn(plan.num_units, 3, side * 10, side * 10) for plan in clips]
-    batch = {"pixels": torch.cat([packed_blocks(video, plan) for video, plan in zip(videos, clips)])}
-    got = tower.encode(batch, clips)
+    packed = [packed_blocks(video, plan) for video, plan in zip(videos, clips)]
+    got = tower.encode({"pixels": torch.cat(packed)}, clips)
+    assert torch.equal(got, tower.encode({"pixels": packed}, clips)), "clip by clip"
     expected = torch.cat([dense(layers, conv, table, video, plan) for video, plan in zip(videos, clips)])
     assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-5)
     assert not any(hasattr(attention, "evs_schedule") for attention in tower.attentions())
@@ -111,6 +113,7 @@ def dense(layers: list[Layer], conv: torch.nn.Conv2d, table: torch.Tensor, video
     across = 2 * side
     computed = set(plan.computed.tolist())
     hidden = torch.cat([table[:1].expand(units, 1, -1), conv(video).flatten(2).transpose(1, 2) + table[1:]], dim=1)
+    hidden = torch.nn.functional.layer_norm(hidden, (WIDTH,))
     alive = torch.zeros(hidden.shape[:2], dtype=torch.bool)
     for unit in range(units):
         for place in range(across * across):

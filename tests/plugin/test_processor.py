@@ -20,11 +20,10 @@ from evs_vllm.plan import Layout, RetentionPlan
 from evs_vllm.positions import RESERVE
 from evs_vllm.scoring import pixel_change
 from evs_vllm.select import make_plan
+from evs_vllm.testing import FAMILIES as TINY
 from evs_vllm.testing import synthetic_clip
 
 pytestmark = pytest.mark.vllm
-
-SIZE = (112, 140)  # 4 x 5 tokens of 28 pixels
 
 
 def processor_for(model: Path, evs: dict[str, Any] | None, **kwargs: Any) -> Any:
@@ -67,9 +66,28 @@ def plan_in(result: Any) -> RetentionPlan | None:
     return None if array is None else RetentionPlan.from_array(array.numpy())
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v", "qwen2_5_omni", "qwen3_omni_moe"])
-def model(request: pytest.FixtureRequest, model_dir: Callable[[str], Path]) -> Path:
-    return model_dir(request.param)
+@pytest.fixture(
+    params=["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v", "glm46v", "qwen2_5_omni", "qwen3_omni_moe"]
+)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(family: str, model_dir: Callable[[str], Path]) -> Path:
+    return model_dir(family)
+
+
+@pytest.fixture
+def side(family: str) -> int:
+    """Of a token, in pixels."""
+    return 2 * TINY[family].patch
+
+
+@pytest.fixture
+def size(side: int) -> tuple[int, int]:
+    """Of a frame: 4 x 5 tokens."""
+    return 4 * side, 5 * side
 
 
 @pytest.fixture
@@ -79,16 +97,18 @@ def adapter(model: Path) -> FamilyAdapter:
     return family.load_adapter()
 
 
-def test_a_painted_token_changes_its_score_and_no_other(model: Path, adapter: FamilyAdapter) -> None:
+def test_a_painted_token_changes_its_score_and_no_other(
+    model: Path, adapter: FamilyAdapter, side: int, size: tuple[int, int]
+) -> None:
     """Through the real Hugging Face processor: the rows we score are the pixels of that token, at that place."""
     processor = processor_for(model, {"rate": 0.5, "encoder": "full"})
-    frames = np.full((8, *SIZE, 3), 100, dtype=np.uint8)
-    grid = (4, SIZE[0] // 28, SIZE[1] // 28)
+    frames = np.full((8, *size, 3), 100, dtype=np.uint8)
+    grid = (4, 4, 5)
     rng = np.random.default_rng()
     for _ in range(8):
         t, row, column = (int(rng.integers(1, grid[0])), int(rng.integers(grid[1])), int(rng.integers(grid[2])))
         painted = frames.copy()
-        top, left = row * 28 + int(rng.integers(28)), column * 28 + int(rng.integers(28))
+        top, left = row * side + int(rng.integers(side)), column * side + int(rng.integers(side))
         painted[2 * t + int(rng.integers(2)), top, left, int(rng.integers(3))] = 137
         item = fields(process(processor, painted))
         stats = adapter.pixel_stats(processor.info.get_hf_processor())
@@ -101,17 +121,17 @@ def test_a_painted_token_changes_its_score_and_no_other(model: Path, adapter: Fa
         assert pixel_change(clip.tokens).view(grid).tolist() == expected.tolist()
 
 
-def test_frames_come_back_as_they_went_in(model: Path, adapter: FamilyAdapter) -> None:
+def test_frames_come_back_as_they_went_in(model: Path, adapter: FamilyAdapter, size: tuple[int, int]) -> None:
     processor = processor_for(model, {"rate": 0.5, "encoder": "full"})
-    frames = synthetic_clip(frames=6, size=SIZE, moving=0.2)
+    frames = synthetic_clip(frames=6, size=size, moving=0.2)
     item = fields(process(processor, frames))
     stats = adapter.pixel_stats(processor.info.get_hf_processor())
     shown = adapter.frames(item, processor.info.get_hf_config(), stats)
     assert shown.shape == frames.shape and (shown == frames).all()
 
 
-def test_host_normalised_pixels_give_the_same_plan(model: Path) -> None:
-    frames = synthetic_clip(frames=9, size=SIZE, moving=0.2)
+def test_host_normalised_pixels_give_the_same_plan(model: Path, size: tuple[int, int]) -> None:
+    frames = synthetic_clip(frames=9, size=size, moving=0.2)
     raw = process(processor_for(model, {"rate": 0.75}), frames)
     normalised = process(processor_for(model, {"rate": 0.75}, mm_device_do_normalize=False), frames)
     # vLLM has the tower of the Omni models take normalised pixels only.
@@ -121,16 +141,16 @@ def test_host_normalised_pixels_give_the_same_plan(model: Path) -> None:
     assert one is not None and other is not None and one.kept.tolist() == other.kept.tolist()
 
 
-def test_prompt_plan_and_placeholder_agree(model: Path) -> None:
+def test_prompt_plan_and_placeholder_agree(model: Path, size: tuple[int, int]) -> None:
     processor = processor_for(model, {"rate": 0.75})
-    result = process(processor, synthetic_clip(frames=16, size=SIZE, moving=0.2))
+    result = process(processor, synthetic_clip(frames=16, size=size, moving=0.2))
     plan = plan_in(result)
     assert plan is not None and plan.num_tokens == 8 * 20 and plan.num_kept == 40
     (placeholder,) = result["mm_placeholders"]["video"]
     config = processor.info.get_hf_config()
     pad = config.image_token_id if "glm" in str(model) else config.video_token_id
     assert result["prompt_token_ids"].count(pad) == placeholder.get_num_embeds() == 40
-    stock = process(processor_for(model, None), synthetic_clip(frames=16, size=SIZE, moving=0.2))
+    stock = process(processor_for(model, None), synthetic_clip(frames=16, size=size, moving=0.2))
     (unpruned,) = stock["mm_placeholders"]["video"]
     assert (
         unpruned.length - placeholder.length == len(stock["prompt_token_ids"]) - len(result["prompt_token_ids"]) == 120
@@ -140,8 +160,8 @@ def test_prompt_plan_and_placeholder_agree(model: Path) -> None:
     assert fields(result)["evs_plan"].dtype == torch.int64
 
 
-def test_pixels_that_nobody_computes_do_not_travel(model: Path) -> None:
-    frames = synthetic_clip(frames=16, size=SIZE, moving=0.2)
+def test_pixels_that_nobody_computes_do_not_travel(model: Path, size: tuple[int, int]) -> None:
+    frames = synthetic_clip(frames=16, size=size, moving=0.2)
     full = fields(process(processor_for(model, {"rate": 0.75, "encoder": "full"}), frames))["pixel_values_videos"]
     for refresh in 0, 8, 3:
         processor = processor_for(model, {"rate": 0.75, "request_overrides": "any"})
@@ -155,9 +175,9 @@ def test_pixels_that_nobody_computes_do_not_travel(model: Path) -> None:
         assert pixels.tolist() == full.view(-1, 4, full.shape[-1])[expected].flatten(0, 1).tolist()
 
 
-def test_cache_keys(model: Path) -> None:
+def test_cache_keys(model: Path, size: tuple[int, int]) -> None:
     """Different settings never share an entry, equal ones always do, and rate 0 is the stock key."""
-    frames = synthetic_clip(frames=8, size=SIZE, moving=0.2)
+    frames = synthetic_clip(frames=8, size=size, moving=0.2)
     server = {"rate": 0.75, "request_overrides": "any"}
     processor = processor_for(model, server)
 
@@ -184,7 +204,7 @@ def test_cache_keys(model: Path) -> None:
     assert plan_in(process(processor, frames, evs_rate=0)) is None
 
 
-def test_processor_cache_hit_keeps_the_pruned_prompt(model: Path) -> None:
+def test_processor_cache_hit_keeps_the_pruned_prompt(model: Path, size: tuple[int, int]) -> None:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -196,7 +216,7 @@ def test_processor_cache_hit_keeps_the_pruned_prompt(model: Path) -> None:
     config: VllmConfig = args.create_engine_config()
     processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
     cache = processor_only_cache_from_config(config)
-    frames = synthetic_clip(frames=8, size=SIZE, moving=0.2)
+    frames = synthetic_clip(frames=8, size=size, moving=0.2)
     clips = metrics().clips._value.get
     planned = metrics().planning_time._sum.get
     before, first = clips(), process(processor, frames, cache=cache)
@@ -211,9 +231,9 @@ def test_processor_cache_hit_keeps_the_pruned_prompt(model: Path) -> None:
     assert time_after_first < third == planned(), "two settings were planned once each, hits not at all"
 
 
-def test_bad_requests_raise_before_anything_is_processed(model: Path) -> None:
+def test_bad_requests_raise_before_anything_is_processed(model: Path, size: tuple[int, int]) -> None:
     processor = processor_for(model, {"rate": 0.75})
-    frames = synthetic_clip(frames=4, size=SIZE, moving=0.2)
+    frames = synthetic_clip(frames=4, size=size, moving=0.2)
     for bad in ({"evs_rate": 0.1}, {"evs_rate": 7}, {"evs_speed": 1}, {"evs_rate": 0.8, "evs_threshold": 3}):
         with pytest.raises(RequestError):
             process(processor, frames, **bad)
@@ -258,13 +278,15 @@ def test_positions_beyond_the_rotary_cache_are_refused(model: Path, adapter: Fam
 
 
 @pytest.mark.parametrize("fps", [0.25, 1.0, 2.0, 30.0])
-def test_position_span_is_what_the_model_makes(model: Path, adapter: FamilyAdapter, fps: float) -> None:
+def test_position_span_is_what_the_model_makes(
+    model: Path, adapter: FamilyAdapter, fps: float, size: tuple[int, int]
+) -> None:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
 
     from evs_vllm import compat
 
     processor = processor_for(model, {"rate": 0.75, "encoder": "full"})
-    frames = synthetic_clip(frames=14, size=SIZE, moving=0.2)
+    frames = synthetic_clip(frames=14, size=size, moving=0.2)
     kwargs = {"fps": fps} if "omni" in str(model) else {}  # their processor reads no metadata
     result = process(processor, frames, fps_of_clip=fps, evs_rate=0.75, **kwargs)
     stock_processor = processor_for(model, None)
@@ -293,7 +315,7 @@ def test_audio_in_video_is_refused_where_the_clip_would_be_pruned(omni: Path) ->
     from evs_vllm.errors import UnsupportedError
 
     def ask(processor: Any, audio: bool = True, video: bool = True, **mm_kwargs: Any) -> Any:
-        clip = synthetic_clip(frames=8, size=SIZE, moving=0.2)
+        clip = synthetic_clip(frames=8, size=(112, 140), moving=0.2)
         samples = (np.random.default_rng(1).standard_normal(20000) / 10).astype(np.float32)
         media = {"video": [clip]} if video else {}
         if audio:
@@ -320,12 +342,12 @@ def test_audio_in_video_is_refused_where_the_clip_would_be_pruned(omni: Path) ->
         processor_for(omni, {"rate": 0.75}, mm_processor_kwargs={"use_audio_in_video": True})
 
 
-def test_memory_is_profiled_unpruned(model: Path) -> None:
+def test_memory_is_profiled_unpruned(model: Path, size: tuple[int, int]) -> None:
     on, off = (processor_for(model, evs, limit_mm_per_prompt={"video": 1}) for evs in ({"rate": 0.9}, None))
     one, other = (p.get_dummy_mm_inputs({"video": 1}) for p in (on, off))
     assert one["mm_placeholders"]["video"][0].length == other["mm_placeholders"]["video"][0].length
     assert plan_in(one) is None
-    assert plan_in(process(on, synthetic_clip(frames=8, size=SIZE, moving=0.2))) is not None, "off only while profiling"
+    assert plan_in(process(on, synthetic_clip(frames=8, size=size, moving=0.2))) is not None, "off only while profiling"
 
 
 @dataclass

@@ -218,8 +218,14 @@ class FramesReference:
             return torch.where(alive[:, :, None], x, torch.nan)
 
         hidden, everywhere = poisoned(hidden), torch.arange(places)
-        for layer in vision.encoder.layer:
-            attention, x = layer.attention, layer.layernorm_before(hidden)
+        clip = self.kind == "llava_next_video"
+        if clip:  # reads the output of the last layer but one
+            hidden, layers = vision.pre_layrnorm(hidden), vision.encoder.layers[:-1]
+        else:
+            layers = vision.encoder.layer
+        for layer in layers:
+            attention = layer.self_attn if clip else layer.attention
+            x = (layer.layer_norm1 if clip else layer.layernorm_before)(hidden)
             heads = (units, places, attention.num_heads, attention.head_dim)
             query, key, value = (
                 project(x).view(heads) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -229,8 +235,16 @@ class FramesReference:
                 k, v = key[latest[unit], everywhere], value[latest[unit], everywhere]
                 weights = torch.softmax(torch.einsum("qhd,khd->hqk", query[unit], k) * attention.scale, dim=-1)
                 seen.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
-            hidden = hidden + layer.lambda_1 * attention.projection_layer(torch.stack(seen))
-            hidden = poisoned(hidden + layer.lambda_2 * layer.mlp(layer.layernorm_after(hidden)))
+            if clip:
+                hidden = hidden + attention.out_proj(torch.stack(seen))
+                hidden = poisoned(hidden + layer.mlp(layer.layer_norm2(hidden)))
+            else:
+                hidden = hidden + layer.lambda_1 * attention.projection_layer(torch.stack(seen))
+                hidden = poisoned(hidden + layer.lambda_2 * layer.mlp(layer.layernorm_after(hidden)))
+        if clip:
+            assert self.config.vision_feature_layer == -2 and self.config.spatial_pool_mode == "average"
+            pooled = hidden[:, 1:].reshape(units, side // 2, 2, side // 2, 2, width).mean(dim=(2, 4))
+            return core.multi_modal_projector(pooled.flatten(0, 2))
         patches = vision.layernorm(hidden)[:, 1:].reshape(units, side, side, width)
         return core.multi_modal_projector(core.pixel_shuffle(patches).flatten(1, 2)).flatten(0, 1)
 

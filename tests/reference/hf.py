@@ -6,7 +6,7 @@ Nothing here comes from `evs_vllm` or `evs_kernels`, and nothing is fast. A prom
 NumPy selection picks the tokens to keep, their embeddings are gathered, every token gets an explicit M-RoPE position
 ID, and the language model decodes greedily, one step at a time.
 
-Qwen3-VL and Qwen3.5 write each unit as ``<t seconds><vision_start>tokens<vision_end>``, GLM-4.1V writes its own names
+Qwen3-VL and Qwen3.5 write each unit as ``<t seconds><vision_start>tokens<vision_end>``, GLM writes its own names
 of these and the time after it; that text is spelled out here.
 Embeddings of models with deepstack are wider: the columns beyond the hidden size are added after the first layers.
 
@@ -278,7 +278,10 @@ class Reference:
 
         seconds = self._seconds(clip, units)
         if self.glm:  # whole seconds of the first frame, after each unit
-            stamps = [f"<|end_of_image|>{int(2 * t / clip.fps)}" for t in range(units)]
+            whole = [int(2 * t / clip.fps) for t in range(units)]
+            # vLLM writes GLM-4.6V's as whole seconds, too, where transformers writes tenths.
+            later = type(self.processor).__name__ == "Glm46VProcessor"
+            stamps = ["<|end_of_image|>" + (f"{s:.1f} seconds" if later else f"{s}") for s in whole]
             around = ["<|begin_of_video|>", *stamps]
             around = [text + "<|begin_of_image|>" for text in around[:-1]] + [around[-1] + "<|end_of_video|>"]
         else:

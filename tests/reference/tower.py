@@ -73,7 +73,7 @@ def computed_tokens(pixels: np.ndarray, kept: np.ndarray, settings: Settings) ->
 def encode(
     visual: Any, pixels: torch.Tensor, grid: tuple[int, int, int], computed: np.ndarray
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Runs a Hugging Face vision tower (of Qwen2-VL to Qwen3.5, or GLM-4.1V) by the rule of K/V reuse.
+    """Runs a Hugging Face vision tower (of Qwen2-VL to Qwen3.5, or GLM) by the rule of K/V reuse.
 
     Args:
         visual: The tower.
