@@ -31,7 +31,7 @@ def qwen3_vision(s: dict[str, Any]) -> dict[str, Any]:
     from evs_vllm.testing import _qwen3_vl_vision
 
     # transformers reads the number of learned places, vLLM the size of the image that they make up.
-    return _qwen3_vl_vision(s) | {"image_size": 56, "apply_vit_abs_pos_embed": True}
+    return _qwen3_vl_vision(s) | {"patch_size": 14, "image_size": 56, "apply_vit_abs_pos_embed": True}
 
 
 def _audio(row: TinyFamily, s: dict[str, Any]) -> dict[str, Any]:

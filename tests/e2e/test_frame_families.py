@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evs_vllm import testing
+from evs_vllm.adapters import family_of
 from evs_vllm.plan import RetentionPlan
 from evs_vllm.testing import real_clip_frames, synthetic_clip
 from tests.e2e.harness import TOLERANCE, Request, check, expected, run_and_check
@@ -224,7 +225,7 @@ REUSE = {
 
 
 def test_encoder_reuse(engine, ref, clip, family):
-    if family == "llava_onevision":
+    if not family_of(testing.FAMILIES[family].architecture).reuse:
         with pytest.raises(Exception, match="vision tower is not supported"):
             engine.generate([ask(ref, clip(50), evs_encoder="reuse")])
         return
