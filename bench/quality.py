@@ -64,9 +64,11 @@ class Settings:
         curriculum: [units, steps] of each stage of the base.
         further: Steps of the control and of the uptrained model, after the base.
         further_scene: What is different in the clips of these steps.
+        further_learning_rate: Of these steps; a third of `learning_rate` by default.
+        freeze_vision: Whether the vision tower stays as it is in these steps.
         control: Whether to train the control.
         batch: Clips of a mini-batch.
-        learning_rate: Of the base; the further steps take a third.
+        learning_rate: Of the base.
         rates: What uptraining draws from (`RateSettings`).
         seeds: One base, control and uptrained model each.
         clips: How many unseen clips are asked about.
@@ -76,11 +78,19 @@ class Settings:
 
     scene: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(
-        default_factory=lambda: {"hidden_size": 128, "layers": 4, "vision_hidden": 64, "vision_layers": 2}
+        default_factory=lambda: {
+            "hidden_size": 128,
+            "layers": 4,
+            "vision_hidden": 64,
+            "vision_layers": 2,
+            "rope_theta": 1e6,
+        }
     )
-    curriculum: list[list[int]] = field(default_factory=lambda: [[8, 600], [16, 200], [32, 700]])
+    curriculum: list[list[int]] = field(default_factory=lambda: [[8, 400], [16, 200], [32, 500]])
     further: int = 300
     further_scene: dict[str, Any] = field(default_factory=dict)
+    further_learning_rate: float | None = None
+    freeze_vision: bool = False
     control: bool = True
     batch: int = 32
     learning_rate: float = 1e-3
@@ -120,6 +130,10 @@ def untrained(folder: Path, settings: Settings, seed: int) -> Path:
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     # Attention within whole units in every layer: cells are too few for windows, and equal chunks train faster.
     model.config.vision_config.fullatt_block_indexes = list(range(model.config.vision_config.depth))
+    # One ID per unit: heads are so small that only four frequencies turn with time, and the slowest must not turn half
+    # around within a clip. Otherwise no head can look for the latest of something, and a model learns to look at the
+    # last unit instead, which is gone once the clip is pruned.
+    model.config.vision_config.tokens_per_second = 1
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -160,7 +174,8 @@ def train(
     steps: int,
     rates: dict[str, Any],
     seed: int,
-    scale: float,
+    learning_rate: float,
+    freeze_vision: bool = False,
 ) -> Path:
     """Trains from the checkpoint `start` and writes one to `out`, by the package's own recipe.
 
@@ -178,11 +193,12 @@ def train(
                 "seed": 1000 + seed,
             },
             "rates": {"seed": seed, **rates},
+            "freeze_vision": freeze_vision,
             "trainer": {
                 "output_dir": str(out),
                 "max_steps": steps,
                 "per_device_train_batch_size": settings.batch,
-                "learning_rate": settings.learning_rate * scale,
+                "learning_rate": learning_rate,
                 "lr_scheduler_type": "cosine",
                 "warmup_steps": min(30, steps // 10),
                 "adam_beta2": 0.98,
@@ -210,14 +226,27 @@ def trained_models(folder: Path, settings: Settings, seed: int) -> dict[str, Pat
         untrained(here, settings, seed)
     for stage, (units, steps) in enumerate(settings.curriculum):
         scene = shorter(settings.scenes, units)
-        here = train(here, folder / f"base-{stage}", settings, scene, steps, dense, 100 * seed + stage, 1.0)
+        here = train(
+            here, folder / f"base-{stage}", settings, scene, steps, dense, 100 * seed + stage, settings.learning_rate
+        )
     models = {"base": here}
     if settings.further:
         scene = replace(settings.scenes, **settings.further_scene)
         for name, rates in (("control", dense), ("uptrained", settings.rates)):
             if name == "control" and not settings.control:
                 continue
-            models[name] = train(here, folder / name, settings, scene, settings.further, rates, 100 * seed + 50, 1 / 3)
+            rate = settings.further_learning_rate or settings.learning_rate / 3
+            models[name] = train(
+                here,
+                folder / name,
+                settings,
+                scene,
+                settings.further,
+                rates,
+                100 * seed + 50,
+                rate,
+                settings.freeze_vision,
+            )
     return models
 
 

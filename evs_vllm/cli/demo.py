@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``evs-vllm demo``: one video, one question, a real ``vllm serve`` without and with EVS, side by side.
 
+Without a model of yours, a small trained one then answers questions about clips drawn on the spot, at several rates.
 Everything it starts is ended with it, also after Ctrl-C or a failure. Words after ``--`` go to both servers.
 """
 
@@ -59,7 +60,16 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("evs-demo.png"), metavar="FILE", help="The picture.")
     parser.add_argument("--question", default=QUESTION, metavar="TEXT", help="What to ask about the video.")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="Timed requests per server (at least 1).")
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="Timed requests per server; 0 leaves this part out."
+    )
+    parser.add_argument(
+        "--clips",
+        type=int,
+        default=5,
+        metavar="N",
+        help="Drawn clips that the trained model is asked about, without --model; 0 leaves this part out.",
+    )
     parser.add_argument(
         "--timeout", type=float, default=900, metavar="SECONDS", help="How long a server may take to start."
     )
@@ -70,8 +80,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.repeats < 1:
-        raise EVSError(f"--repeats got {args.repeats}; allowed: at least 1.")
+    for name in ("repeats", "clips"):
+        if getattr(args, name) < 0:
+            raise EVSError(f"--{name} got {getattr(args, name)}; allowed: at least 0.")
+    answering = args.model is None and args.clips > 0
+    if not args.repeats and not answering:
+        raise EVSError("nothing is left to show; give --repeats or, without --model, --clips of at least 1.")
     config = evs_config(args)
     if not config.active:
         raise EVSError("these settings drop nothing; give a rate above 0, a threshold or --max-tokens.")
@@ -85,7 +99,10 @@ def run(args: argparse.Namespace) -> int:
     keep_logs = False
     try:
         with stoppable():
-            _compare(args, video, warm_up, config, logs)
+            if args.repeats:
+                _compare(args, video, warm_up, config, logs)
+            if answering:
+                _answer(args, logs)
     except EVSError as error:
         keep_logs = True
         raise EVSError(f"{error} (logs: {logs})") from None
@@ -110,6 +127,21 @@ def _compare(args: argparse.Namespace, video: Path, warm_up: Path, config: EVSCo
     if own:
         _say("\nThis model's weights are random: its answers mean nothing, only tokens and times do.")
     _say(f"Kept and dropped patches: {args.output}")
+
+
+def _answer(args: argparse.Namespace, logs: Path) -> None:
+    from evs_vllm.cli import _demo_answers as answers
+
+    seed = answers.new_seed()
+    _say(
+        f"\nmodel     {answers.MODEL.name}, trained to answer questions about drawn clips; these are new (seed {seed})"
+    )
+    clips = [(example, answers.as_url(example)) for example in answers.draw(args.clips, seed)]
+    words = [str(answers.MODEL), *answers.SERVE, *_dtype(), *args.serve_arguments]
+    _say(f"server    vllm serve {_short(words[0])} {' '.join(answers.SERVE[:4])}")
+    with serving(words, logs / "answers.log", _environment(), args.timeout, _progress()) as url:
+        asked = answers.ask_all(url, words[0], clips, _say)
+    _say("\n" + "\n".join(answers.report(asked)))
 
 
 def report(dense: Run, evs: Run, setting: str) -> list[str]:
@@ -178,10 +210,13 @@ def _view_command(args: argparse.Namespace, video: Path, model: str, config: EVS
 
 def _demo_model_words() -> list[str]:
     # Eager: compiling takes longer than the demo. The whole clip must fit the encoder cache, which is as large as a
-    # batch; the rest bounds memory. Without a GPU, fp32 is what every CPU computes fast.
+    # batch; the rest bounds memory.
     sizes = {"--max-model-len": "16384", "--max-num-batched-tokens": "8192", "--max-num-seqs": "4"}
-    dtype = {} if nvidia_gpus() else {"--dtype": "float32"}
-    return ["--enforce-eager", *(word for pair in (sizes | dtype).items() for word in pair)]
+    return ["--enforce-eager", *(word for pair in sizes.items() for word in pair), *_dtype()]
+
+
+def _dtype() -> list[str]:
+    return [] if nvidia_gpus() else ["--dtype", "float32"]  # what every CPU computes fast
 
 
 def _environment() -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from evs_vllm.cli import demo, main
+from evs_vllm.cli import _demo_answers, demo, main
 from evs_vllm.cli._client import Answer
 from evs_vllm.config import EVSConfig
 from evs_vllm.testing import real_clip_path
@@ -137,6 +137,49 @@ def test_long_answers_are_cut():
 def test_settings_become_words_of_vllm_serve():
     config = EVSConfig(threshold=3.5, positions="sequential", max_tokens=9)
     assert " ".join(demo._evs_words(config)) == "--evs-threshold 3.5 --evs-positions sequential --evs-max-tokens 9"
+
+
+def test_answers_side_by_side():
+    examples = _demo_answers.draw(7, seed=5)
+    assert [e.task for e in examples] == ["last", "first"] * 3 + ["last"]
+    again = _demo_answers.draw(7, seed=5)
+    assert all((a.frames == b.frames).all() and a.answer == b.answer for a, b in zip(examples, again))
+    assert (_demo_answers.draw(1, seed=6)[0].frames != examples[0].frames).any()
+    asked = [
+        _demo_answers.Asked(e, tuple(Answer(100 - 10 * n, 0.1, e.answer if n < 2 else "?") for n in range(3)))
+        for e in examples
+    ]
+    rows = {line.split("   ")[0]: line.split() for line in _demo_answers.report(asked)}
+    assert rows["prompt tokens, mean"][-3:] == ["100", "90", "80"]
+    assert rows["right"] == ["right", "7", "of", "7", "7", "of", "7", "0", "of", "7"]
+    assert rows[examples[-1].question][-3:] == [examples[-1].answer, "?", "(wrong)"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--repeats", "-1"], "--repeats got -1"),
+        (["--clips", "-1"], "--clips got -1"),
+        (["--repeats", "0", "--clips", "0"], "nothing is left to show"),
+        (["--repeats", "0", "--model", "m"], "nothing is left to show"),
+    ],
+)
+def test_parts_that_are_left_out(words, message, capsys):
+    assert main(["demo", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_right_answers_for_real(tmp_path, capfd, monkeypatch):
+    """A real server, the trained model, clips that are new each time."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(["demo", "--repeats", "0", "--clips", "20"]) == 0
+    text = capfd.readouterr().out
+    right = re.search(r"^right +(\d+) of 20 +(\d+) of 20 +(\d+) of 20$", text, re.MULTILINE)
+    assert right and min(map(int, right.groups())) >= 15, text
+    tokens = re.search(r"^prompt tokens, mean +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
+    assert tokens and int(tokens[1]) - int(tokens[2]) == 192 - 48, text
 
 
 @pytest.mark.slow
