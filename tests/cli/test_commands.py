@@ -67,7 +67,7 @@ def test_settings_and_their_default():
         (["view", *CLIP, "-o", "out.gif"], ".png or .html"),
         (["view", *CLIP, "-o", "/no/where/out.png"], "no folder /no/where"),
         (["demo", "--rate", "0"], "drop nothing"),
-        (["demo", "--repeats", "0"], "at least 1"),
+        (["demo", "--repeats", "-1"], "at least 0"),
         (["demo", "--video", "clip.mp4"], "no such video file: clip.mp4"),
     ],
 )
