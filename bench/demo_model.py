@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
 import transformers  # noqa: E402
-from quality import Settings, ask, claim, trained_models  # noqa: E402
+from quality import ask  # noqa: E402
+from quality_models import Settings, claim, trained_models  # noqa: E402
 
 from evs_vllm.train.synthetic import make_example  # noqa: E402
 

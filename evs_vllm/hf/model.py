@@ -296,18 +296,17 @@ def _video_features(model: Any, pixels: torch.Tensor, grids: Any, plans: Sequenc
         if getattr(features, "deepstack_features", None) is not None:
             features.deepstack_features = [stay(level) for level in features.deepstack_features]
         return features
-    else:
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in visual.parameters()):
-            raise UnsupportedError(
-                "encoder 'reuse' has no backward pass. Use torch.no_grad(), freeze the vision tower, or train with "
-                "encoder 'full'."
-            )
-        embeds = []
-        for clip, grid, plan in zip(pixels.split(grids.prod(-1).tolist()), grids, plans, strict=True):
-            if plan.encoder == "reuse":
-                embeds.append(encode(visual, clip, plan))
-            else:
-                embeds += model.model.get_video_features(clip, grid[None], return_dict=True).pooler_output
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in visual.parameters()):
+        raise UnsupportedError(
+            "encoder 'reuse' has no backward pass. Use torch.no_grad(), freeze the vision tower, or train with "
+            "encoder 'full'."
+        )
+    embeds = []
+    for clip, grid, plan in zip(pixels.split(grids.prod(-1).tolist()), grids, plans, strict=True):
+        if plan.encoder == "reuse":
+            embeds.append(encode(visual, clip, plan))
+        else:
+            embeds += model.model.get_video_features(clip, grid[None], return_dict=True).pooler_output
     return BaseModelOutputWithPooling(pooler_output=stay(embeds))
 
 

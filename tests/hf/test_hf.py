@@ -336,6 +336,15 @@ def test_another_normalisation(model, ref):
     assert hf.last_plans(model)[0].kept.tolist() == kept
 
 
+def test_reuse_is_refused_where_the_tower_is_not_ours(model_dir):
+    from transformers import Qwen3VLForConditionalGeneration
+
+    model = hf.enable(Qwen3VLForConditionalGeneration.from_pretrained(model_dir("qwen3_vl")), 0.5)
+    for kwargs in ({"evs_encoder": "reuse"}, {"evs_encoder": "reuse", "evs_rate": 0}):
+        with pytest.raises(UnsupportedError, match="Qwen3VL.*'full'"):
+            model(input_ids=torch.ones(1, 4, dtype=torch.long), **kwargs)
+
+
 def test_refusals(model, ref):
     batch = inputs(ref, [ASK, chat(VIDEO, "Why?")], [[synthetic_clip(8, seed=1)], [synthetic_clip(6, seed=2)]])
     for wrong, error in (({"rate": 1}, ConfigError), ({"x": 1}, ConfigError)):

@@ -26,9 +26,10 @@ pytest.importorskip("matplotlib")
 
 import client as client_module  # noqa: E402
 import evaluate  # noqa: E402
+from accuracy import Point, markdown, rows_of  # noqa: E402
 from aiohttp import web  # noqa: E402
 from client import Ask, Client, generation_of, openai_turns  # noqa: E402
-from evaluate import Point, Settings, load_settings, markdown, measure, rows_of  # noqa: E402
+from evaluate import Settings, load_settings, measure  # noqa: E402
 
 from evs_vllm.errors import EVSError  # noqa: E402
 

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small models of the quality lab (`quality.py`) and of the demo (`demo_model.py`): settings and training."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import MethodType
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import yaml  # noqa: E402
+from torch.nn.functional import linear, scaled_dot_product_attention  # noqa: E402
+
+import evs_vllm.hf.tower  # noqa: E402
+from evs_vllm.errors import ConfigError  # noqa: E402
+from evs_vllm.testing import make_model  # noqa: E402
+from evs_vllm.train import recipe  # noqa: E402
+from evs_vllm.train.synthetic import SceneSettings, shorter  # noqa: E402
+
+SELECTIONS = ("evs", "cosine", "random", "random_unit0", "frames")
+TOWERS = ("full", "reuse", "skip")
+_OF_THE_RUN = ("seeds", "clips", "ask_rates", "compare", "control")
+"""Settings that leave each checkpoint as it is."""
+
+
+@dataclass
+class Settings:
+    """A file of configs/quality. Every key has a default.
+
+    Attributes:
+        scene: What clips look like (`SceneSettings`); the last length of the curriculum is the one that is asked about.
+        sizes: Of the model (`evs_vllm.testing.SIZES`).
+        curriculum: [units, steps] of each stage of the base.
+        further: Steps of the control and of the uptrained model, after the base.
+        further_scene: What is different in the clips of these steps.
+        further_learning_rate: Of these steps; a third of `learning_rate` by default.
+        freeze_vision: Whether the vision tower stays as it is in these steps.
+        control: Whether to train the control.
+        batch: Clips of a mini-batch.
+        learning_rate: Of the base.
+        rates: What uptraining draws from (`RateSettings`).
+        seeds: One base, control and uptrained model each.
+        clips: How many unseen clips are asked about.
+        ask_rates: At which rates, besides 0.
+        compare: [selection, positions, tower] of each line of the table, besides ["evs", "keep", "full"].
+    """
+
+    scene: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(
+        default_factory=lambda: {
+            "hidden_size": 128,
+            "layers": 4,
+            "vision_hidden": 64,
+            "vision_layers": 2,
+            "rope_theta": 1e6,
+        }
+    )
+    curriculum: list[list[int]] = field(default_factory=lambda: [[8, 400], [16, 200], [32, 500]])
+    further: int = 300
+    further_scene: dict[str, Any] = field(default_factory=dict)
+    further_learning_rate: float | None = None
+    freeze_vision: bool = False
+    control: bool = True
+    batch: int = 32
+    learning_rate: float = 1e-3
+    rates: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    clips: int = 480
+    ask_rates: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 0.93, 0.95])
+    compare: list[list[str]] = field(
+        default_factory=lambda: (
+            [[s, "keep", "full"] for s in SELECTIONS[1:]]
+            + [["evs", "sequential", "full"], ["evs", "keep", "reuse"], ["evs", "keep", "skip"]]
+        )
+    )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Settings":
+        content = yaml.safe_load(Path(path).read_text()) or {}
+        if unknown := set(content) - set(cls.__dataclass_fields__):
+            raise ConfigError(f"{path}: unknown key(s) {sorted(unknown)}; known: {', '.join(cls.__dataclass_fields__)}")
+        settings = cls(**content)
+        for selection, positions, tower in settings.compare:
+            if selection not in SELECTIONS or positions not in ("keep", "sequential") or tower not in TOWERS:
+                raise ConfigError(f"{path}: bad line {[selection, positions, tower]} in compare")
+        return settings
+
+    @property
+    def scenes(self) -> SceneSettings:
+        return shorter(SceneSettings(**self.scene), self.curriculum[-1][0])
+
+
+def untrained(folder: Path, settings: Settings, seed: int) -> Path:
+    """A model with ordinary random weights (those of `make_model` are made for sharp comparisons, not for learning)."""
+    make_model(folder, "qwen2_5_vl", seed=seed, **settings.sizes)
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    # Attention within whole units in every layer: cells are too few for windows, and equal chunks train faster.
+    model.config.vision_config.fullatt_block_indexes = list(range(model.config.vision_config.depth))
+    # One ID per unit: heads are so small that only four frequencies turn with time, and the slowest must not turn half
+    # around within a clip. Otherwise no head can look for the latest of something, and a model learns to look at the
+    # last unit instead, which is gone once the clip is pruned.
+    model.config.vision_config.tokens_per_second = 1
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.08, generator=generator)  # 0.02 does not start to learn in this depth
+            else:
+                weight.fill_(1.0 if name.endswith("weight") else 0.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def speed_up(model: Any) -> Any:
+    """Lets the tower run its Conv3d as a matmul and units of equal size as a batch: most of the training time."""
+    visual = (model.get_base_model() if hasattr(model, "get_base_model") else model).model.visual
+
+    def embed(self: Any, rows: torch.Tensor) -> torch.Tensor:
+        return linear(rows.to(self.proj.weight.dtype).view(len(rows), -1), self.proj.weight.view(self.embed_dim, -1))
+
+    def attend(self: Any, hidden_states: torch.Tensor, cu_seqlens: Any, position_embeddings: Any, **_: Any) -> Any:
+        rows, units = len(hidden_states), len(cu_seqlens) - 1
+        query, key, value = self.qkv(hidden_states).view(rows, 3, self.num_heads, -1).unbind(1)
+        cos, sin = (x[:, None] for x in position_embeddings)
+        query, key = (evs_vllm.hf.tower._rotate(x, cos, sin) for x in (query, key))
+        query, key, value = (x.reshape(units, rows // units, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+        return self.proj(scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows, -1))
+
+    visual.patch_embed.forward = MethodType(embed, visual.patch_embed)
+    for block in visual.blocks:
+        block.attn.forward = MethodType(attend, block.attn)
+    return model
+
+
+def train(
+    start: Path,
+    out: Path,
+    settings: Settings,
+    scene: SceneSettings,
+    steps: int,
+    rates: dict[str, Any],
+    seed: int,
+    learning_rate: float,
+    freeze_vision: bool = False,
+) -> Path:
+    """Trains from the checkpoint `start` and writes one to `out`, by the package's own recipe.
+
+    Where `out` holds one of an earlier run (see `claim`), that is taken.
+    """
+    if (out / "trainer_state.json").is_file():
+        return out
+    described = recipe.Recipe.from_mapping(
+        {
+            "model": str(start),
+            "data": {
+                "synthetic": asdict(scene),
+                "train_clips": steps * settings.batch,
+                "eval_clips": 0,
+                "seed": 1000 + seed,
+            },
+            "rates": {"seed": seed, **rates},
+            "freeze_vision": freeze_vision,
+            "trainer": {
+                "output_dir": str(out),
+                "max_steps": steps,
+                "per_device_train_batch_size": settings.batch,
+                "learning_rate": learning_rate,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": min(30, steps // 10),
+                "adam_beta2": 0.98,
+                "weight_decay": 0.01,
+                "logging_steps": 50,
+                "save_strategy": "no",
+                "report_to": [],
+                "disable_tqdm": True,
+                "use_cpu": not torch.cuda.is_available(),
+                "seed": seed,
+            },
+        }
+    )
+    load = recipe.load_model
+    with patch.object(recipe, "load_model", lambda r: speed_up(load(r))):
+        recipe.run(described)
+    return out
+
+
+def trained_models(folder: Path, settings: Settings, seed: int) -> dict[str, Path]:
+    """Base, control and uptrained model of one seed."""
+    dense = {"distribution": "list", "values": [0]}
+    here = folder / "random"
+    if not (here / "config.json").is_file():
+        untrained(here, settings, seed)
+    for stage, (units, steps) in enumerate(settings.curriculum):
+        scene = shorter(settings.scenes, units)
+        here = train(
+            here, folder / f"base-{stage}", settings, scene, steps, dense, 100 * seed + stage, settings.learning_rate
+        )
+    models = {"base": here}
+    if settings.further:
+        scene = replace(settings.scenes, **settings.further_scene)
+        for name, rates in (("control", dense), ("uptrained", settings.rates)):
+            if name == "control" and not settings.control:
+                continue
+            rate = settings.further_learning_rate or settings.learning_rate / 3
+            models[name] = train(
+                here,
+                folder / name,
+                settings,
+                scene,
+                settings.further,
+                rates,
+                100 * seed + 50,
+                rate,
+                settings.freeze_vision,
+            )
+    return models
+
+
+def claim(folder: Path, settings: Settings) -> None:
+    """Makes `folder` one of these settings, so that a run that was interrupted or gets further seeds goes on there.
+
+    Raises:
+        ConfigError: It holds checkpoints of other settings.
+    """
+    described = json.dumps({k: v for k, v in asdict(settings).items() if k not in _OF_THE_RUN}, indent=1)
+    path = folder / "settings.json"
+    if path.is_file() and path.read_text() != described:
+        raise ConfigError(f"{folder} holds checkpoints of other settings; give another --work or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(described)
