@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
 import transformers  # noqa: E402
-from quality import ask  # noqa: E402
-from quality_models import Settings, claim, trained_models  # noqa: E402
+from quality_ask import Way, ask  # noqa: E402
+from quality_models import Settings, claim, train_further  # noqa: E402
 
 from evs_vllm.train.synthetic import make_example  # noqa: E402
 
@@ -41,7 +41,7 @@ def main() -> None:
     if not args.no_train:
         claim(args.work, settings)
         (seed,) = settings.seeds
-        trained = trained_models(args.work / str(seed), settings, seed)["uptrained"]
+        trained = train_further(args.work, settings, seed, "uptrained")
         shutil.rmtree(MODEL, ignore_errors=True)
         leave = shutil.ignore_patterns("train*", "runs", "*.bin", "README.md")  # what only training needs
         shutil.copytree(trained, MODEL, ignore=leave)
@@ -49,8 +49,7 @@ def main() -> None:
     scene = replace(settings.scenes, **settings.further_scene)
     examples = [make_example(scene, [UNSEEN, number]) for number in range(settings.clips)]
     points = []
-    for rate in RATES:
-        point = ask(MODEL, examples, rate, "evs", "keep", "full")
+    for rate, point in zip(RATES, ask(MODEL, examples, [(Way(), rate) for rate in RATES]), strict=True):
         points.append({"rate": rate, **{k: point[k] for k in ("accuracy", "tokens", "readable", "tasks")}})
         print(f"rate {rate:g}: {point['accuracy']:.1f} % of {len(examples)}, {point['tokens']:.0f} tokens", flush=True)
     versions = {"torch": transformers.utils.import_utils.get_torch_version(), "transformers": transformers.__version__}

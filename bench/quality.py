@@ -4,9 +4,10 @@
 Per seed three models of Qwen2.5-VL's architecture: the base (rate 0, clips of growing length), and from it the control
 (more steps at rate 0) and the uptrained one (as many steps at random rates), all by `evs_vllm.train`. Each answers the
 same unseen clips at each rate, with tokens chosen by EVS and by simpler ways, with both kinds of positions, and with
-the vision tower computing everything, reusing keys and values, or skipping patches without reuse. Nothing is
-downloaded: ``python bench/quality.py --out bench/results/cpu/quality`` writes quality.json, .md and .svg; ``--config``
-takes another file of configs/quality.
+the vision tower computing everything, reusing keys and values, or skipping patches without reuse. Some are also asked
+through a vLLM engine with the plugin. Nothing is downloaded: ``python bench/quality.py --out
+bench/results/cpu/quality`` writes quality.json, .md and .svg; ``--config`` takes another file of configs/quality. Where
+it was interrupted it goes on from the models that are done.
 
 Miniature and synthetic: it says whether the method and this code work, not what a big model loses.
 """
@@ -14,191 +15,177 @@ Miniature and synthetic: it says whether the method and this code work, not what
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import harness  # noqa: E402
 import transformers  # noqa: E402
-from quality_models import Settings, claim, speed_up, trained_models  # noqa: E402
-from torch.nn.functional import cosine_similarity, scaled_dot_product_attention  # noqa: E402
+from bars import table  # noqa: E402
+from quality_ask import Way, ask  # noqa: E402
+from quality_models import Settings, claim, train_base, train_further  # noqa: E402
 
-import evs_vllm.hf.model  # noqa: E402
-import evs_vllm.hf.tower  # noqa: E402
-from evs_vllm import hf  # noqa: E402
-from evs_vllm.plan import RetentionPlan  # noqa: E402
-from evs_vllm.reuse import ReuseSchedule  # noqa: E402
-from evs_vllm.select import make_plan, token_budget  # noqa: E402
-from evs_vllm.train.data import ChatCollator, as_item  # noqa: E402
 from evs_vllm.train.synthetic import Example, make_example  # noqa: E402
-from evs_vllm.train.trainer import answers  # noqa: E402
 
-SCHEMA = 1
+SCHEMA = 2
+UNSEEN = 5
+"""Seed of the clips that are asked about; those of training have others."""
 
-# ---------------------------------------------------------------- other ways to choose, and to compute
-
-
-def choose_random(keep_first: bool, generator: np.random.Generator) -> Callable[..., RetentionPlan]:
-    """As many tokens as EVS keeps, at random; with `keep_first` unit 0 stays whole."""
-
-    def choose(tokens: torch.Tensor, grid: tuple[int, int, int], config: Any) -> RetentionPlan:
-        units, per_unit, _ = tokens.shape
-        budget = token_budget(units, per_unit, config)
-        first = per_unit if keep_first else 0
-        others = first + generator.permutation(units * per_unit - first)[: budget - first]
-        return RetentionPlan(grid, np.sort(np.concatenate([np.arange(first), others])), config.positions)
-
-    return choose
+# ---------------------------------------------------------------- training and asking, several at a time
 
 
-def choose_frames(tokens: torch.Tensor, grid: tuple[int, int, int], config: Any) -> RetentionPlan:
-    """As many whole units, evenly spread, as fit the number of tokens that EVS keeps."""
-    units, per_unit, _ = tokens.shape
-    count = max(1, token_budget(units, per_unit, config) // per_unit)
-    wanted = np.unique(np.linspace(0, units - 1, count).round().astype(np.int64))
-    kept = (wanted[:, None] * per_unit + np.arange(per_unit)).reshape(-1)
-    return RetentionPlan(grid, kept, config.positions)
+def unseen(settings: Settings) -> list[Example]:
+    """The questions."""
+    return [make_example(settings.scenes, [UNSEEN, number]) for number in range(settings.clips)]
 
 
-def choose_cosine(embeddings: Iterator[torch.Tensor]) -> Callable[..., RetentionPlan]:
-    """The paper's other score: one minus the cosine of a token's embedding to that of its place one unit earlier."""
-
-    def choose(tokens: torch.Tensor, grid: tuple[int, int, int], config: Any) -> RetentionPlan:
-        units, per_unit, _ = tokens.shape
-        rows = next(embeddings).view(units, per_unit, -1)
-        score = 1 - cosine_similarity(rows[1:], rows[:-1], dim=-1)
-        best = np.argsort(-score.flatten().numpy(), kind="stable")
-        kept = per_unit + best[: token_budget(units, per_unit, config) - per_unit]
-        return RetentionPlan(grid, np.sort(np.concatenate([np.arange(per_unit), kept])), config.positions)
-
-    return choose
+def prepare(folder: Path, settings: Settings, seed: int, name: str) -> Path:
+    """One model's checkpoint, trained if it is not there. Its base has to be, for a model that has one."""
+    if name == "base":
+        return train_base(folder, settings, seed)
+    return train_further(folder, settings, seed, name)
 
 
-class SkipSchedule(ReuseSchedule):
-    """Computes kept patches only and reuses nothing: a patch sees the kept patches of its own unit."""
-
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        out, m = torch.empty_like(query), self.patches
-        (clip,) = self.clips
-        for _, rows, _ in clip.sequences():
-            here = slice(rows.start * m, rows.stop * m)
-            q, k, v = (x[here].transpose(0, 1)[None] for x in (query, key, value))
-            out[here] = scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
-        return out
-
-
-@contextmanager
-def variant(model: Any, selection: str, tower: str, batch: dict[str, Any]) -> Iterator[None]:
-    """Lets `model` choose tokens and compute the tower in one of the ways that are compared."""
-    with ExitStack() as stack:
-        choose: Callable[..., RetentionPlan] = make_plan
-        if selection.startswith("random"):
-            choose = choose_random(selection == "random_unit0", np.random.default_rng(7))
-        elif selection == "frames":
-            choose = choose_frames
-        elif selection == "cosine":
-            features = model.model.get_video_features(batch["pixel_values_videos"], batch["video_grid_thw"])
-            choose = choose_cosine(iter(features.pooler_output))
-        stack.enter_context(patch.object(evs_vllm.hf.model, "make_plan", choose))
-        if tower == "skip":
-            stack.enter_context(patch.object(evs_vllm.hf.tower, "ReuseSchedule", SkipSchedule))
-        yield
+def points_of(folder: Path, settings: Settings, seed: int, name: str) -> list[dict[str, Any]]:
+    """What one trained model answers, in every way and at every rate."""
+    ways = [Way(), *(Way(*line) for line in settings.compare if name != "control")]
+    # At rate 0 nothing is dropped, and every way is the same.
+    cells = [(way, rate) for way in ways for rate in [0.0, *settings.ask_rates] if rate or way == Way()]
+    results = ask(prepare(folder, settings, seed, name), unseen(settings), cells)
+    return [
+        {"seed": seed, "model": name, **way._asdict(), "rate": rate, **result}
+        for (way, rate), result in zip(cells, results, strict=True)
+    ]
 
 
-# ---------------------------------------------------------------- asking
+def through_engine(folder: Path, settings: Settings, seed: int, name: str) -> list[dict[str, Any]]:
+    """What one trained model answers in a vLLM engine, at every rate."""
+    from quality_engine import ask_engine
+
+    rates = [0.0, *settings.ask_rates]
+    told = ask_engine(prepare(folder, settings, seed, name), unseen(settings), rates)
+    return [{"seed": seed, "model": name, "rate": rate, **point} for rate, point in zip(rates, told, strict=True)]
 
 
-def readable(example: Example, kept: np.ndarray, per_unit: int) -> bool:
-    """Whether the kept tokens show what the question asks for: what is lost beyond this, the model lost.
+def _start(threads: int) -> None:
+    import torch
 
-    A stay of the square is seen if its cell is kept in at least one unit of it.
-    """
-    units = np.arange(len(example.cells))
-    square_kept = np.isin(units * per_unit + np.array(example.cells), kept)
-    changes = np.concatenate([[0], np.cumsum(np.diff(example.cells) != 0)])
-    seen = {int(stay) for stay in changes[square_kept]}
-    last = int(changes[-1])
-    if example.task == "count":
-        return seen == set(range(last + 1))
-    if example.task == "when":
-        return int(changes[int(example.question.rstrip("?").split()[-1])]) in seen
-    return (0 if example.task == "first" else last) in seen
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
-@torch.no_grad()
-def ask(
-    folder: Path, examples: Sequence[Example], rate: float, selection: str, positions: str, tower: str, batch: int = 48
-) -> dict[str, Any]:
-    """Accuracy in %, in all and by task, of a checkpoint; what was kept; how many questions the kept tokens answer."""
-    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
-    if tower == "full":
-        speed_up(model)
-    encoder = {"encoder": "full"} if tower == "full" else {"encoder": "reuse"}
-    refresh = {"encoder_refresh": 0} if tower == "skip" else {}
-    hf.enable(model, 0, served_positions=True, positions=positions, **encoder, **refresh)
-    collate = ChatCollator(transformers.AutoProcessor.from_pretrained(folder))
-    right: list[bool] = []
-    shown: list[bool] = []
-    kept: list[int] = []
-    for start in range(0, len(examples), batch):
-        some = examples[start : start + batch]
-        inputs = collate([as_item(example) for example in some])
-        with variant(model, selection, tower, inputs):
-            right += answers(model, inputs, rate)[0].tolist()
-        for example, plan in zip(some, hf.last_plans(model), strict=True):
-            kept.append(plan.num_kept)
-            shown.append(readable(example, plan.kept, plan.tokens_per_unit))
-    tasks = {
-        task: 100 * statistics.mean(r for r, e in zip(right, examples, strict=True) if e.task == task)
-        for task in sorted({e.task for e in examples})
-    }
-    return {
-        "accuracy": 100 * statistics.mean(right),
-        "readable": 100 * statistics.mean(shown),
-        "tokens": statistics.mean(kept),
-        "tasks": tasks,
-        "right": "".join("1" if r else "0" for r in right),
-    }
-
-
-def measure(settings: Settings, folder: Path, log: Callable[[str], None] = print) -> dict[str, Any]:
-    """Trains and asks; the content of the JSON file."""
+def measure(settings: Settings, folder: Path, jobs: int = 1, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Trains and asks, up to `jobs` models at a time in processes of their own; the content of the JSON file."""
     claim(folder, settings)
-    examples = [make_example(settings.scenes, [5, number]) for number in range(settings.clips)]
-    points = []
     started = time.time()
-    for seed in settings.seeds:
-        models = trained_models(folder / str(seed), settings, seed)
-        log(f"seed {seed}: trained after {time.time() - started:.0f} s")
-        for name, checkpoint in models.items():
-            lines = [["evs", "keep", "full"], *(settings.compare if name != "control" else [])]
-            for selection, positions, tower in lines:
-                for rate in [0.0, *settings.ask_rates]:
-                    if rate == 0 and (selection != "evs" or tower != "full"):
-                        continue  # nothing is dropped: the same as EVS
-                    point = {"seed": seed, "model": name, "selection": selection, "positions": positions}
-                    point |= {"tower": tower, "rate": rate}
-                    point |= ask(checkpoint, examples, rate, selection, positions, tower)
-                    points.append(point)
-                    log(f"{name} {selection} {positions} {tower} {rate:g}: {point['accuracy']:.1f} %")
+    points: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    engine: list[dict[str, Any]] = []
+    # Small models wait for threads more than they compute: better several at a time with a thread each.
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (threads,)) as pool:
+        running: dict[Future[Any], tuple[Callable[..., Any], int, str]] = {}
+
+        def start(do: Callable[..., Any], seed: int, name: str) -> None:
+            running[pool.submit(do, folder, settings, seed, name)] = (do, seed, name)
+
+        for seed in settings.seeds:
+            start(prepare, seed, "base")
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                do, seed, name = running.pop(future)
+                result = future.result()
+                log(f"[{time.time() - started:5.0f} s] {do.__name__} {name} of seed {seed}")
+                if do is prepare:
+                    for other in settings.models[1:] if name == "base" else ():
+                        start(prepare, seed, other)
+                    start(points_of, seed, name)
+                elif do is points_of:
+                    points[seed, name] = result
+                    if seed == settings.seeds[0] and name in settings.engine:
+                        start(through_engine, seed, name)
+                else:
+                    engine += result
     return {
         "schema": SCHEMA,
         "settings": asdict(settings),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "environment": harness.environment(),
         "seconds": round(time.time() - started),
-        "command": "python " + " ".join(sys.argv),
-        "points": points,
+        "points": [point for seed in settings.seeds for name in settings.models for point in points[seed, name]],
+        "engine": sorted(engine, key=lambda point: settings.models.index(point["model"])),
     }
+
+
+# ---------------------------------------------------------------- bars
+
+
+def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The project's bars, for what the result has figures of; see bench/bars.py for the form."""
+    lines, found = lines_of(result), []
+    plain = ("evs", "keep", "full")
+
+    def mean(model: str, way: Sequence[str], rate: float) -> float | None:
+        values = [point["accuracy"] for point in lines.get((model, *way), {}).get(rate, ())]
+        return statistics.mean(values) if values else None
+
+    def add(what: str, measured: float | None, asked: float, at_most: bool = False, unit: str = " points") -> None:
+        if measured is not None:
+            met = measured <= asked if at_most else measured >= asked
+            found.append(
+                {"what": what, "measured": measured, "asked": asked, "at_most": at_most, "met": met, "unit": unit}
+            )
+
+    dense = mean("base", plain, 0.0)
+    add("base, nothing dropped", dense, 95, unit=" %")
+    pruned = mean("base", plain, 0.75)
+    if dense is not None and pruned is not None:
+        add("plug-in EVS below dense, q=0.75", dense - pruned, 1.5, at_most=True)
+    if gains := gains_of(result, 0.9):
+        add(f"uptrained above control, q=0.9 (95 % interval ± {interval(gains):.1f})", statistics.mean(gains), 2)
+    evs, random = mean("base", plain, 0.9), mean("base", ("random_unit0", "keep", "full"), 0.9)
+    if evs is not None and random is not None:
+        add("EVS above random tokens with unit 0, q=0.9", evs - random, 15)
+    for model in ("base", "uptrained"):
+        losses = {
+            rate: (mean(model, plain, rate) or 0) - (mean(model, ("evs", "keep", "reuse"), rate) or 0)
+            for rate in lines.get((model, "evs", "keep", "reuse"), {})
+        }
+        if losses:
+            worst = max(losses, key=lambda rate: losses[rate])
+            add(f"{model}: reuse below the full tower, worst rate (q={worst:g})", losses[worst], 0.5, at_most=True)
+    for name in {point["model"]: None for point in result["engine"]}:
+        shares = {point["rate"]: agreement(result, point) for point in result["engine"] if point["model"] == name}
+        worst = min(shares, key=lambda rate: shares[rate])
+        add(f"{name}: vLLM and transformers agree, worst rate (q={worst:g})", shares[worst], 99.5, unit=" %")
+    return found
+
+
+def gains_of(result: dict[str, Any], rate: float) -> list[float]:
+    """Uptrained minus control in points, seed by seed: the same steps on the same clips, but for the rates."""
+    lines = lines_of(result)
+    one, other = (lines.get((name, "evs", "keep", "full"), {}).get(rate, []) for name in ("uptrained", "control"))
+    by_seed = {point["seed"]: point["accuracy"] for point in other}
+    return [point["accuracy"] - by_seed[point["seed"]] for point in one if point["seed"] in by_seed]
+
+
+def agreement(result: dict[str, Any], asked: dict[str, Any]) -> float:
+    """In %, how many of the questions vLLM and transformers answer both right or both wrong."""
+    (same,) = (
+        point["right"]
+        for point in lines_of(result)[asked["model"], "evs", "keep", "full"][asked["rate"]]
+        if point["seed"] == asked["seed"]
+    )
+    return 100 * statistics.mean(a == b for a, b in zip(same, asked["right"], strict=True))
 
 
 # ---------------------------------------------------------------- tables and pictures
@@ -236,13 +223,13 @@ def markdown(result: dict[str, Any]) -> str:
         if key == ("base", "evs", "keep", "full"):
             shown = [f"{statistics.mean(p['readable'] for p in cells[rate]):.1f}" for rate in rates]
             rows.append("| *answer still readable* | evs | | | " + " | ".join(shown) + " |")
-    settings = result["settings"]
+    settings, environment = result["settings"], result["environment"]
     units, seeds = settings["curriculum"][-1][0], len(settings["seeds"])
     rows.append(
         f"\n{settings['clips']} unseen clips of {units} units, {seeds} seed(s); "
-        f"{result['seconds']} s; `{result['command']}`"
+        f"{result['seconds']} s; {environment['time_utc']}; `{environment['command']}`"
     )
-    return "\n".join(rows) + "\n"
+    return "\n".join([*rows, table(bars(result))]) + "\n"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -269,11 +256,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quality" / "full.yaml")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where checkpoints go")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="models at a time (default: the cores)")
     parser.add_argument("--out", type=Path, help="name of the result without suffix; printed only by default")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    result = measure(Settings.from_yaml(args.config), args.work)
+    result = measure(Settings.from_yaml(args.config), args.work, args.jobs)
     print(markdown(result))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

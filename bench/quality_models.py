@@ -21,12 +21,13 @@ import evs_vllm.hf.tower  # noqa: E402
 from evs_vllm.errors import ConfigError  # noqa: E402
 from evs_vllm.testing import make_model  # noqa: E402
 from evs_vllm.train import recipe  # noqa: E402
-from evs_vllm.train.synthetic import SceneSettings, shorter  # noqa: E402
+from evs_vllm.train.synthetic import SceneSettings  # noqa: E402
 
 SELECTIONS = ("evs", "cosine", "random", "random_unit0", "frames")
 TOWERS = ("full", "reuse", "skip")
-_OF_THE_RUN = ("seeds", "clips", "ask_rates", "compare", "control")
+_OF_THE_RUN = ("seeds", "clips", "ask_rates", "compare", "control", "engine")
 """Settings that leave each checkpoint as it is."""
+DENSE = {"distribution": "list", "values": [0]}
 
 
 @dataclass
@@ -36,9 +37,10 @@ class Settings:
     Attributes:
         scene: What clips look like (`SceneSettings`); the last length of the curriculum is the one that is asked about.
         sizes: Of the model (`evs_vllm.testing.SIZES`).
+        training_scene: What is different in the clips of training; a task that is named twice is asked twice as often.
         curriculum: [units, steps] of each stage of the base.
         further: Steps of the control and of the uptrained model, after the base.
-        further_scene: What is different in the clips of these steps.
+        further_scene: What is different in the clips of these steps, besides `training_scene`.
         further_learning_rate: Of these steps; a third of `learning_rate` by default.
         freeze_vision: Whether the vision tower stays as it is in these steps.
         control: Whether to train the control.
@@ -49,6 +51,7 @@ class Settings:
         clips: How many unseen clips are asked about.
         ask_rates: At which rates, besides 0.
         compare: [selection, positions, tower] of each line of the table, besides ["evs", "keep", "full"].
+        engine: Models of the first seed that are asked through vLLM, too.
     """
 
     scene: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +64,7 @@ class Settings:
             "rope_theta": 1e6,
         }
     )
+    training_scene: dict[str, Any] = field(default_factory=dict)
     curriculum: list[list[int]] = field(default_factory=lambda: [[8, 400], [16, 200], [32, 500]])
     further: int = 300
     further_scene: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +83,7 @@ class Settings:
             + [["evs", "sequential", "full"], ["evs", "keep", "reuse"], ["evs", "keep", "skip"]]
         )
     )
+    engine: list[str] = field(default_factory=list)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Settings":
@@ -89,11 +94,18 @@ class Settings:
         for selection, positions, tower in settings.compare:
             if selection not in SELECTIONS or positions not in ("keep", "sequential") or tower not in TOWERS:
                 raise ConfigError(f"{path}: bad line {[selection, positions, tower]} in compare")
+        if not set(settings.engine) <= set(settings.models):
+            raise ConfigError(f"{path}: engine got {settings.engine}; known: {', '.join(settings.models)}.")
         return settings
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """What is trained of each seed."""
+        return ("base", *(["control"] if self.control else []), "uptrained")
+
+    @property
     def scenes(self) -> SceneSettings:
-        return shorter(SceneSettings(**self.scene), self.curriculum[-1][0])
+        return SceneSettings(**self.scene | {"units": self.curriculum[-1][0]})
 
 
 def untrained(folder: Path, settings: Settings, seed: int) -> Path:
@@ -190,36 +202,32 @@ def train(
     return out
 
 
-def trained_models(folder: Path, settings: Settings, seed: int) -> dict[str, Path]:
-    """Base, control and uptrained model of one seed."""
-    dense = {"distribution": "list", "values": [0]}
-    here = folder / "random"
+def train_base(folder: Path, settings: Settings, seed: int) -> Path:
+    """The base of a seed: from random weights at rate 0, on clips of growing length."""
+    here = folder / str(seed) / "random"
     if not (here / "config.json").is_file():
         untrained(here, settings, seed)
     for stage, (units, steps) in enumerate(settings.curriculum):
-        scene = shorter(settings.scenes, units)
-        here = train(
-            here, folder / f"base-{stage}", settings, scene, steps, dense, 100 * seed + stage, settings.learning_rate
-        )
-    models = {"base": here}
-    if settings.further:
-        scene = replace(settings.scenes, **settings.further_scene)
-        for name, rates in (("control", dense), ("uptrained", settings.rates)):
-            if name == "control" and not settings.control:
-                continue
-            rate = settings.further_learning_rate or settings.learning_rate / 3
-            models[name] = train(
-                here,
-                folder / name,
-                settings,
-                scene,
-                settings.further,
-                rates,
-                100 * seed + 50,
-                rate,
-                settings.freeze_vision,
-            )
-    return models
+        scene = replace(settings.scenes, **settings.training_scene, units=units)
+        out = folder / str(seed) / f"base-{stage}"
+        here = train(here, out, settings, scene, steps, DENSE, 100 * seed + stage, settings.learning_rate)
+    return here
+
+
+def train_further(folder: Path, settings: Settings, seed: int, name: str) -> Path:
+    """The "control" (rate 0) or the "uptrained" model (random rates) of a seed: the same clips, from the same base."""
+    rates = {"control": DENSE, "uptrained": settings.rates}[name]
+    return train(
+        train_base(folder, settings, seed),
+        folder / str(seed) / name,
+        settings,
+        replace(settings.scenes, **settings.training_scene | settings.further_scene),
+        settings.further,
+        rates,
+        100 * seed + 50,
+        settings.further_learning_rate or settings.learning_rate / 3,
+        settings.freeze_vision,
+    )
 
 
 def claim(folder: Path, settings: Settings) -> None:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic clips with questions: a coloured square jumps between the cells of a noisy textured background.
+"""Synthetic clips with questions: a coloured square visits cells of a noisy textured background, one after the other.
 
+Between visits, before the first and after the last, it is out of sight: "last" is not to be read off the last frame.
 Five tasks, one question a clip (several in one sequence would give each other's answers away). The time that the task
 "when" asks for is drawn at random, so that no sampling of frames can be lucky with it.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,9 +36,9 @@ class SceneSettings:
         units: Temporal units; a unit is two frames that show the same but for the noise.
         rows, columns: Cells.
         cell: Side of a cell in pixels; 28 makes a cell one token of Qwen2-VL and Qwen2.5-VL.
-        square: Side of the square, at most `cell`.
-        noise: Each pixel of each frame is off by up to this many grey levels.
-        most_places: The square stays at 1 to this many places, one after the other.
+        square: Side of the square, at most `cell`; what it leaves of the background tells cells apart.
+        noise: Each pixel of each frame is off by up to this many grey levels, at most 127.
+        most_places: The square visits 1 to this many cells, never one twice and each time in another colour.
         tasks: The tasks that are asked.
         texture: Seed of the background that all clips share, as before one camera; None gives each clip its own, and
             then only position IDs tell cells apart.
@@ -48,7 +50,7 @@ class SceneSettings:
     rows: int = 2
     columns: int = 3
     cell: int = 28
-    square: int = 20
+    square: int = 14
     noise: int = 6
     most_places: int = 4
     tasks: tuple[str, ...] = TASKS
@@ -63,10 +65,19 @@ class SceneSettings:
                 raise ConfigError(f"h264 got {list(self.h264)}; a range of rate factors within 0 to 51 is needed.")
         if min(self.units, self.rows, self.columns, self.cell, self.square, self.most_places) < 1:
             raise ConfigError("A synthetic clip needs at least one unit, cell, place and pixel.")
-        if self.square > self.cell or self.noise < 0 or self.rows * self.columns < 2:
-            raise ConfigError("A synthetic clip needs square <= cell, noise >= 0 and at least two cells.")
+        if self.square > self.cell or not 0 <= self.noise <= 127 or self.rows * self.columns < 2:
+            raise ConfigError("A synthetic clip needs square <= cell, noise from 0 to 127 and at least two cells.")
         if not self.tasks or not set(self.tasks) <= set(TASKS):
             raise ConfigError(f"tasks got {list(self.tasks)}; known: {', '.join(TASKS)}.")
+
+
+class Visit(NamedTuple):
+    """The square is in cell `cell` (from 0, row by row) in the units from `begin` up to but not including `end`."""
+
+    cell: int
+    colour: str
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -77,56 +88,54 @@ class Example:
         frames: (2 * units, rows * cell, columns * cell, 3) uint8.
         task: One of `TASKS`.
         question, answer: English; the answer is one word or digit.
-        cells: (units,) the cell of the square in each unit.
-        colours: (units,) its colour.
+        visits: Where the square was and when, in order.
     """
 
     frames: np.ndarray
     task: str
     question: str
     answer: str
-    cells: tuple[int, ...]
-    colours: tuple[str, ...]
+    visits: tuple[Visit, ...]
 
 
 def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
     """Draws a clip and a question; the same seed gives the same."""
     rng = np.random.default_rng(seed)
     s = settings
-    places = int(rng.integers(1, min(s.most_places, s.units) + 1))
-    jumps = sorted(1 + rng.choice(s.units - 1, places - 1, replace=False)) if places > 1 else []
-    lengths = np.diff([0, *jumps, s.units])
-    stay_cells, stay_colours = [int(rng.integers(s.rows * s.columns))], [str(rng.choice(list(COLOURS)))]
-    for _ in range(places - 1):
-        stay_cells.append(int(rng.choice([c for c in range(s.rows * s.columns) if c != stay_cells[-1]])))
-        stay_colours.append(str(rng.choice([c for c in COLOURS if c != stay_colours[-1]])))
-    cells = tuple(np.repeat(stay_cells, lengths).tolist())
-    colours = tuple(np.repeat(stay_colours, lengths).tolist())
+    cells = s.rows * s.columns
+    places = int(rng.integers(1, min(s.most_places, (s.units + 1) // 2, cells, len(COLOURS)) + 1))
+    ends = np.sort(rng.choice(s.units + 1, 2 * places, replace=False)).tolist()
+    where = rng.permutation(cells)[:places].tolist()
+    which = [str(colour) for colour in rng.permutation(list(COLOURS))[:places]]
+    visits = tuple(Visit(*visit) for visit in zip(where, which, ends[::2], ends[1::2], strict=True))
 
     painter = rng if s.texture is None else np.random.default_rng(s.texture)
-    coarse = painter.integers(60, 190, (s.rows * s.cell // 7 + 1, s.columns * s.cell // 7 + 1, 3))
-    texture = np.kron(coarse, np.ones((7, 7, 1), dtype=np.int64))[: s.rows * s.cell, : s.columns * s.cell]
+    blocks = painter.integers(60, 190, (s.rows * s.cell // 7 + 1, s.columns * s.cell // 7 + 1, 3))
+    texture = blocks.repeat(7, 0).repeat(7, 1)[: s.rows * s.cell, : s.columns * s.cell]
     frames = np.repeat(texture[None], 2 * s.units, axis=0)
     margin = (s.cell - s.square) // 2
-    for unit, (cell, colour) in enumerate(zip(cells, colours, strict=True)):
-        y, x = (cell // s.columns) * s.cell + margin, (cell % s.columns) * s.cell + margin
-        frames[2 * unit : 2 * unit + 2, y : y + s.square, x : x + s.square] = COLOURS[colour]
+    for visit in visits:
+        y, x = (visit.cell // s.columns) * s.cell + margin, (visit.cell % s.columns) * s.cell + margin
+        frames[2 * visit.begin : 2 * visit.end, y : y + s.square, x : x + s.square] = COLOURS[visit.colour]
     if s.noise:
-        frames = frames + rng.integers(-s.noise, s.noise + 1, frames.shape)
+        frames = frames + rng.integers(-s.noise, s.noise + 1, frames.shape, dtype=np.int8)
 
     task = str(rng.choice(s.tasks))
-    when = int(rng.integers(s.units))
+    second = int(rng.integers(visits[0].begin, s.units))
     question, answer = {
-        "where": ("In which cell is the square at the end?", str(cells[-1] + 1)),
-        "last": ("Which colour has the square at the end?", colours[-1]),
-        "count": ("At how many places does the square stay, one after the other?", str(places)),
-        "first": ("Which colour has the square in the beginning?", colours[0]),
-        "when": (f"Which colour has the square at time {when}?", colours[when]),
+        "where": ("In which cell was the square last?", str(visits[-1].cell + 1)),
+        "last": ("Which colour was the square last?", visits[-1].colour),
+        "count": ("At how many places was the square?", str(places)),
+        "first": ("Which colour was the square first?", visits[0].colour),
+        "when": (
+            f"Which colour was the square last by second {second}?",
+            [visit.colour for visit in visits if visit.begin <= second][-1],
+        ),
     }[task]
     frames = np.clip(frames, 0, 255).astype(np.uint8)
     if s.h264:
         frames = through_h264(frames, crf=int(rng.integers(s.h264[0], s.h264[1] + 1)))
-    return Example(frames, task, question, answer, cells, colours)
+    return Example(frames, task, question, answer, visits)
 
 
 def write_dataset(
@@ -167,8 +176,3 @@ def write_dataset(
     path = folder / "data.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
-
-
-def shorter(settings: SceneSettings, units: int) -> SceneSettings:
-    """The same with clips of another length: a curriculum over lengths learns faster."""
-    return replace(settings, units=units)

@@ -19,7 +19,7 @@ RATES_FILE = "evs_rates.json"
 """The state of the rates' generator, in every checkpoint."""
 
 
-def answers(model: Any, batch: Mapping[str, Any], rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+def answers(model: Any, batch: Mapping[str, Any], rate: float, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Answers the questions of a batch at a pruning rate; call it without gradients.
 
     Every label token has to be the likeliest one after those before it, which is to say that greedy decoding gives
@@ -29,11 +29,12 @@ def answers(model: Any, batch: Mapping[str, Any], rate: float) -> tuple[torch.Te
         model: A model with EVS enabled, with `served_positions`.
         batch: What `ChatCollator` makes, on the model's device.
         rate: The rate.
+        **options: Further request keys, such as ``evs_positions``.
 
     Returns:
         (B,) bool, whether row by row the answer is right, and the loss.
     """
-    out = model(**batch, evs_rate=rate)
+    out = model(**batch, evs_rate=rate, **options)
     labels = hf.last_batch(model).take(batch["labels"], IGNORED)[:, 1:]
     right = (out.logits[:, :-1].argmax(-1) == labels) | (labels == IGNORED)
     return right.all(dim=1), out.loss

@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import quality  # noqa: E402
+import quality_ask  # noqa: E402
 
 import evs_vllm.hf.model  # noqa: E402
 import evs_vllm.hf.prompt  # noqa: E402
 from evs_vllm.errors import ConfigError  # noqa: E402
 from evs_vllm.plan import RetentionPlan  # noqa: E402
-from evs_vllm.train.synthetic import SceneSettings, make_example  # noqa: E402
+from evs_vllm.train.synthetic import TASKS, SceneSettings, make_example  # noqa: E402
 
 SMOKE = ROOT / "configs" / "quality" / "smoke.yaml"
 
@@ -56,7 +57,8 @@ def test_it_notices_what_is_broken(smoke, monkeypatch):
     good = find(result, "uptrained")
 
     def ask():
-        return quality.ask(folder / "0" / "uptrained", examples, 0.5, "evs", "keep", "full")
+        (point,) = quality_ask.ask(folder / "0" / "uptrained", examples, [(quality_ask.Way(), 0.5)])
+        return point
 
     assert ask()["right"] == good["right"], "asking again gives the same"
     stock = evs_vllm.hf.prompt.lay_out
@@ -71,12 +73,12 @@ def test_it_notices_what_is_broken(smoke, monkeypatch):
     def least_changed(tokens, grid, config):
         change = np.abs(np.diff(tokens.numpy().astype(int), axis=0)).sum(-1).reshape(-1)
         order = tokens.shape[1] + np.argsort(change, kind="stable")
-        count = quality.token_budget(*tokens.shape[:2], config) - tokens.shape[1]
+        count = quality_ask.token_budget(*tokens.shape[:2], config) - tokens.shape[1]
         kept = np.sort(np.concatenate([np.arange(tokens.shape[1]), order[:count]]))
         return RetentionPlan(grid, kept)
 
     with monkeypatch.context() as broken:
-        broken.setattr(quality, "make_plan", least_changed)
+        broken.setattr(quality_ask, "make_plan", least_changed)
         assert ask()["tasks"]["last"] < good["tasks"]["last"] - 10, "selection"
 
 
@@ -91,20 +93,24 @@ def test_results_are_written(smoke, tmp_path):
 
 
 def test_readable_is_what_the_kept_tokens_show():
+    tasks = set()
     for seed in range(40):
-        example = make_example(SceneSettings(units=8), seed)
-        everything = np.arange(48)
-        assert quality.readable(example, everything, 6)
-        squares = np.arange(8) * 6 + np.array(example.cells)
-        assert quality.readable(example, squares, 6)
-        assert not quality.readable(example, np.setdiff1d(everything, squares), 6)
-        only_first = quality.readable(example, np.arange(6), 6)
-        assert only_first == (example.task == "first" or len(set(example.cells)) == 1 or _asks_first(example))
-
-
-def _asks_first(example):
-    time = int(example.question.rstrip("?").split()[-1]) if example.task == "when" else None
-    return time is not None and len(set(example.cells[: time + 1])) == 1
+        example = make_example(SceneSettings(units=12), seed)
+        everything = np.arange(72)
+        assert quality_ask.readable(example, everything, 6)
+        begins = np.array([visit.begin * 6 + visit.cell for visit in example.visits])
+        assert quality_ask.readable(example, begins, 6)
+        squares = [unit * 6 + v.cell for v in example.visits for unit in range(v.begin, v.end)]
+        assert not quality_ask.readable(example, np.setdiff1d(everything, squares), 6)
+        # By one visit alone only that one is seen: which one a question needs follows from its answer's colour.
+        alone = [quality_ask.readable(example, begins[n : n + 1], 6) for n in range(len(begins))]
+        if example.task == "count":
+            assert alone == [len(begins) == 1] * len(begins)
+        else:
+            wanted = example.visits[-1].colour if example.task == "where" else example.answer
+            assert alone == [visit.colour == wanted for visit in example.visits]
+        tasks.add(example.task)
+    assert tasks == set(TASKS)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "quality").glob("*.yaml")), ids=lambda path: path.stem)

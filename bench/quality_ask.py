@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks a trained model of the quality lab (`quality.py`) about clips: ways to choose tokens, ways to compute them."""
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from quality_models import speed_up  # noqa: E402
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention  # noqa: E402
+
+import evs_vllm.hf.model  # noqa: E402
+import evs_vllm.hf.tower  # noqa: E402
+from evs_vllm import hf  # noqa: E402
+from evs_vllm.plan import RetentionPlan  # noqa: E402
+from evs_vllm.reuse import ReuseSchedule  # noqa: E402
+from evs_vllm.select import make_plan, token_budget  # noqa: E402
+from evs_vllm.train.data import ChatCollator, as_item  # noqa: E402
+from evs_vllm.train.synthetic import Example  # noqa: E402
+from evs_vllm.train.trainer import answers  # noqa: E402
+
+# ---------------------------------------------------------------- other ways to choose, and to compute
+
+
+def choose_random(keep_first: bool, generator: np.random.Generator) -> Callable[..., RetentionPlan]:
+    """As many tokens as EVS keeps, at random; with `keep_first` unit 0 stays whole."""
+
+    def choose(tokens: torch.Tensor, grid: tuple[int, int, int], config: Any) -> RetentionPlan:
+        units, per_unit, _ = tokens.shape
+        budget = token_budget(units, per_unit, config)
+        first = per_unit if keep_first else 0
+        others = first + generator.permutation(units * per_unit - first)[: budget - first]
+        return RetentionPlan(grid, np.sort(np.concatenate([np.arange(first), others])), config.positions)
+
+    return choose
+
+
+def choose_frames(tokens: torch.Tensor, grid: tuple[int, int, int], config: Any) -> RetentionPlan:
+    """As many whole units, evenly spread, as fit the number of tokens that EVS keeps."""
+    units, per_unit, _ = tokens.shape
+    count = max(1, token_budget(units, per_unit, config) // per_unit)
+    wanted = np.unique(np.linspace(0, units - 1, count).round().astype(np.int64))
+    kept = (wanted[:, None] * per_unit + np.arange(per_unit)).reshape(-1)
+    return RetentionPlan(grid, kept, config.positions)
+
+
+def choose_cosine(embeddings: Iterator[torch.Tensor]) -> Callable[..., RetentionPlan]:
+    """The paper's other score: one minus the cosine of a token's embedding to that of its place one unit earlier."""
+
+    def choose(tokens: torch.Tensor, grid: tuple[int, int, int], config: Any) -> RetentionPlan:
+        units, per_unit, _ = tokens.shape
+        rows = next(embeddings).view(units, per_unit, -1)
+        score = 1 - cosine_similarity(rows[1:], rows[:-1], dim=-1)
+        best = np.argsort(-score.flatten().numpy(), kind="stable")
+        kept = per_unit + best[: token_budget(units, per_unit, config) - per_unit]
+        return RetentionPlan(grid, np.sort(np.concatenate([np.arange(per_unit), kept])), config.positions)
+
+    return choose
+
+
+class SkipSchedule(ReuseSchedule):
+    """Computes kept patches only and reuses nothing: a patch sees the kept patches of its own unit."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        out, m = torch.empty_like(query), self.patches
+        (clip,) = self.clips
+        for _, rows, _ in clip.sequences():
+            here = slice(rows.start * m, rows.stop * m)
+            q, k, v = (x[here].transpose(0, 1)[None] for x in (query, key, value))
+            out[here] = scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
+        return out
+
+
+class Way(NamedTuple):
+    """How a question is asked: which tokens stay, with which positions, and what the tower computes."""
+
+    selection: str = "evs"
+    positions: str = "keep"
+    tower: str = "full"
+
+
+@contextmanager
+def chosen(model: Any, way: Way, batch: dict[str, Any], seed: int) -> Iterator[None]:
+    """Lets `model` choose tokens and compute the tower in one of the ways that are compared."""
+    with ExitStack() as stack:
+        choose: Callable[..., RetentionPlan] = make_plan
+        if way.selection.startswith("random"):
+            choose = choose_random(way.selection == "random_unit0", np.random.default_rng([7, seed]))
+        elif way.selection == "frames":
+            choose = choose_frames
+        elif way.selection == "cosine":
+            features = model.model.get_video_features(batch["pixel_values_videos"], batch["video_grid_thw"])
+            choose = choose_cosine(iter(features.pooler_output))
+        stack.enter_context(patch.object(evs_vllm.hf.model, "make_plan", choose))
+        if way.tower == "skip":
+            stack.enter_context(patch.object(evs_vllm.hf.tower, "ReuseSchedule", SkipSchedule))
+        yield
+
+
+# ---------------------------------------------------------------- asking
+
+
+def readable(example: Example, kept: np.ndarray, per_unit: int) -> bool:
+    """Whether the kept tokens show what the question asks for: what is lost beyond this, the model lost.
+
+    A visit is seen if its cell is kept in at least one unit of it.
+    """
+    tokens = set(kept.tolist())
+    seen = [any(t * per_unit + v.cell in tokens for t in range(v.begin, v.end)) for v in example.visits]
+    if example.task == "count":
+        return all(seen)
+    if example.task == "when":
+        second = int(example.question.rstrip("?").split()[-1])
+        return seen[max(number for number, visit in enumerate(example.visits) if visit.begin <= second)]
+    return seen[0 if example.task == "first" else -1]
+
+
+@torch.no_grad()
+def ask(
+    folder: Path, examples: Sequence[Example], cells: Sequence[tuple[Way, float]], batch: int = 48
+) -> list[dict[str, Any]]:
+    """Asks a checkpoint all questions in each of several ways, at a rate each.
+
+    Returns:
+        For each cell: accuracy in %, in all and by task; tokens kept, mean; `readable`, the share in % of questions
+        that the kept tokens answer; `right`, question by question.
+    """
+    model = speed_up(transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval())
+    hf.enable(model, 0, served_positions=True)
+    collate = ChatCollator(transformers.AutoProcessor.from_pretrained(folder))
+    told: list[list[tuple[bool, bool, int]]] = [[] for _ in cells]
+    for start in range(0, len(examples), batch):
+        some = examples[start : start + batch]
+        inputs = collate([as_item(example) for example in some])
+        for (way, rate), rows in zip(cells, told, strict=True):
+            encoder: dict[str, Any] = {"evs_encoder": "full" if way.tower == "full" else "reuse"}
+            if way.tower == "skip":
+                encoder["evs_encoder_refresh"] = 0
+            with chosen(model, way, inputs, start):
+                right = answers(model, inputs, rate, evs_positions=way.positions, **encoder)[0].tolist()
+            for answered, example, plan in zip(right, some, hf.last_plans(model), strict=True):
+                rows.append((answered, readable(example, plan.kept, plan.tokens_per_unit), plan.num_kept))
+    return [summary(examples, *zip(*rows, strict=True)) for rows in told]
+
+
+def summary(
+    examples: Sequence[Example], right: Sequence[bool], shown: Sequence[bool], kept: Sequence[int]
+) -> dict[str, Any]:
+    """What `ask` returns for a cell."""
+    tasks = {
+        task: 100 * statistics.mean(r for r, e in zip(right, examples, strict=True) if e.task == task)
+        for task in sorted({e.task for e in examples})
+    }
+    return {
+        "accuracy": 100 * statistics.mean(right),
+        "readable": 100 * statistics.mean(shown),
+        "tokens": statistics.mean(kept),
+        "tasks": tasks,
+        "right": "".join("1" if r else "0" for r in right),
+    }
