@@ -17,13 +17,14 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from quality_models import speed_up  # noqa: E402
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention  # noqa: E402
+from transformers.modeling_outputs import BaseModelOutputWithPooling  # noqa: E402
 
 import evs_vllm.hf.model  # noqa: E402
 import evs_vllm.hf.tower  # noqa: E402
 from evs_vllm import hf  # noqa: E402
 from evs_vllm.plan import RetentionPlan  # noqa: E402
 from evs_vllm.reuse import ReuseSchedule  # noqa: E402
-from evs_vllm.select import make_plan, token_budget  # noqa: E402
+from evs_vllm.select import plan_keeping, token_budget  # noqa: E402
 from evs_vllm.train.data import ChatCollator, as_item  # noqa: E402
 from evs_vllm.train.synthetic import Example  # noqa: E402
 from evs_vllm.train.trainer import answers  # noqa: E402
@@ -31,38 +32,38 @@ from evs_vllm.train.trainer import answers  # noqa: E402
 # ---------------------------------------------------------------- other ways to choose, and to compute
 
 
-def choose_random(keep_first: bool, generator: np.random.Generator) -> Callable[..., RetentionPlan]:
+Chooser = Callable[[torch.Tensor, int], torch.Tensor]
+"""From a clip's (T, P, D) uint8 tokens and a number to the indices of the tokens that stay, sorted."""
+
+
+def choose_random(keep_first: bool, generator: np.random.Generator) -> Chooser:
     """As many tokens as EVS keeps, at random; with `keep_first` unit 0 stays whole."""
 
-    def choose(tokens: torch.Tensor, grid: tuple[int, int, int], config: Any) -> RetentionPlan:
+    def choose(tokens: torch.Tensor, count: int) -> torch.Tensor:
         units, per_unit, _ = tokens.shape
-        budget = token_budget(units, per_unit, config)
         first = per_unit if keep_first else 0
-        others = first + generator.permutation(units * per_unit - first)[: budget - first]
-        return RetentionPlan(grid, np.sort(np.concatenate([np.arange(first), others])), config.positions)
+        others = first + generator.permutation(units * per_unit - first)[: count - first]
+        return torch.from_numpy(np.sort(np.concatenate([np.arange(first), others])))
 
     return choose
 
 
-def choose_frames(tokens: torch.Tensor, grid: tuple[int, int, int], config: Any) -> RetentionPlan:
-    """As many whole units, evenly spread, as fit the number of tokens that EVS keeps."""
+def choose_frames(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """As many whole units, evenly spread from the first to the last, as fit the number of tokens that EVS keeps."""
     units, per_unit, _ = tokens.shape
-    count = max(1, token_budget(units, per_unit, config) // per_unit)
-    wanted = np.unique(np.linspace(0, units - 1, count).round().astype(np.int64))
-    kept = (wanted[:, None] * per_unit + np.arange(per_unit)).reshape(-1)
-    return RetentionPlan(grid, kept, config.positions)
+    wanted = np.unique(np.linspace(0, units - 1, max(1, count // per_unit)).round().astype(np.int64))
+    return torch.from_numpy((wanted[:, None] * per_unit + np.arange(per_unit)).reshape(-1))
 
 
-def choose_cosine(embeddings: Iterator[torch.Tensor]) -> Callable[..., RetentionPlan]:
+def choose_cosine(embeddings: Iterator[torch.Tensor]) -> Chooser:
     """The paper's other score: one minus the cosine of a token's embedding to that of its place one unit earlier."""
 
-    def choose(tokens: torch.Tensor, grid: tuple[int, int, int], config: Any) -> RetentionPlan:
+    def choose(tokens: torch.Tensor, count: int) -> torch.Tensor:
         units, per_unit, _ = tokens.shape
         rows = next(embeddings).view(units, per_unit, -1)
         score = 1 - cosine_similarity(rows[1:], rows[:-1], dim=-1)
-        best = np.argsort(-score.flatten().numpy(), kind="stable")
-        kept = per_unit + best[: token_budget(units, per_unit, config) - per_unit]
-        return RetentionPlan(grid, np.sort(np.concatenate([np.arange(per_unit), kept])), config.positions)
+        best = torch.argsort(-score.flatten(), stable=True)[: count - per_unit]
+        return torch.cat([torch.arange(per_unit), per_unit + best]).sort().values
 
     return choose
 
@@ -89,18 +90,38 @@ class Way(NamedTuple):
 
 
 @contextmanager
-def chosen(model: Any, way: Way, batch: dict[str, Any], seed: int) -> Iterator[None]:
-    """Lets `model` choose tokens and compute the tower in one of the ways that are compared."""
+def chosen(model: Any, way: Way, features: Sequence[torch.Tensor], seed: int) -> Iterator[None]:
+    """Lets `model` choose tokens and compute the tower in one of the ways that are compared.
+
+    Args:
+        model: With EVS enabled.
+        way: The way.
+        features: What the whole tower computes of each clip: it is the same for every way.
+        seed: Of random tokens.
+    """
+    chooser: Chooser | None = None
+    if way.selection.startswith("random"):
+        chooser = choose_random(way.selection == "random_unit0", np.random.default_rng([7, seed]))
+    elif way.selection == "frames":
+        chooser = choose_frames
+    elif way.selection == "cosine":
+        chooser = choose_cosine(iter(features))
+
+    def plan(tokens: torch.Tensor, grid: tuple[int, int, int], config: Any) -> RetentionPlan:
+        assert chooser is not None
+        return plan_keeping(chooser(tokens, token_budget(*tokens.shape[:2], config)), tokens, grid, config)
+
     with ExitStack() as stack:
-        choose: Callable[..., RetentionPlan] = make_plan
-        if way.selection.startswith("random"):
-            choose = choose_random(way.selection == "random_unit0", np.random.default_rng([7, seed]))
-        elif way.selection == "frames":
-            choose = choose_frames
-        elif way.selection == "cosine":
-            features = model.model.get_video_features(batch["pixel_values_videos"], batch["video_grid_thw"])
-            choose = choose_cosine(iter(features.pooler_output))
-        stack.enter_context(patch.object(evs_vllm.hf.model, "make_plan", choose))
+        if chooser is not None:
+            stack.enter_context(patch.object(evs_vllm.hf.model, "make_plan", plan))
+        if way.tower == "full":
+            stack.enter_context(
+                patch.object(
+                    model.model,
+                    "get_video_features",
+                    lambda *_, **__: BaseModelOutputWithPooling(pooler_output=features),
+                )
+            )
         if way.tower == "skip":
             stack.enter_context(patch.object(evs_vllm.hf.tower, "ReuseSchedule", SkipSchedule))
         yield
@@ -141,11 +162,14 @@ def ask(
     for start in range(0, len(examples), batch):
         some = examples[start : start + batch]
         inputs = collate([as_item(example) for example in some])
+        features = model.model.get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+        ).pooler_output
         for (way, rate), rows in zip(cells, told, strict=True):
             encoder: dict[str, Any] = {"evs_encoder": "full" if way.tower == "full" else "reuse"}
             if way.tower == "skip":
                 encoder["evs_encoder_refresh"] = 0
-            with chosen(model, way, inputs, start):
+            with chosen(model, way, features, start):
                 right = answers(model, inputs, rate, evs_positions=way.positions, **encoder)[0].tolist()
             for answered, example, plan in zip(right, some, hf.last_plans(model), strict=True):
                 rows.append((answered, readable(example, plan.kept, plan.tokens_per_unit), plan.num_kept))

@@ -25,6 +25,12 @@ from evs_vllm.train.synthetic import SceneSettings  # noqa: E402
 
 SELECTIONS = ("evs", "cosine", "random", "random_unit0", "frames")
 TOWERS = ("full", "reuse", "skip")
+WAYS = [
+    *((selection, positions, "full") for selection in SELECTIONS for positions in ("keep", "sequential")),
+    # Positions come after the tower. Random tokens are no basis for reuse, which needs unit 0.
+    *((selection, "keep", tower) for selection in SELECTIONS if selection != "random" for tower in TOWERS[1:]),
+][1:]
+"""[selection, positions, tower] of every line of the table but the first, ["evs", "keep", "full"]."""
 _OF_THE_RUN = ("seeds", "clips", "ask_rates", "compare", "control", "engine")
 """Settings that leave each checkpoint as it is."""
 DENSE = {"distribution": "list", "values": [0]}
@@ -50,7 +56,7 @@ class Settings:
         seeds: One base, control and uptrained model each.
         clips: How many unseen clips are asked about.
         ask_rates: At which rates, besides 0.
-        compare: [selection, positions, tower] of each line of the table, besides ["evs", "keep", "full"].
+        compare: Lines of the table, as in `WAYS`.
         engine: Models of the first seed that are asked through vLLM, too.
     """
 
@@ -77,12 +83,7 @@ class Settings:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     clips: int = 480
     ask_rates: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 0.93, 0.95])
-    compare: list[list[str]] = field(
-        default_factory=lambda: (
-            [[s, "keep", "full"] for s in SELECTIONS[1:]]
-            + [["evs", "sequential", "full"], ["evs", "keep", "reuse"], ["evs", "keep", "skip"]]
-        )
-    )
+    compare: list[list[str]] = field(default_factory=lambda: [list(way) for way in WAYS])
     engine: list[str] = field(default_factory=list)
 
     @classmethod

@@ -71,7 +71,11 @@ def pruned_positions(
     # A sequential clip is text to the stock method: its item is left out and its placeholders are not expanded.
     kept = [item for item in items if item.clip is None or item.clip.plan.positions == "keep"]
     full = unprune(token_ids, [item.clip for item in kept if item.clip is not None])
-    features = [move(item, full.place_of(item.offset)) for item in sorted(kept, key=lambda item: item.offset)]
+    features = []
+    for item in sorted(kept, key=lambda item: item.offset):
+        # A clip begins where its first token would stand, whether that one stays or not.
+        dropped = 0 if item.clip is None else int(item.clip.plan.prompt_index[0])
+        features.append(move(item, full.place_of(item.offset) - dropped))
     positions, delta = stock(full.token_ids.tolist(), features)
     # The stock delta counts from the unpruned length, generation counts from the pruned one.
     return positions[:, full.index], delta + len(full.token_ids) - len(token_ids)

@@ -64,13 +64,28 @@ def make_plan(tokens: "torch.Tensor", grid: tuple[int, int, int], config: EVSCon
         )
     else:
         selection = evs_kernels.prune_topk(tokens, budget, min_per_unit=config.min_tokens_per_unit)
-    kept = selection.indices.cpu().numpy()
-    dropped = units * per_unit - len(kept)
+    return plan_keeping(selection.indices, tokens, grid, config)
+
+
+def plan_keeping(
+    kept: "torch.Tensor", tokens: "torch.Tensor", grid: tuple[int, int, int], config: EVSConfig
+) -> RetentionPlan:
+    """The plan for tokens that were chosen, with what the vision tower computes beside them.
+
+    Args:
+        kept: (K,) int64, sorted indices of the tokens that stay; with encoder "reuse" all of unit 0 among them.
+        tokens, grid, config: As for `make_plan`.
+
+    Returns:
+        The plan, without a layout.
+    """
+    dropped = tokens.shape[0] * tokens.shape[1] - len(kept)
+    indices = kept.cpu().numpy()
     if config.encoder != "reuse" or not dropped:
         # A clip that keeps everything has nothing to reuse: it takes the stock path.
-        return RetentionPlan(grid, kept, config.positions)
-    plan = RetentionPlan(grid, kept, config.positions, encoder="reuse")
+        return RetentionPlan(grid, indices, config.positions)
+    plan = RetentionPlan(grid, indices, config.positions, encoder="reuse")
     budget = dropped // config.encoder_refresh if config.encoder_refresh else 0
     if not budget:
         return plan
-    return replace(plan, refreshed=evs_kernels.select_stale(tokens, selection.indices, budget).cpu().numpy())
+    return replace(plan, refreshed=evs_kernels.select_stale(tokens, kept, budget).cpu().numpy())

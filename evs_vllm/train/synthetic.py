@@ -25,6 +25,7 @@ COLOURS = {
     "white": (250, 250, 250),
     "black": (8, 8, 8),
 }
+GREY = 128
 TASKS = ("where", "last", "count", "first", "when")
 
 
@@ -39,6 +40,9 @@ class SceneSettings:
         square: Side of the square, at most `cell`; what it leaves of the background tells cells apart.
         noise: Each pixel of each frame is off by up to this many grey levels, at most 127.
         most_places: The square visits 1 to this many cells, never one twice and each time in another colour.
+        lost: Each cell of each unit is grey, as after errors of transmission, with a probability that is drawn for
+            the clip from 0 to this; never where a visit begins. For training: otherwise a model may tell where the
+            square is by the background that is missing there, for which it needs the whole unit.
         tasks: The tasks that are asked.
         texture: Seed of the background that all clips share, as before one camera; None gives each clip its own, and
             then only position IDs tell cells apart.
@@ -53,6 +57,7 @@ class SceneSettings:
     square: int = 14
     noise: int = 6
     most_places: int = 4
+    lost: float = 0.0
     tasks: tuple[str, ...] = TASKS
     texture: int | None = 0
     h264: tuple[int, int] | None = None
@@ -65,6 +70,8 @@ class SceneSettings:
                 raise ConfigError(f"h264 got {list(self.h264)}; a range of rate factors within 0 to 51 is needed.")
         if min(self.units, self.rows, self.columns, self.cell, self.square, self.most_places) < 1:
             raise ConfigError("A synthetic clip needs at least one unit, cell, place and pixel.")
+        if not 0 <= self.lost < 1:
+            raise ConfigError(f"lost got {self.lost}; a share from 0 up to but not including 1 is needed.")
         if self.square > self.cell or not 0 <= self.noise <= 127 or self.rows * self.columns < 2:
             raise ConfigError("A synthetic clip needs square <= cell, noise from 0 to 127 and at least two cells.")
         if not self.tasks or not set(self.tasks) <= set(TASKS):
@@ -104,10 +111,10 @@ def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
     s = settings
     cells = s.rows * s.columns
     places = int(rng.integers(1, min(s.most_places, (s.units + 1) // 2, cells, len(COLOURS)) + 1))
-    ends = np.sort(rng.choice(s.units + 1, 2 * places, replace=False)).tolist()
+    begins, ends = np.sort(rng.choice(s.units + 1, 2 * places, replace=False)).reshape(-1, 2).T
     where = rng.permutation(cells)[:places].tolist()
     which = [str(colour) for colour in rng.permutation(list(COLOURS))[:places]]
-    visits = tuple(Visit(*visit) for visit in zip(where, which, ends[::2], ends[1::2], strict=True))
+    visits = tuple(Visit(*visit) for visit in zip(where, which, begins.tolist(), ends.tolist(), strict=True))
 
     painter = rng if s.texture is None else np.random.default_rng(s.texture)
     blocks = painter.integers(60, 190, (s.rows * s.cell // 7 + 1, s.columns * s.cell // 7 + 1, 3))
@@ -117,6 +124,13 @@ def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
     for visit in visits:
         y, x = (visit.cell // s.columns) * s.cell + margin, (visit.cell % s.columns) * s.cell + margin
         frames[2 * visit.begin : 2 * visit.end, y : y + s.square, x : x + s.square] = COLOURS[visit.colour]
+    if s.lost:
+        lost = rng.random((s.units, cells)) < rng.uniform(0, s.lost)
+        lost[begins, where] = False
+        shape = (s.units, 2, s.rows, s.cell, s.columns, s.cell, 3)
+        frames.reshape(shape)[...] = np.where(
+            lost.reshape(s.units, 1, s.rows, 1, s.columns, 1, 1), GREY, frames.reshape(shape)
+        )
     if s.noise:
         frames = frames + rng.integers(-s.noise, s.noise + 1, frames.shape, dtype=np.int8)
 

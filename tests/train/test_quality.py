@@ -19,6 +19,7 @@ import evs_vllm.hf.model  # noqa: E402
 import evs_vllm.hf.prompt  # noqa: E402
 from evs_vllm.errors import ConfigError  # noqa: E402
 from evs_vllm.plan import RetentionPlan  # noqa: E402
+from evs_vllm.select import token_budget  # noqa: E402
 from evs_vllm.train.synthetic import TASKS, SceneSettings, make_example  # noqa: E402
 
 SMOKE = ROOT / "configs" / "quality" / "smoke.yaml"
@@ -73,12 +74,11 @@ def test_it_notices_what_is_broken(smoke, monkeypatch):
     def least_changed(tokens, grid, config):
         change = np.abs(np.diff(tokens.numpy().astype(int), axis=0)).sum(-1).reshape(-1)
         order = tokens.shape[1] + np.argsort(change, kind="stable")
-        count = quality_ask.token_budget(*tokens.shape[:2], config) - tokens.shape[1]
-        kept = np.sort(np.concatenate([np.arange(tokens.shape[1]), order[:count]]))
-        return RetentionPlan(grid, kept)
+        count = token_budget(*tokens.shape[:2], config) - tokens.shape[1]
+        return RetentionPlan(grid, np.sort(np.concatenate([np.arange(tokens.shape[1]), order[:count]])))
 
     with monkeypatch.context() as broken:
-        broken.setattr(quality_ask, "make_plan", least_changed)
+        broken.setattr(evs_vllm.hf.model, "make_plan", least_changed)
         assert ask()["tasks"]["last"] < good["tasks"]["last"] - 10, "selection"
 
 

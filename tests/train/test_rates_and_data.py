@@ -134,6 +134,25 @@ def test_answers_are_what_the_pixels_show():
             SceneSettings(**wrong)
 
 
+def test_lost_cells_are_grey_but_every_visit_is_seen():
+    shares = []
+    for seed in range(30):
+        plain = make_example(SceneSettings(units=12, noise=0), seed)
+        example = make_example(SceneSettings(units=12, noise=0, lost=0.8), seed)
+        assert example.visits == plain.visits
+        cells = example.frames.reshape(12, 2, 2, 28, 3, 28, 3)
+        grey = (cells == 128).all(axis=(1, 3, 5, 6))
+        same = (cells == plain.frames.reshape(cells.shape)).all(axis=(1, 3, 5, 6))
+        assert (grey ^ same).all()
+        for visit in example.visits:
+            assert same[visit.begin].reshape(-1)[visit.cell]
+            assert square_of(example.frames[2 * visit.begin])[1] == visit.colour
+        shares.append(grey.mean())
+    assert min(shares) < 0.2 and 0.6 < max(shares) < 0.9
+    with pytest.raises(ConfigError, match="lost"):
+        SceneSettings(lost=1.0)
+
+
 def test_h264_is_what_a_server_decodes(tmp_path):
     """The codec is lossy but close, gives the same bytes again, and OpenCV (vLLM's decoder) sees the same frames."""
     cv2 = pytest.importorskip("cv2")

@@ -160,6 +160,10 @@ def test_golden_positions() -> None:
     # Clip starts at 2: (0,0,0), (0,0,1), (2,0,0) -> text resumes at 2 + 3.
     assert positions.tolist() == [[0, 1, 2, 2, 4, 5, 6], [0, 1, 2, 2, 2, 5, 6], [0, 1, 2, 3, 2, 5, 6]]
     assert delta + 7 == 7
+    # EVS never drops the first token, but nothing moves if another choice does.
+    ids, items = lay_out([2, replace(plan, kept=np.array([1, 4])), 2])
+    positions, delta = pruned_positions(ids, items, move, stock_mrope)
+    assert positions.tolist() == [[0, 1, 2, 4, 5, 6], [0, 1, 2, 2, 5, 6], [0, 1, 3, 2, 5, 6]] and delta == 1
     sequential = replace(plan, positions="sequential")
     ids, items = lay_out([2, sequential, 2])
     positions, delta = pruned_positions(ids, items, move, stock_mrope)
