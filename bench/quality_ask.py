@@ -140,8 +140,8 @@ def readable(example: Example, kept: np.ndarray, per_unit: int) -> bool:
     if example.task == "count":
         return all(seen)
     if example.task == "when":
-        second = int(example.question.rstrip("?").split()[-1])
-        return seen[max(number for number, visit in enumerate(example.visits) if visit.begin <= second)]
+        tenths, units = int(example.question.split(" tenths")[0].split()[-1]), len(example.frames) // 2
+        return seen[max(number for number, v in enumerate(example.visits) if 10 * v.begin < tenths * units)]
     return seen[0 if example.task == "first" else -1]
 
 

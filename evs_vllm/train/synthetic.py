@@ -112,6 +112,7 @@ def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
     cells = s.rows * s.columns
     places = int(rng.integers(1, min(s.most_places, (s.units + 1) // 2, cells, len(COLOURS)) + 1))
     begins, ends = np.sort(rng.choice(s.units + 1, 2 * places, replace=False)).reshape(-1, 2).T
+    begins[0] = min(begins[0], max(0, 9 * s.units // 10 - 1))  # the latest time that is asked for comes after it
     where = rng.permutation(cells)[:places].tolist()
     which = [str(colour) for colour in rng.permutation(list(COLOURS))[:places]]
     visits = tuple(Visit(*visit) for visit in zip(where, which, begins.tolist(), ends.tolist(), strict=True))
@@ -135,15 +136,15 @@ def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
         frames = frames + rng.integers(-s.noise, s.noise + 1, frames.shape, dtype=np.int8)
 
     task = str(rng.choice(s.tasks))
-    second = int(rng.integers(visits[0].begin, s.units))
+    tenths = int(rng.integers(10 * visits[0].begin // s.units + 1, 10))
     question, answer = {
         "where": ("In which cell was the square last?", str(visits[-1].cell + 1)),
         "last": ("Which colour was the square last?", visits[-1].colour),
         "count": ("At how many places was the square?", str(places)),
         "first": ("Which colour was the square first?", visits[0].colour),
         "when": (
-            f"Which colour was the square last by second {second}?",
-            [visit.colour for visit in visits if visit.begin <= second][-1],
+            f"Which colour was the square last after {tenths} tenths of the clip?",
+            [visit.colour for visit in visits if 10 * visit.begin < tenths * s.units][-1],
         ),
     }[task]
     frames = np.clip(frames, 0, 255).astype(np.uint8)

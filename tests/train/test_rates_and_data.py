@@ -115,9 +115,10 @@ def test_answers_are_what_the_pixels_show():
             "count": str(len(visits)),
         }
         if example.task == "when":
-            time = int(example.question.rstrip("?").split()[-1])
-            times.append(time)
-            expected["when"] = [square for square in seen[: time + 1] if square is not None][-1][1]
+            tenths = int(example.question.split()[7])
+            times.append(tenths)
+            begun = seen[: -(-tenths * 12 // 10)]  # units that began before that time
+            expected["when"] = [square for square in begun if square is not None][-1][1]
         assert example.answer == expected[example.task]
         tasks[example.task] = tasks.get(example.task, 0) + 1
     assert set(tasks) == set(TASKS) and len(set(times)) > 4 and 30 < out_of_sight < 60
