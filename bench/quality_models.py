@@ -26,9 +26,8 @@ from evs_vllm.train.synthetic import SceneSettings  # noqa: E402
 SELECTIONS = ("evs", "cosine", "random", "random_unit0", "frames")
 TOWERS = ("full", "reuse", "skip")
 WAYS = [
-    *((selection, positions, "full") for selection in SELECTIONS for positions in ("keep", "sequential")),
-    # Positions come after the tower. Random tokens are no basis for reuse, which needs unit 0.
-    *((selection, "keep", tower) for selection in SELECTIONS if selection != "random" for tower in TOWERS[1:]),
+    *([selection, positions, "full"] for selection in SELECTIONS for positions in ("keep", "sequential")),
+    *(["evs", "keep", tower] for tower in TOWERS[1:]),
 ][1:]
 """[selection, positions, tower] of every line of the table but the first, ["evs", "keep", "full"]."""
 _OF_THE_RUN = ("seeds", "clips", "ask_rates", "compare", "control", "engine")
@@ -44,7 +43,7 @@ class Settings:
         scene: What clips look like (`SceneSettings`); the last length of the curriculum is the one that is asked about.
         sizes: Of the model (`evs_vllm.testing.SIZES`).
         training_scene: What is different in the clips of training; a task that is named twice is asked twice as often.
-        curriculum: [units, steps] of each stage of the base.
+        curriculum: [units, steps] of each stage of the base, with what else is different in its clips if anything.
         further: Steps of the control and of the uptrained model, after the base.
         further_scene: What is different in the clips of these steps, besides `training_scene`.
         further_learning_rate: Of these steps; a third of `learning_rate` by default.
@@ -71,7 +70,7 @@ class Settings:
         }
     )
     training_scene: dict[str, Any] = field(default_factory=dict)
-    curriculum: list[list[int]] = field(default_factory=lambda: [[8, 400], [16, 200], [32, 500]])
+    curriculum: list[list[Any]] = field(default_factory=lambda: [[8, 400], [16, 200], [32, 500]])
     further: int = 300
     further_scene: dict[str, Any] = field(default_factory=dict)
     further_learning_rate: float | None = None
@@ -83,7 +82,7 @@ class Settings:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     clips: int = 480
     ask_rates: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 0.93, 0.95])
-    compare: list[list[str]] = field(default_factory=lambda: [list(way) for way in WAYS])
+    compare: list[list[str]] = field(default_factory=lambda: WAYS)
     engine: list[str] = field(default_factory=list)
 
     @classmethod
@@ -208,8 +207,9 @@ def train_base(folder: Path, settings: Settings, seed: int) -> Path:
     here = folder / str(seed) / "random"
     if not (here / "config.json").is_file():
         untrained(here, settings, seed)
-    for stage, (units, steps) in enumerate(settings.curriculum):
-        scene = replace(settings.scenes, **settings.training_scene, units=units)
+    for stage, (units, steps, *more) in enumerate(settings.curriculum):
+        different = settings.training_scene | (more[0] if more else {})
+        scene = replace(settings.scenes, **different, units=units)
         out = folder / str(seed) / f"base-{stage}"
         here = train(here, out, settings, scene, steps, DENSE, 100 * seed + stage, settings.learning_rate)
     return here

@@ -14,12 +14,14 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import quality  # noqa: E402
 import quality_ask  # noqa: E402
+import quality_models  # noqa: E402
 
 import evs_vllm.hf.model  # noqa: E402
 import evs_vllm.hf.prompt  # noqa: E402
 from evs_vllm.errors import ConfigError  # noqa: E402
 from evs_vllm.plan import RetentionPlan  # noqa: E402
 from evs_vllm.select import token_budget  # noqa: E402
+from evs_vllm.train.data import ChatCollator  # noqa: E402
 from evs_vllm.train.synthetic import TASKS, SceneSettings, make_example  # noqa: E402
 
 SMOKE = ROOT / "configs" / "quality" / "smoke.yaml"
@@ -29,7 +31,7 @@ SMOKE = ROOT / "configs" / "quality" / "smoke.yaml"
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality")
     settings = quality.Settings.from_yaml(SMOKE)
-    return settings, folder, quality.measure(settings, folder)
+    return settings, folder, quality.measure(settings, folder, jobs=2)
 
 
 def find(result, model, selection="evs", rate=0.5, tower="full"):
@@ -54,7 +56,7 @@ def test_the_lab_learns_and_tells_good_from_bad(smoke):
 @pytest.mark.slow
 def test_it_notices_what_is_broken(smoke, monkeypatch):
     settings, folder, result = smoke
-    examples = [make_example(settings.scenes, [5, number]) for number in range(settings.clips)]
+    examples = quality.unseen(settings)
     good = find(result, "uptrained")
 
     def ask():
@@ -80,6 +82,17 @@ def test_it_notices_what_is_broken(smoke, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(evs_vllm.hf.model, "make_plan", least_changed)
         assert ask()["tasks"]["last"] < good["tasks"]["last"] - 10, "selection"
+
+
+@pytest.mark.slow
+def test_it_notices_broken_training(smoke, monkeypatch, tmp_path):
+    settings, _, result = smoke
+    stock = ChatCollator._labels
+    with monkeypatch.context() as broken:
+        broken.setattr(ChatCollator, "_labels", lambda *args: stock(*args).roll(1))
+        checkpoint = quality_models.train_base(tmp_path, settings, 0)
+    (point,) = quality_ask.ask(checkpoint, quality.unseen(settings), [(quality_ask.Way(), 0.0)])
+    assert point["accuracy"] < 20 < find(result, "base", rate=0)["accuracy"] - 40
 
 
 @pytest.mark.slow
