@@ -46,7 +46,7 @@ def main() -> None:
         leave = shutil.ignore_patterns("train*", "runs", "*.bin", "README.md")  # what only training needs
         shutil.copytree(trained, MODEL, ignore=leave)
         (MODEL / "model.safetensors").chmod(0o644)
-    scene = replace(settings.scenes, **settings.further_scene)
+    scene = replace(settings.scenes, h264=settings.training(*settings.further[-1][1:]).h264)
     examples = [make_example(scene, [UNSEEN, number]) for number in range(settings.clips)]
     points = []
     for rate, point in zip(RATES, ask(MODEL, examples, [(Way(), rate) for rate in RATES]), strict=True):

@@ -44,10 +44,9 @@ class Settings:
         sizes: Of the model (`evs_vllm.testing.SIZES`).
         training_scene: What is different in the clips of training; a task that is named twice is asked twice as often.
         curriculum: [units, steps] of each stage of the base, with what else is different in its clips if anything.
-        further: Steps of the control and of the uptrained model, after the base.
-        further_scene: What is different in the clips of these steps, besides `training_scene`.
+        further: [steps] of each stage of the control and of the uptrained model, which go on from the base, with what
+            else is different in its clips if anything.
         further_learning_rate: Of these steps; a third of `learning_rate` by default.
-        freeze_vision: Whether the vision tower stays as it is in these steps.
         control: Whether to train the control.
         batch: Clips of a mini-batch.
         learning_rate: Of the base.
@@ -71,10 +70,8 @@ class Settings:
     )
     training_scene: dict[str, Any] = field(default_factory=dict)
     curriculum: list[list[Any]] = field(default_factory=lambda: [[8, 400], [16, 200], [32, 500]])
-    further: int = 300
-    further_scene: dict[str, Any] = field(default_factory=dict)
+    further: list[list[Any]] = field(default_factory=lambda: [[300]])
     further_learning_rate: float | None = None
-    freeze_vision: bool = False
     control: bool = True
     batch: int = 32
     learning_rate: float = 1e-3
@@ -105,7 +102,15 @@ class Settings:
 
     @property
     def scenes(self) -> SceneSettings:
+        """Of the clips that are asked about."""
         return SceneSettings(**self.scene | {"units": self.curriculum[-1][0]})
+
+    def training(self, *different: dict[str, Any]) -> SceneSettings:
+        """Of the clips of training."""
+        scene = self.scenes
+        for more in (self.training_scene, *different):
+            scene = replace(scene, **more)
+        return scene
 
 
 def untrained(folder: Path, settings: Settings, seed: int) -> Path:
@@ -159,7 +164,6 @@ def train(
     rates: dict[str, Any],
     seed: int,
     learning_rate: float,
-    freeze_vision: bool = False,
 ) -> Path:
     """Trains from the checkpoint `start` and writes one to `out`, by the package's own recipe.
 
@@ -177,7 +181,6 @@ def train(
                 "seed": 1000 + seed,
             },
             "rates": {"seed": seed, **rates},
-            "freeze_vision": freeze_vision,
             "trainer": {
                 "output_dir": str(out),
                 "max_steps": steps,
@@ -208,8 +211,7 @@ def train_base(folder: Path, settings: Settings, seed: int) -> Path:
     if not (here / "config.json").is_file():
         untrained(here, settings, seed)
     for stage, (units, steps, *more) in enumerate(settings.curriculum):
-        different = settings.training_scene | (more[0] if more else {})
-        scene = replace(settings.scenes, **different, units=units)
+        scene = settings.training({"units": units}, *more)
         out = folder / str(seed) / f"base-{stage}"
         here = train(here, out, settings, scene, steps, DENSE, 100 * seed + stage, settings.learning_rate)
     return here
@@ -218,17 +220,14 @@ def train_base(folder: Path, settings: Settings, seed: int) -> Path:
 def train_further(folder: Path, settings: Settings, seed: int, name: str) -> Path:
     """The "control" (rate 0) or the "uptrained" model (random rates) of a seed: the same clips, from the same base."""
     rates = {"control": DENSE, "uptrained": settings.rates}[name]
-    return train(
-        train_base(folder, settings, seed),
-        folder / str(seed) / name,
-        settings,
-        replace(settings.scenes, **settings.training_scene | settings.further_scene),
-        settings.further,
-        rates,
-        100 * seed + 50,
-        settings.further_learning_rate or settings.learning_rate / 3,
-        settings.freeze_vision,
-    )
+    learning_rate = settings.further_learning_rate or settings.learning_rate / 3
+    here = train_base(folder, settings, seed)
+    for stage, (steps, *more) in enumerate(settings.further):
+        out = folder / str(seed) / f"{name}-{stage}"
+        here = train(
+            here, out, settings, settings.training(*more), steps, rates, 100 * seed + 50 + stage, learning_rate
+        )
+    return here
 
 
 def claim(folder: Path, settings: Settings) -> None:

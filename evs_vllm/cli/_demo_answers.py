@@ -11,13 +11,10 @@ from typing import NamedTuple
 from evs_vllm.cli._client import Answer, ask
 from evs_vllm.cli._text import table
 from evs_vllm.train.codec import to_mp4
-from evs_vllm.train.synthetic import Example, SceneSettings, make_example
+from evs_vllm.train.synthetic import TASKS, Example, SceneSettings, make_example
 
 MODEL = Path(str(files("evs_vllm"))) / "demo_model"
 """Made by ``python bench/demo_model.py``, which also measures it."""
-
-TASKS = ("last", "first")
-"""What the model tells well (bench/results/cpu/demo-model.json has all that it was trained for)."""
 
 RATES = (0.0, 0.75, 0.9)
 SHOWN = 10

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from evs_vllm import hf
-from evs_vllm.cli._demo_answers import MODEL, TASKS
+from evs_vllm.cli._demo_answers import MODEL
 from evs_vllm.train.data import ChatCollator, as_item
 from evs_vllm.train.synthetic import SceneSettings, make_example
 from evs_vllm.train.trainer import answers
@@ -15,12 +15,7 @@ from tests.reference.hf import Clip
 pytestmark = pytest.mark.vllm
 
 RATES = (0.0, 0.5, 0.75, 0.9)
-ASKED = 100
-"""How many of the examples are what the demo asks; the rest are questions that the model answers less well."""
-EXAMPLES = [
-    *(make_example(SceneSettings(h264=(23, 23), tasks=TASKS), [31, number]) for number in range(ASKED)),
-    *(make_example(SceneSettings(h264=(23, 23), tasks=("where", "count")), [32, number]) for number in range(40)),
-]
+EXAMPLES = [make_example(SceneSettings(h264=(23, 23)), [31, number]) for number in range(140)]
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 """What the chat template puts before the first turn."""
 
@@ -55,8 +50,8 @@ def served(engines):
 
 
 def test_it_answers_right(served):
-    count = {rate: sum(right[:ASKED]) for rate, right in served.items()}
-    assert min(count.values()) >= 95, count
+    share = {rate: sum(right) / len(EXAMPLES) for rate, right in served.items()}
+    assert share[0.75] >= 0.95 and min(share.values()) >= 0.93, share
 
 
 def test_transformers_answers_the_same(served):
