@@ -233,22 +233,27 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Accuracy against the share of tokens that stay, one curve per line of the table."""
+    """Accuracy against the rate: the base with each way to choose tokens, and EVS with the other models."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    shown = {key: cells for key, cells in lines_of(result).items() if key[2:] == ("keep", "full")}
+    dense = shown["base", "evs", "keep", "full"].get(0.0, [])
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for key, cells in lines_of(result).items():
-        rates = sorted(cells)
-        means = [statistics.mean(p["accuracy"] for p in cells[rate]) for rate in rates]
-        axes.plot([1 - rate for rate in rates], means, marker="o", label=" ".join(key))
-    axes.set(xscale="log", xlabel="share of video tokens kept", ylabel="right answers, %")
-    axes.invert_xaxis()
-    axes.legend(fontsize=7)
+    for (model, selection, *_), cells in shown.items():
+        if model != "base" and selection != "evs":
+            continue
+        cells = {0.0: dense} | cells
+        rates = sorted(rate for rate, points in cells.items() if points)
+        means = [statistics.mean(point["accuracy"] for point in cells[rate]) for rate in rates]
+        axes.plot(rates, means, "o-" if model == "base" else "s--", label=f"{model}, {selection}")
+    axes.set(xlabel="share of video tokens dropped", ylabel="right answers, %", ylim=(0, 100))
+    axes.grid(color="#DDDDDD")
+    axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
 

@@ -18,6 +18,7 @@ from evs_vllm.cli import _demo_answers, demo, main
 from evs_vllm.cli._client import Answer
 from evs_vllm.config import EVSConfig
 from evs_vllm.testing import real_clip_path
+from evs_vllm.train.synthetic import TASKS
 
 MARK = "EVS_TEST_MARK"
 # `view` needs the real vLLM, and is tested elsewhere; here it only has to be run.
@@ -141,7 +142,7 @@ def test_settings_become_words_of_vllm_serve():
 
 def test_answers_side_by_side():
     examples = _demo_answers.draw(7, seed=5)
-    assert [e.task for e in examples] == ["last", "first"] * 3 + ["last"]
+    assert [e.task for e in examples] == [*TASKS, *TASKS[:2]]
     again = _demo_answers.draw(7, seed=5)
     assert all((a.frames == b.frames).all() and a.answer == b.answer for a, b in zip(examples, again))
     assert (_demo_answers.draw(1, seed=6)[0].frames != examples[0].frames).any()
@@ -149,7 +150,8 @@ def test_answers_side_by_side():
         _demo_answers.Asked(e, tuple(Answer(100 - 10 * n, 0.1, e.answer if n < 2 else "?") for n in range(3)))
         for e in examples
     ]
-    rows = {line.split("   ")[0]: line.split() for line in _demo_answers.report(asked)}
+    lines = [line.split("   ") for line in _demo_answers.report(asked)]
+    rows = {line[0]: " ".join(line).split() for line in lines}
     assert rows["prompt tokens, mean"][-3:] == ["100", "90", "80"]
     assert rows["right"] == ["right", "7", "of", "7", "7", "of", "7", "0", "of", "7"]
     assert rows[examples[-1].question][-3:] == [examples[-1].answer, "?", "(wrong)"]
