@@ -100,7 +100,8 @@ def test_it_notices_broken_training(smoke, monkeypatch, tmp_path):
 def test_results_are_written(smoke, tmp_path):
     _, _, result = smoke
     json.dumps(result)
-    table = quality.markdown(result)
+    table, bars = quality.markdown(result).split("**Bars**")
+    assert "base, nothing dropped" in bars and "met" in bars
     assert table.count("\n| ") == 1 + len(quality.lines_of(result)) and "still readable" in table
     quality.plot(result, tmp_path / "p.svg")
     assert "<svg" in (tmp_path / "p.svg").read_text()
@@ -139,3 +140,37 @@ def test_settings_are_read(path, tmp_path):
 def test_the_interval_of_three_seeds():
     assert quality.interval([90.0, 92.0, 94.0]) == pytest.approx(4.30 * 2 / 3**0.5)
     assert quality.interval([90.0]) == 0
+
+
+def made_up(model, rate, accuracy, seed=0, right="", selection="evs", tower="full"):
+    point = {"seed": seed, "model": model, "selection": selection, "positions": "keep", "tower": tower, "rate": rate}
+    return point | {"accuracy": accuracy, "right": right}
+
+
+def test_bars_are_read_off_the_points():
+    points = [made_up("base", 0.0, 96.0, right="1" * 200), made_up("base", 0.75, 94.0), made_up("base", 0.9, 80.0)]
+    points += [made_up("base", 0.9, 66.0, selection="random_unit0"), made_up("base", 0.9, 79.75, tower="reuse")]
+    for seed, gain in enumerate((1.0, 2.0, 6.0)):
+        points += [made_up("control", 0.9, 80.0 + seed, seed), made_up("uptrained", 0.9, 80.0 + seed + gain, seed)]
+    engine = [{"seed": 0, "model": "base", "rate": 0.0, "right": "1" * 198 + "00"}]
+    bars = quality.bars({"points": points, "engine": engine})
+    assert [(bar["measured"], bar["met"]) for bar in bars] == [
+        (96.0, True), (2.0, False), (3.0, True), (14.0, False), (0.25, True), (99.0, False)
+    ]  # fmt: skip
+    assert "\u00b1 6.6" in bars[2]["what"], "the 95 % interval of 1, 2 and 6"
+
+
+@pytest.mark.parametrize("count", [6, 7, 19, 48])
+def test_other_ways_to_choose_keep_as_many_tokens(count):
+    tokens = torch.zeros(8, 6, 12, dtype=torch.uint8)
+    generator = np.random.default_rng(0)
+    for keep_first in (False, True):
+        kept = quality_ask.choose_random(keep_first, generator)(tokens, count)
+        assert len(kept) == count and kept.tolist() == sorted(set(kept.tolist()))
+        assert not keep_first or kept[:6].tolist() == list(range(6))
+    frames = quality_ask.choose_frames(tokens, count).view(-1, 6)
+    assert len(frames) == count // 6 and (frames[:, 0] % 6 == 0).all() and (frames.diff() == 1).all()
+    embeddings = torch.ones(8, 6, 4)
+    embeddings[3:, 2] *= torch.tensor([1.0, -1.0, 1.0, -1.0])  # place 2 turns in unit 3
+    kept = quality_ask.choose_cosine(iter([embeddings.view(48, 4)]))(tokens, count)
+    assert len(kept) == count and kept[:6].tolist() == list(range(6)) and (count == 6 or 3 * 6 + 2 in kept)
