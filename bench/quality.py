@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import harness  # noqa: E402
 import transformers  # noqa: E402
-from bars import table  # noqa: E402
+from bars import add_bar, table  # noqa: E402
 from quality_ask import Way, ask  # noqa: E402
 from quality_models import Settings, claim, train_base, train_further  # noqa: E402
 
@@ -131,19 +132,14 @@ def measure(settings: Settings, folder: Path, jobs: int = 1, log: Callable[[str]
 
 def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The project's bars, for what the result has figures of; see bench/bars.py for the form."""
-    lines, found = lines_of(result), []
+    lines = lines_of(result)
+    found: list[dict[str, Any]] = []
     plain = ("evs", "keep", "full")
+    add = partial(add_bar, found, unit=" points")
 
     def mean(model: str, way: Sequence[str], rate: float) -> float | None:
         values = [point["accuracy"] for point in lines.get((model, *way), {}).get(rate, ())]
         return statistics.mean(values) if values else None
-
-    def add(what: str, measured: float | None, asked: float, at_most: bool = False, unit: str = " points") -> None:
-        if measured is not None:
-            met = measured <= asked if at_most else measured >= asked
-            found.append(
-                {"what": what, "measured": measured, "asked": asked, "at_most": at_most, "met": met, "unit": unit}
-            )
 
     dense = mean("base", plain, 0.0)
     add("base, nothing dropped", dense, 95, unit=" %")
@@ -264,6 +260,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="models at a time (default: the cores)")
     parser.add_argument("--out", type=Path, help="name of the result without suffix; printed only by default")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs got {args.jobs}; at least 1 is needed.")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     result = measure(Settings.from_yaml(args.config), args.work, args.jobs)
