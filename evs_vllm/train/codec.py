@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames <-> H.264 in an MP4 container, by PyAV (extra ``train``): drawn clips as a user would send them."""
 
+from fractions import Fraction
 from io import BytesIO
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from evs_vllm.errors import EVSError
 
 
-def to_mp4(frames: np.ndarray, fps: int = 2, crf: int = 23) -> bytes:
+def to_mp4(frames: np.ndarray, fps: float = 2, crf: int = 23) -> bytes:
     """Encodes frames; the same input gives the same bytes.
 
     Args:
@@ -29,7 +30,7 @@ def to_mp4(frames: np.ndarray, fps: int = 2, crf: int = 23) -> bytes:
         raise EVSError(f"H.264 needs an even height and width, got {height} x {width}.")
     buffer = BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": str(crf), "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
         reformatter = VideoReformatter()  # one for all frames: setting it up takes longer than a small frame

@@ -280,8 +280,9 @@ class DrawnDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def as_item(example: Example) -> dict[str, Any]:
-    """A synthetic example in the form of a dataset's items, at two frames a second."""
+    """A synthetic example in the form of a dataset's items."""
     frames = example.frames
+    video = Video(frames, tuple(range(len(frames))), example.fps, len(frames))
     messages = [
         {
             "role": "user",
@@ -289,4 +290,4 @@ def as_item(example: Example) -> dict[str, Any]:
         },
         {"role": "assistant", "content": [{"type": "text", "text": example.answer}]},
     ]
-    return {"messages": messages, "videos": [Video(frames, tuple(range(len(frames))), 2.0, len(frames))], "images": []}
+    return {"messages": messages, "videos": [video], "images": []}

@@ -34,7 +34,8 @@ class SceneSettings:
     """What clips look like.
 
     Attributes:
-        units: Temporal units; a unit is two frames that show the same but for the noise.
+        units: Temporal units, a second each; a unit is two frames that show the same but for the noise.
+        strides: The clip is sampled every so many seconds instead, drawn for each clip: as long, with fewer units.
         rows, columns: Cells.
         cell: Side of a cell in pixels; 28 makes a cell one token of Qwen2-VL and Qwen2.5-VL.
         square: Side of the square, at most `cell`; what it leaves of the background tells cells apart.
@@ -51,6 +52,7 @@ class SceneSettings:
     """
 
     units: int = 32
+    strides: tuple[int, ...] = (1,)
     rows: int = 2
     columns: int = 3
     cell: int = 28
@@ -64,12 +66,15 @@ class SceneSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "strides", tuple(self.strides))
         if self.h264 is not None:
             object.__setattr__(self, "h264", tuple(self.h264))
             if len(self.h264) != 2 or not 0 <= self.h264[0] <= self.h264[1] <= 51:
                 raise ConfigError(f"h264 got {list(self.h264)}; a range of rate factors within 0 to 51 is needed.")
         if min(self.units, self.rows, self.columns, self.cell, self.square, self.most_places) < 1:
             raise ConfigError("A synthetic clip needs at least one unit, cell, place and pixel.")
+        if not self.strides or not all(1 <= stride <= self.units for stride in self.strides):
+            raise ConfigError(f"strides got {list(self.strides)}; one or more from 1 to units={self.units} are needed.")
         if not 0 <= self.lost < 1:
             raise ConfigError(f"lost got {self.lost}; a share from 0 up to but not including 1 is needed.")
         if self.square > self.cell or not 0 <= self.noise <= 127 or self.rows * self.columns < 2:
@@ -93,12 +98,14 @@ class Example:
 
     Attributes:
         frames: (2 * units, rows * cell, columns * cell, 3) uint8.
+        fps: Frames per second, 2 at a stride of 1.
         task: One of `TASKS`.
         question, answer: English; the answer is one word or digit.
         visits: Where the square was and when, in order.
     """
 
     frames: np.ndarray
+    fps: float
     task: str
     question: str
     answer: str
@@ -110,9 +117,11 @@ def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
     rng = np.random.default_rng(seed)
     s = settings
     cells = s.rows * s.columns
-    places = int(rng.integers(1, min(s.most_places, (s.units + 1) // 2, cells, len(COLOURS)) + 1))
-    begins, ends = np.sort(rng.choice(s.units + 1, 2 * places, replace=False)).reshape(-1, 2).T
-    begins[0] = min(begins[0], max(0, 9 * s.units // 10 - 1))  # the latest time that is asked for comes after it
+    stride = int(rng.choice(s.strides)) if len(s.strides) > 1 else s.strides[0]
+    units = s.units // stride
+    places = int(rng.integers(1, min(s.most_places, (units + 1) // 2, cells, len(COLOURS)) + 1))
+    begins, ends = np.sort(rng.choice(units + 1, 2 * places, replace=False)).reshape(-1, 2).T
+    begins[0] = min(begins[0], max(0, 9 * units // 10 - 1))  # the latest time that is asked for comes after it
     where = rng.permutation(cells)[:places].tolist()
     which = [str(colour) for colour in rng.permutation(list(COLOURS))[:places]]
     visits = tuple(Visit(*visit) for visit in zip(where, which, begins.tolist(), ends.tolist(), strict=True))
@@ -120,23 +129,23 @@ def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
     painter = rng if s.texture is None else np.random.default_rng(s.texture)
     blocks = painter.integers(60, 190, (s.rows * s.cell // 7 + 1, s.columns * s.cell // 7 + 1, 3))
     texture = blocks.repeat(7, 0).repeat(7, 1)[: s.rows * s.cell, : s.columns * s.cell]
-    frames = np.repeat(texture[None], 2 * s.units, axis=0)
+    frames = np.repeat(texture[None], 2 * units, axis=0)
     margin = (s.cell - s.square) // 2
     for visit in visits:
         y, x = (visit.cell // s.columns) * s.cell + margin, (visit.cell % s.columns) * s.cell + margin
         frames[2 * visit.begin : 2 * visit.end, y : y + s.square, x : x + s.square] = COLOURS[visit.colour]
     if s.lost:
-        lost = rng.random((s.units, cells)) < rng.uniform(0, s.lost)
+        lost = rng.random((units, cells)) < rng.uniform(0, s.lost)
         lost[begins, where] = False
-        shape = (s.units, 2, s.rows, s.cell, s.columns, s.cell, 3)
+        shape = (units, 2, s.rows, s.cell, s.columns, s.cell, 3)
         frames.reshape(shape)[...] = np.where(
-            lost.reshape(s.units, 1, s.rows, 1, s.columns, 1, 1), GREY, frames.reshape(shape)
+            lost.reshape(units, 1, s.rows, 1, s.columns, 1, 1), GREY, frames.reshape(shape)
         )
     if s.noise:
         frames = frames + rng.integers(-s.noise, s.noise + 1, frames.shape, dtype=np.int8)
 
     task = str(rng.choice(s.tasks))
-    tenths = int(rng.integers(10 * visits[0].begin // s.units + 1, 10))
+    tenths = int(rng.integers(10 * visits[0].begin // units + 1, 10))
     question, answer = {
         "where": ("In which cell was the square last?", str(visits[-1].cell + 1)),
         "last": ("Which colour was the square last?", visits[-1].colour),
@@ -144,13 +153,13 @@ def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
         "first": ("Which colour was the square first?", visits[0].colour),
         "when": (
             f"Which colour was the square last after {tenths} tenths of the clip?",
-            [visit.colour for visit in visits if 10 * visit.begin < tenths * s.units][-1],
+            [visit.colour for visit in visits if 10 * visit.begin < tenths * units][-1],
         ),
     }[task]
     frames = np.clip(frames, 0, 255).astype(np.uint8)
     if s.h264:
         frames = through_h264(frames, crf=int(rng.integers(s.h264[0], s.h264[1] + 1)))
-    return Example(frames, task, question, answer, visits)
+    return Example(frames, 2 / stride, task, question, answer, visits)
 
 
 def write_dataset(
@@ -163,7 +172,7 @@ def write_dataset(
         count: Number of clips.
         settings: What they look like.
         seed: Of all of them; other seeds give other clips.
-        container: "npy" (frames as they are) or "mp4" (H.264, 2 frames a second).
+        container: "npy" (frames as they are) or "mp4" (H.264).
 
     Returns:
         The path of ``data.jsonl``.
@@ -182,12 +191,12 @@ def write_dataset(
         if container == "npy":
             np.save(folder / name, example.frames)
         else:
-            (folder / name).write_bytes(to_mp4(example.frames))
+            (folder / name).write_bytes(to_mp4(example.frames, example.fps))
         turns = [
             {"from": "human", "value": f"<video>\n{example.question}"},
             {"from": "gpt", "value": example.answer},
         ]
-        lines.append(json.dumps({"video": name, "fps": 2.0, "task": example.task, "conversations": turns}))
+        lines.append(json.dumps({"video": name, "fps": example.fps, "task": example.task, "conversations": turns}))
     path = folder / "data.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path

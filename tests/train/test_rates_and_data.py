@@ -97,10 +97,11 @@ def square_of(frame, cell=28, square=14):
     return best[1:] if best[0] < 15 else None
 
 
-def test_answers_are_what_the_pixels_show():
+@pytest.mark.parametrize("settings", [SceneSettings(units=12), SceneSettings(units=36, strides=(3,))])
+def test_answers_are_what_the_pixels_show(settings):
     tasks, times, out_of_sight = {}, [], 0
     for seed in range(60):
-        example = make_example(SceneSettings(units=12), seed)
+        example = make_example(settings, seed)
         assert example.frames.shape == (24, 56, 84, 3)
         seen = [square_of(example.frames[2 * unit]) for unit in range(12)]
         first, *others = [square for square in seen if square is not None]
@@ -129,6 +130,8 @@ def test_answers_are_what_the_pixels_show():
         {"tasks": ("why",)},
         {"rows": 1, "columns": 1},
         {"units": 0},
+        {"strides": ()},
+        {"units": 4, "strides": (1, 5)},
         {"h264": (9, 60)},
     ):
         with pytest.raises(ConfigError):
@@ -152,6 +155,17 @@ def test_lost_cells_are_grey_but_every_visit_is_seen():
     assert min(shares) < 0.2 and 0.6 < max(shares) < 0.9
     with pytest.raises(ConfigError, match="lost"):
         SceneSettings(lost=1.0)
+
+
+def test_strides_make_clips_of_the_same_length_in_time(processor):
+    settings = SceneSettings(units=12, strides=(1, 2, 4))
+    examples = [make_example(settings, seed) for seed in range(30)]
+    strides = [24 // len(example.frames) for example in examples]
+    assert set(strides) == {1, 2, 4}
+    assert all(len(example.frames) / example.fps == 12 for example in examples)
+    batch = ChatCollator(processor)([DrawnDataset(settings, 8, 0)[number] for number in range(8)])
+    units = batch["video_grid_thw"][:, 0].float()
+    assert len(set(units.tolist())) > 1 and (units * batch["second_per_grid_ts"] == 12).all()
 
 
 def test_h264_is_what_a_server_decodes(tmp_path):
@@ -190,15 +204,17 @@ def answers_of(processor, batch):
 
 @pytest.mark.parametrize("container", ["npy", "mp4"])
 def test_jsonl_round_trip(processor, tmp_path, container):
-    path = write_dataset(tmp_path, 4, SMALL, seed=2, container=container)
-    data, drawn = ChatDataset(path), DrawnDataset(SMALL, 4, seed=2)
+    settings = SceneSettings(units=6, strides=(1, 2))
+    path = write_dataset(tmp_path, 4, settings, seed=2, container=container)
+    data, drawn = ChatDataset(path), DrawnDataset(settings, 4, seed=2)
     collate = ChatCollator(processor)
     batch, expected = collate([data[i] for i in range(4)]), collate([drawn[i] for i in range(4)])
-    assert answers_of(processor, batch) == [make_example(SMALL, [2, i]).answer + "<|im_end|>" for i in range(4)]
+    assert answers_of(processor, batch) == [make_example(settings, [2, i]).answer + "<|im_end|>" for i in range(4)]
     assert len({len(row[mask > 0]) for row, mask in zip(batch["input_ids"], batch["attention_mask"])}) > 1, "no padding"
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
     for name in ("input_ids", "labels", "video_grid_thw", "second_per_grid_ts"):
         assert torch.equal(batch[name], expected[name]), name
+    assert set(batch["second_per_grid_ts"].tolist()) == {1.0, 2.0}
     difference = (batch["pixel_values_videos"] - expected["pixel_values_videos"]).abs().mean()
     assert difference == 0 if container == "npy" else 0 < difference < 0.5
 
