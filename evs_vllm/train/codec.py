@@ -30,7 +30,8 @@ def to_mp4(frames: np.ndarray, fps: float = 2, crf: int = 23) -> bytes:
         raise EVSError(f"H.264 needs an even height and width, got {height} x {width}.")
     buffer = BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": str(crf), "preset": "veryfast"})
+        rate = Fraction(fps).limit_denominator(1000)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
         reformatter = VideoReformatter()  # one for all frames: setting it up takes longer than a small frame
