@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the small model whose answers ``evs-vllm demo`` shows, and asks it about clips that it has not seen.
 
-The base of the quality lab (bench/quality.py), then uptrained at random rates on clips that went through H.264, as the
+A base as in the quality lab (bench/quality.py), then uptrained at random rates on clips that went through H.264, as the
 server gets them. ``python bench/demo_model.py`` writes the checkpoint to evs_vllm/demo_model, from where it is
 installed with the package, and its accuracy to bench/results/cpu/demo-model.json. With ``--no-train`` it only asks.
 """
