@@ -50,7 +50,7 @@ def new_seed() -> int:
 
 def as_url(example: Example) -> str:
     """The clip as H.264 in a ``data:`` URL."""
-    return f"data:video/mp4;base64,{base64.b64encode(to_mp4(example.frames)).decode()}"
+    return f"data:video/mp4;base64,{base64.b64encode(to_mp4(example.frames, example.fps)).decode()}"
 
 
 def ask_all(url: str, model: str, clips: Sequence[tuple[Example, str]], say: Callable[[str], None]) -> list[Asked]:

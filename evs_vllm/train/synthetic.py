@@ -73,8 +73,10 @@ class SceneSettings:
                 raise ConfigError(f"h264 got {list(self.h264)}; a range of rate factors within 0 to 51 is needed.")
         if min(self.units, self.rows, self.columns, self.cell, self.square, self.most_places) < 1:
             raise ConfigError("A synthetic clip needs at least one unit, cell, place and pixel.")
-        if not self.strides or not all(1 <= stride <= self.units for stride in self.strides):
-            raise ConfigError(f"strides got {list(self.strides)}; one or more from 1 to units={self.units} are needed.")
+        if not self.strides or not all(stride >= 1 and self.units % stride == 0 for stride in self.strides):
+            raise ConfigError(
+                f"strides got {list(self.strides)}; one or more divisors of units={self.units} are needed."
+            )
         if not 0 <= self.lost < 1:
             raise ConfigError(f"lost got {self.lost}; a share from 0 up to but not including 1 is needed.")
         if self.square > self.cell or not 0 <= self.noise <= 127 or self.rows * self.columns < 2:

@@ -131,7 +131,8 @@ def test_answers_are_what_the_pixels_show(settings):
         {"rows": 1, "columns": 1},
         {"units": 0},
         {"strides": ()},
-        {"units": 4, "strides": (1, 5)},
+        {"units": 4, "strides": (1, 3)},
+        {"strides": (0,)},
         {"h264": (9, 60)},
     ):
         with pytest.raises(ConfigError):
@@ -173,7 +174,11 @@ def test_h264_is_what_a_server_decodes(tmp_path):
     cv2 = pytest.importorskip("cv2")
     example = make_example(SceneSettings(units=6, noise=0), 4)
     encoded, seen = to_mp4(example.frames, fps=3), through_h264(example.frames)
-    assert encoded == to_mp4(example.frames, fps=3) and seen.shape == example.frames.shape
+    rng = np.random.default_rng(0)
+    for _ in range(150):  # what was freed before must not matter: x264's assembly reads memory that nobody wrote
+        _ = [rng.integers(0, 256, int(size), dtype=np.uint8) for size in rng.integers(1000, 200_000, 20)]
+        assert np.array_equal(through_h264(example.frames), seen) and encoded == to_mp4(example.frames, fps=3)
+    assert seen.shape == example.frames.shape
     difference = np.abs(seen.astype(int) - example.frames)
     swapped = np.abs(seen[..., ::-1].astype(int) - example.frames)
     assert 0 < difference.mean() < 10 and swapped.mean() > 2 * difference.mean(), "order of the colours"
