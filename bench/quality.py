@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -81,9 +82,18 @@ def through_engine(folder: Path, settings: Settings, seed: int, name: str) -> li
 def _start(threads: int) -> None:
     import torch
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the main process is gone, however it ended: training would go on for minutes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def measure(settings: Settings, folder: Path, jobs: int = 1, log: Callable[[str], None] = print) -> dict[str, Any]:

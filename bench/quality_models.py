@@ -24,12 +24,17 @@ from evs_vllm.train import recipe  # noqa: E402
 from evs_vllm.train.synthetic import SceneSettings  # noqa: E402
 
 SELECTIONS = ("evs", "cosine", "random", "random_unit0", "frames")
+POSITIONS = ("keep", "sequential")
 TOWERS = ("full", "reuse", "skip")
 WAYS = [
-    *([selection, positions, "full"] for selection in SELECTIONS for positions in ("keep", "sequential")),
-    *(["evs", "keep", tower] for tower in TOWERS[1:]),
-][1:]
-"""[selection, positions, tower] of every line of the table but the first, ["evs", "keep", "full"]."""
+    [selection, positions, tower]
+    for selection in SELECTIONS
+    for tower in TOWERS
+    for positions in POSITIONS
+    # A tower that leaves patches out computes unit 0 whole, which "random" does not keep.
+    if selection != "random" or tower == "full"
+]
+"""Every [selection, positions, tower] that there is; the first is what users get."""
 _OF_THE_RUN = ("seeds", "clips", "ask_rates", "compare", "control", "engine")
 """Settings that leave each checkpoint as it is."""
 DENSE = {"distribution": "list", "values": [0]}
@@ -54,7 +59,7 @@ class Settings:
         seeds: One base, control and uptrained model each.
         clips: How many unseen clips are asked about.
         ask_rates: At which rates, besides 0.
-        compare: Lines of the table, as in `WAYS`.
+        compare: Lines of the table besides the first, out of `WAYS`.
         engine: Models of the first seed that are asked through vLLM, too.
     """
 
@@ -79,7 +84,7 @@ class Settings:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     clips: int = 480
     ask_rates: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 0.93, 0.95])
-    compare: list[list[str]] = field(default_factory=lambda: WAYS)
+    compare: list[list[str]] = field(default_factory=lambda: WAYS[1:])
     engine: list[str] = field(default_factory=list)
 
     @classmethod
@@ -88,9 +93,12 @@ class Settings:
         if unknown := set(content) - set(cls.__dataclass_fields__):
             raise ConfigError(f"{path}: unknown key(s) {sorted(unknown)}; known: {', '.join(cls.__dataclass_fields__)}")
         settings = cls(**content)
-        for selection, positions, tower in settings.compare:
-            if selection not in SELECTIONS or positions not in ("keep", "sequential") or tower not in TOWERS:
-                raise ConfigError(f"{path}: bad line {[selection, positions, tower]} in compare")
+        for line in settings.compare:
+            if line not in WAYS[1:]:
+                raise ConfigError(
+                    f"{path}: compare got {line}; a line is [selection, positions, tower] out of "
+                    f"{', '.join(SELECTIONS)}; {', '.join(POSITIONS)}; {', '.join(TOWERS)}; random has tower full only."
+                )
         if not set(settings.engine) <= set(settings.models):
             raise ConfigError(f"{path}: engine got {settings.engine}; known: {', '.join(settings.models)}.")
         return settings

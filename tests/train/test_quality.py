@@ -34,12 +34,9 @@ def smoke(tmp_path_factory):
     return settings, folder, quality.measure(settings, folder, jobs=2)
 
 
-def find(result, model, selection="evs", rate=0.5, tower="full"):
-    (point,) = (
-        p
-        for p in result["points"]
-        if (p["model"], p["selection"], p["rate"], p["tower"]) == (model, selection, rate, tower)
-    )
+def find(result, model, selection="evs", rate=0.5, tower="full", positions="keep"):
+    wanted = {"model": model, "selection": selection, "rate": rate, "tower": tower, "positions": positions}
+    (point,) = (point for point in result["points"] if wanted.items() <= point.items())
     return point
 
 
@@ -51,6 +48,15 @@ def test_the_lab_learns_and_tells_good_from_bad(smoke):
     assert uptrained["tokens"] == 18 and uptrained["accuracy"] > 70, "training"
     assert find(result, "uptrained", tower="reuse")["accuracy"] > uptrained["accuracy"] - 5, "reuse"
     assert find(result, "base")["readable"] > find(result, "base", "random_unit0")["readable"]
+
+
+@pytest.mark.slow
+def test_selections_positions_and_towers_are_crossed(smoke):
+    _, _, result = smoke
+    for model in ("base", "uptrained"):
+        whole, *others = (find(result, model, "frames", 0.5, tower, "sequential") for tower in quality_models.TOWERS)
+        assert whole["tokens"] == 18 and all(other["right"] == whole["right"] for other in others), "whole units"
+        assert find(result, model, "cosine", 0.5, "skip", "sequential")["tokens"] == 18
 
 
 @pytest.mark.slow
@@ -131,7 +137,7 @@ def test_readable_is_what_the_kept_tokens_show():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "quality").glob("*.yaml")), ids=lambda path: path.stem)
 def test_settings_are_read(path, tmp_path):
     assert quality.Settings.from_yaml(path).scenes.units > 1
-    for wrong in ("speed: 1", "compare: [[best, keep, full]]"):
+    for wrong in ("speed: 1", "compare: [[best, keep, full]]", "compare: [[random, keep, reuse]]"):
         (tmp_path / "s.yaml").write_text(wrong)
         with pytest.raises(ConfigError):
             quality.Settings.from_yaml(tmp_path / "s.yaml")
