@@ -19,6 +19,7 @@ from quality_models import speed_up  # noqa: E402
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention  # noqa: E402
 from transformers.modeling_outputs import BaseModelOutputWithPooling  # noqa: E402
 
+import evs_vllm.adapters.qwen2_vl  # noqa: E402
 import evs_vllm.hf.model  # noqa: E402
 import evs_vllm.hf.tower  # noqa: E402
 from evs_vllm import hf  # noqa: E402
@@ -127,6 +128,34 @@ def chosen(model: Any, way: Way, features: Sequence[torch.Tensor], seed: int) ->
         yield
 
 
+@contextmanager
+def shared_work() -> Iterator[None]:
+    """Within it, of the same clips in memory, ways that need the same compute it once.
+
+    That is the pixels as bytes, and what a tower makes of a clip of which it leaves the same patches out.
+    """
+    memory: dict[Any, torch.Tensor] = {}
+    to_uint8, encode = evs_vllm.adapters.qwen2_vl.to_uint8, evs_vllm.hf.model.encode
+
+    def to_uint8_once(rows: torch.Tensor, channels: int, stats: Any) -> torch.Tensor:
+        key = (rows.data_ptr(), rows.shape)
+        if key not in memory:
+            memory[key] = to_uint8(rows, channels, stats)
+        return memory[key]
+
+    def encode_once(visual: Any, clip: torch.Tensor, plan: RetentionPlan) -> torch.Tensor:
+        key = (clip.data_ptr(), plan.computed.tobytes(), evs_vllm.hf.tower.ReuseSchedule)
+        if key not in memory:
+            memory[key] = encode(visual, clip, plan)
+        return memory[key]
+
+    with (
+        patch.object(evs_vllm.adapters.qwen2_vl, "to_uint8", to_uint8_once),
+        patch.object(evs_vllm.hf.model, "encode", encode_once),
+    ):
+        yield
+
+
 # ---------------------------------------------------------------- asking
 
 
@@ -165,14 +194,15 @@ def ask(
         features = model.model.get_video_features(
             inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
         ).pooler_output
-        for (way, rate), rows in zip(cells, told, strict=True):
-            encoder: dict[str, Any] = {"evs_encoder": "full" if way.tower == "full" else "reuse"}
-            if way.tower == "skip":
-                encoder["evs_encoder_refresh"] = 0
-            with chosen(model, way, features, start):
-                right = answers(model, inputs, rate, evs_positions=way.positions, **encoder)[0].tolist()
-            for answered, example, plan in zip(right, some, hf.last_plans(model), strict=True):
-                rows.append((answered, readable(example, plan.kept, plan.tokens_per_unit), plan.num_kept))
+        with shared_work():
+            for (way, rate), rows in zip(cells, told, strict=True):
+                encoder: dict[str, Any] = {"evs_encoder": "full" if way.tower == "full" else "reuse"}
+                if way.tower == "skip":
+                    encoder["evs_encoder_refresh"] = 0
+                with chosen(model, way, features, start):
+                    right = answers(model, inputs, rate, evs_positions=way.positions, **encoder)[0].tolist()
+                for answered, example, plan in zip(right, some, hf.last_plans(model), strict=True):
+                    rows.append((answered, readable(example, plan.kept, plan.tokens_per_unit), plan.num_kept))
     return [summary(examples, *zip(*rows, strict=True)) for rows in told]
 
 

@@ -3,6 +3,7 @@
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MethodType
@@ -16,6 +17,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import yaml  # noqa: E402
 from torch.nn.functional import linear, scaled_dot_product_attention  # noqa: E402
+from transformers import BatchFeature, Qwen2VLVideoProcessor  # noqa: E402
 
 import evs_vllm.hf.tower  # noqa: E402
 from evs_vllm.errors import ConfigError  # noqa: E402
@@ -163,6 +165,16 @@ def speed_up(model: Any) -> Any:
     return model
 
 
+def _clip_by_clip(stock: Callable[..., BatchFeature]) -> Callable[..., BatchFeature]:
+    """The video processor's work on one clip after the other: it stacks clips of equal size, which leaves the cache."""
+
+    def preprocess(self: Any, videos: Sequence[torch.Tensor], **kwargs: Any) -> BatchFeature:
+        parts = [stock(self, [clip], **kwargs) for clip in videos]
+        return BatchFeature({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+
+    return preprocess
+
+
 def train(
     start: Path,
     out: Path,
@@ -208,7 +220,10 @@ def train(
         }
     )
     load = recipe.load_model
-    with patch.object(recipe, "load_model", lambda r: speed_up(load(r))):
+    with (
+        patch.object(recipe, "load_model", lambda r: speed_up(load(r))),
+        patch.object(Qwen2VLVideoProcessor, "_preprocess", _clip_by_clip(Qwen2VLVideoProcessor._preprocess)),
+    ):
         recipe.run(described)
     return out
 

@@ -131,7 +131,7 @@ def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
     painter = rng if s.texture is None else np.random.default_rng(s.texture)
     blocks = painter.integers(60, 190, (s.rows * s.cell // 7 + 1, s.columns * s.cell // 7 + 1, 3))
     texture = blocks.repeat(7, 0).repeat(7, 1)[: s.rows * s.cell, : s.columns * s.cell]
-    frames = np.repeat(texture[None], 2 * units, axis=0)
+    frames = np.repeat(texture[None].astype(np.int16), 2 * units, axis=0)
     margin = (s.cell - s.square) // 2
     for visit in visits:
         y, x = (visit.cell // s.columns) * s.cell + margin, (visit.cell % s.columns) * s.cell + margin

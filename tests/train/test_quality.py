@@ -60,6 +60,16 @@ def test_selections_positions_and_towers_are_crossed(smoke):
 
 
 @pytest.mark.slow
+def test_a_way_asked_alone_gives_the_same(smoke):
+    settings, folder, result = smoke
+    base = quality_models.train_base(folder, settings, 0)  # finds what is there
+    for line in settings.compare:
+        ((alone),) = quality_ask.ask(base, quality.unseen(settings), [(quality_ask.Way(*line), 0.5)])
+        selection, positions, tower = line
+        assert alone["right"] == find(result, "base", selection, 0.5, tower, positions)["right"], line
+
+
+@pytest.mark.slow
 def test_it_notices_what_is_broken(smoke, monkeypatch):
     settings, folder, result = smoke
     uptrained = quality_models.train_further(folder, settings, 0, "uptrained")  # finds what is there
