@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The smoke version of bench/quality.py: a model is trained here, and a broken path costs it its answers."""
 
+import contextlib
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -121,6 +125,31 @@ def test_results_are_written(smoke, tmp_path):
     assert table.count("\n| ") == 1 + len(quality.lines_of(result)) and "still readable" in table
     quality.plot(result, tmp_path / "p.svg")
     assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+def test_workers_end_with_the_main_process():
+    main = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+sys.path.insert(0, "bench")
+import quality
+pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quality._start, (1,))
+print(pool.submit(os.getpid).result(), flush=True)
+pool.submit(time.sleep, 600).result()
+"""
+    process = subprocess.Popen([sys.executable, "-c", main], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with process.stdout as printed:
+        worker = psutil.Process(int(printed.readline()))
+    assert worker.is_running()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    with contextlib.suppress(psutil.NoSuchProcess):  # gone
+        while worker.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                worker.kill()
+                pytest.fail("the worker goes on")
+            time.sleep(0.1)
 
 
 def test_readable_is_what_the_kept_tokens_show():

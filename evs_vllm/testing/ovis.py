@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny Ovis2.5, for `evs_vllm.testing`. transformers has no such model; vLLM brings its processor, not its config."""
-
-from __future__ import annotations
+"""A tiny Ovis2.5. transformers has no such model; vLLM brings its processor, not its config."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from evs_vllm.testing import TinyFamily
+from evs_vllm.testing.frames import CHAT_TEMPLATE, TEXT_TOKENS, text_config
+from evs_vllm.testing.tiny import TinyFamily
+from evs_vllm.testing.tokenizer import make_tokenizer
+from evs_vllm.testing.weights import fill_weights
 
 PATCH, STRIDE = 56, 2
 """A token is 112 x 112 pixels, because the processor enlarges frames to at least 448 x 448: 4 x 4 tokens."""
@@ -55,16 +55,13 @@ def make_ovis(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int
     import transformers as t
     from safetensors.torch import save_file
 
-    from evs_vllm import testing
-    from evs_vllm._testing_frames import CHAT_TEMPLATE, TEXT_TOKENS, text_config
-
-    tokenizer = testing.make_tokenizer([*TEXT_TOKENS, *TOKENS], CHAT_TEMPLATE)
-    config = t.Qwen3Config(**text_config("ovis2_5", sizes, tokenizer), dtype="float32")
+    tokenizer = make_tokenizer([*TEXT_TOKENS, *TOKENS], CHAT_TEMPLATE)
+    config = t.Qwen3Config(**text_config(row.architecture, sizes, tokenizer), dtype="float32")
     config.architectures = ["Qwen3ForCausalLM"]
     with torch.device("meta"):
         model = t.Qwen3ForCausalLM._from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")
-    testing.fill_weights(model, tokenizer, seed)
+    fill_weights(model, tokenizer, seed)
     model.save_pretrained(directory / LANGUAGE)
 
     _with_indicators(tokenizer).save_pretrained(directory)

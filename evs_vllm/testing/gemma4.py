@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny Gemma 4, with a tower or unified, for `evs_vllm.testing`.
+"""A tiny Gemma 4, with a tower or unified.
 
 As in the small released models, layers with a sliding window and layers with another head size and rotary embedding
 take turns, the last ones use keys and values of earlier ones, and every token has another embedding in each layer.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from evs_vllm.testing import TinyFamily
+from evs_vllm.testing.frames import CHAT_TEMPLATE, TEXT_TOKENS
+from evs_vllm.testing.tiny import TinyFamily
+from evs_vllm.testing.tokenizer import make_tokenizer
+from evs_vllm.testing.weights import fill_weights
 
 PATCH, POOL, TOKENS = 4, 3, 70
 """A token is 12 x 12 pixels. vLLM resizes every frame to at most 70 tokens, whatever the config says."""
@@ -64,11 +64,8 @@ def make_gemma4(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: i
     import torch
     import transformers as t
 
-    from evs_vllm import testing
-    from evs_vllm._testing_frames import CHAT_TEMPLATE, TEXT_TOKENS
-
     template = CHAT_TEMPLATE.replace("<image>", TOKEN_NAMES["image_token"]).replace("<video>", VIDEO)
-    tokenizer = testing.make_tokenizer([*TEXT_TOKENS, *TOKEN_NAMES.values(), VIDEO], template, **TOKEN_NAMES)
+    tokenizer = make_tokenizer([*TEXT_TOKENS, *TOKEN_NAMES.values(), VIDEO], template, **TOKEN_NAMES)
     shape = {"patch_size": PATCH, "pooling_kernel_size": POOL, "max_soft_tokens": TOKENS}
     kind = row.config_class.removesuffix("Config")
     getattr(t, row.processor_class)(
@@ -88,7 +85,7 @@ def make_gemma4(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: i
     with torch.device("meta"):
         model = getattr(t, row.architecture)._from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")
-    testing.fill_weights(model, tokenizer, seed)
+    fill_weights(model, tokenizer, seed)
     with torch.no_grad():
         for name, weight in (*model.named_parameters(), *model.named_buffers()):
             if "position_embedding_table" in name or "pos_embedding" in name:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models of the Omni families, for `evs_vllm.testing`: the thinker alone, with an audio encoder."""
-
-from __future__ import annotations
+"""Tiny models of the Omni families: the thinker alone, with an audio encoder."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from evs_vllm.testing import TinyFamily
+from evs_vllm.testing.patches import text_config
+from evs_vllm.testing.qwen import qwen2_5_vision as qwen2_5_vl_vision
+from evs_vllm.testing.qwen import qwen3_vl_vision
+from evs_vllm.testing.tiny import TinyFamily
+from evs_vllm.testing.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, make_tokenizer
+from evs_vllm.testing.weights import fill_weights
 
 MEL_BINS = 16
 AUDIO_TOKENS = ("<|audio_start|>", "<|audio_end|>", "<|audio_pad|>")
@@ -22,16 +24,12 @@ NAMES = {
 
 
 def qwen2_5_vision(s: dict[str, Any]) -> dict[str, Any]:
-    from evs_vllm.testing import _qwen2_5_vision
-
-    return _qwen2_5_vision(s) | {"tokens_per_second": 25}
+    return qwen2_5_vl_vision(s) | {"tokens_per_second": 25}
 
 
 def qwen3_vision(s: dict[str, Any]) -> dict[str, Any]:
-    from evs_vllm.testing import _qwen3_vl_vision
-
     # transformers reads the number of learned places, vLLM the size of the image that they make up.
-    return _qwen3_vl_vision(s) | {"patch_size": 14, "image_size": 56, "apply_vit_abs_pos_embed": True}
+    return qwen3_vl_vision(s) | {"patch_size": 14, "image_size": 56, "apply_vit_abs_pos_embed": True}
 
 
 def _audio(row: TinyFamily, s: dict[str, Any]) -> dict[str, Any]:
@@ -47,21 +45,19 @@ def make_omni_model(directory: Path, row: TinyFamily, sizes: dict[str, Any], see
     import torch
     import transformers
 
-    from evs_vllm import testing
-
-    special = [*testing.SPECIAL_TOKENS, *AUDIO_TOKENS]
-    template = testing.CHAT_TEMPLATE.replace(
+    special = [*SPECIAL_TOKENS, *AUDIO_TOKENS]
+    template = CHAT_TEMPLATE.replace(
         "{% elif 'text' in part %}",
         "{% elif part['type'] in ('audio', 'audio_url') %}" + AUDIO + "{% elif 'text' in part %}",
     )
-    tokenizer = testing.make_tokenizer(special, template, **NAMES)
+    tokenizer = make_tokenizer(special, template, **NAMES)
     _write_processor(directory, row, tokenizer, sizes["max_tokens_per_frame"])
 
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in special}
     media = {f"{kind}_token_id": ids[f"<|{kind}_pad|>"] for kind in ("image", "video", "audio")}
     thinker: dict[str, Any] = {
         "audio_config": _audio(row, sizes), "vision_config": row.vision(sizes),
-        "text_config": testing.text_config(row, sizes, tokenizer), "audio_start_token_id": ids["<|audio_start|>"],
+        "text_config": text_config(row, sizes, tokenizer), "audio_start_token_id": ids["<|audio_start|>"],
         "audio_end_token_id": ids["<|audio_end|>"], "vision_start_token_id": ids["<|vision_start|>"],
         "vision_end_token_id": ids["<|vision_end|>"], "tie_word_embeddings": False,
     }  # fmt: skip
@@ -76,7 +72,7 @@ def make_omni_model(directory: Path, row: TinyFamily, sizes: dict[str, Any], see
     with torch.device("meta"):
         model = cls._from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")
-    testing.fill_weights(model.thinker, tokenizer, seed)
+    fill_weights(model.thinker, tokenizer, seed)
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
         pad_token_id=ids["<|endoftext|>"],

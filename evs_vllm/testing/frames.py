@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models of the families whose processor gives whole frames, for `evs_vllm.testing`.
+"""Tiny models of the families whose processor gives whole frames.
 
 Their rotary embeddings differ on purpose: default, dynamic, YaRN and Llama 3 scaling are what such models come with.
 """
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from evs_vllm.testing import TinyFamily
+from evs_vllm.testing.tiny import TinyFamily
+from evs_vllm.testing.tokenizer import make_tokenizer
+from evs_vllm.testing.weights import fill_weights
 
 PATCH = 14
 SIDE = 112
@@ -34,15 +32,18 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+INTERNVL = "InternVLForConditionalGeneration"
 ROPE: dict[str, dict[str, Any]] = {
-    "internvl": {"rope_type": "default"},
-    "internvl_chat": {"rope_type": "dynamic", "factor": 2.0},
-    "llava_onevision": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
-    "llava_next_video": {
+    INTERNVL: {"rope_type": "default"},
+    "InternVLChatModel": {"rope_type": "dynamic", "factor": 2.0},
+    "LlavaOnevisionForConditionalGeneration": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192,
+    },
+    "LlavaNextVideoForConditionalGeneration": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
-    "ovis2_5": {
+    "Ovis2_5": {
         "rope_type": "longrope", "factor": 2048.0, "original_max_position_embeddings": 16,
         "short_factor": [1.0] * 16, "long_factor": [1 + place / 4 for place in range(16)],
         "short_mscale": 1.1, "long_mscale": 1.1, "attention_factor": 1.1,
@@ -75,12 +76,12 @@ def clip_vision(s: dict[str, Any]) -> dict[str, Any]:
     return _tower(s) | own | {"projection_dim": s["vision_hidden"]}
 
 
-def text_config(family: str, s: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+def text_config(architecture: str, s: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """The language model's config: Qwen3 for InternVL (as 3.5), Qwen2 and Llama for the others, as released."""
-    kinds = {"internvl": "qwen3", "llava_next_video": "llama", "ovis2_5": "qwen3"}
-    rope = s.get("rope") or ROPE[family]
+    kinds = {INTERNVL: "qwen3", "LlavaNextVideoForConditionalGeneration": "llama", "Ovis2_5": "qwen3"}
+    rope = s.get("rope") or ROPE[architecture]
     return {
-        "model_type": kinds.get(family, "qwen2"), "vocab_size": len(tokenizer), "hidden_size": s["hidden_size"],
+        "model_type": kinds.get(architecture, "qwen2"), "vocab_size": len(tokenizer), "hidden_size": s["hidden_size"],
         "head_dim": s["hidden_size"] // s["heads"], "intermediate_size": 2 * s["hidden_size"],
         "num_hidden_layers": s["layers"], "num_attention_heads": s["heads"], "num_key_value_heads": s["kv_heads"],
         "max_position_embeddings": s["max_position_embeddings"],
@@ -91,19 +92,17 @@ def text_config(family: str, s: dict[str, Any], tokenizer: Any) -> dict[str, Any
 
 def make_frames_model(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
     """Writes a model in Hugging Face's format."""
-    _write_native(directory, row.processor_class.removesuffix("Processor").lower(), row, sizes, seed)
+    write_native(directory, row.processor_class.removesuffix("Processor").lower(), row, sizes, seed)
 
 
-def _write_native(directory: Path, kind: str, row: TinyFamily, sizes: dict[str, Any], seed: int) -> Any:
+def write_native(directory: Path, kind: str, row: TinyFamily, sizes: dict[str, Any], seed: int) -> Any:
+    """Writes a model in Hugging Face's format; `kind` is the name of its processor. Returns it."""
     import torch
     import transformers
 
-    from evs_vllm import testing
-
     named = INTERNVL_TOKENS if kind == "internvl" else {}
     others = [*named.values(), "<|video_pad|>"] if named else ["<image>", "<video>"]
-    tokenizer = testing.make_tokenizer([*TEXT_TOKENS, *others], CHAT_TEMPLATE, **named)
-    family = next(name for name, other in testing.FAMILIES.items() if other is row)
+    tokenizer = make_tokenizer([*TEXT_TOKENS, *others], CHAT_TEMPLATE, **named)
     _processor(kind, tokenizer).save_pretrained(directory)
     image, video = (
         tokenizer.convert_tokens_to_ids(name) for name in ("<IMG_CONTEXT>" if named else "<image>", "<video>")
@@ -118,15 +117,15 @@ def _write_native(directory: Path, kind: str, row: TinyFamily, sizes: dict[str, 
     else:
         extra["image_grid_pinpoints"] = _pinpoints(CLIP_SIDE)
     config = getattr(transformers, row.config_class)(
-        text_config=text_config(family, sizes, tokenizer), vision_config=row.vision(sizes), tie_word_embeddings=False,
-        dtype="float32", **extra,
+        text_config=text_config(row.architecture, sizes, tokenizer), vision_config=row.vision(sizes),
+        tie_word_embeddings=False, dtype="float32", **extra,
     )  # fmt: skip
     architecture = row.config_class.replace("Config", "ForConditionalGeneration")
     config.architectures = [architecture]
     with torch.device("meta"):
         model = getattr(transformers, architecture)._from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")
-    testing.fill_weights(model, tokenizer, seed)
+    fill_weights(model, tokenizer, seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lambda_" in name:  # layer scales
@@ -177,85 +176,3 @@ def _processor(kind: str, tokenizer: Any) -> Any:
         video, image, tokenizer, patch_size=CLIP_PATCH, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
-
-
-NATIVE = "native"
-"""Folder inside an InternVL chat model with the same weights in Hugging Face's format, for the reference."""
-
-CHAT_CONFIG = """from transformers import AutoConfig, PretrainedConfig
-
-
-class InternVLChatConfig(PretrainedConfig):
-    model_type = "internvl_chat"
-
-    def __init__(self, vision_config=None, llm_config=None, **kwargs):
-        super().__init__(**kwargs)
-        self.vision_config = PretrainedConfig(**(vision_config or {}))
-        llm_config = dict(llm_config or {})
-        self.llm_config = AutoConfig.for_model(llm_config.pop("model_type", "qwen2"), **llm_config)
-"""
-
-
-def make_internvl_chat(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
-    """Writes a model in InternVL's own format, and the same one in Hugging Face's into the folder `NATIVE` in it."""
-    from safetensors.torch import save_file
-
-    model = _write_native(directory / NATIVE, "internvl", row, sizes, seed)
-    _chat_tokenizer().save_pretrained(directory)
-    vision, text = model.config.vision_config, model.config.text_config.to_dict()
-    (directory / "configuration_internvl_chat.py").write_text(CHAT_CONFIG)
-    config = {
-        "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "dtype": "float32",
-        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
-        "downsample_ratio": 0.5, "dynamic_image_size": True, "force_image_size": SIDE, "max_dynamic_patch": 2,
-        "min_dynamic_patch": 1, "ps_version": "v2", "select_layer": -1, "use_thumbnail": True,
-        "tie_word_embeddings": False, "llm_config": text | {"architectures": ["Qwen2ForCausalLM"]},
-        "vision_config": {
-            "model_type": "intern_vit_6b", "hidden_size": vision.hidden_size, "image_size": SIDE, "patch_size": PATCH,
-            "num_hidden_layers": vision.num_hidden_layers, "num_attention_heads": vision.num_attention_heads,
-            "intermediate_size": vision.intermediate_size, "hidden_act": "gelu", "norm_type": "layer_norm",
-            "layer_norm_eps": vision.layer_norm_eps, "qkv_bias": True, "qk_normalization": False,
-            "initializer_factor": 1.0,
-        },
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {"do_sample": False, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    save_file(_chat_weights(model.state_dict()), directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def _chat_tokenizer() -> Any:
-    from evs_vllm import testing
-
-    # The ids are those of the native tokenizer; "<video>" and "<image>" are plain text to this format.
-    tokens = [*TEXT_TOKENS, "<img>", "</img>", "<IMG_CONTEXT>", "<unused>", "<|video_pad|>"]
-    return testing.make_tokenizer(tokens, CHAT_TEMPLATE)
-
-
-CHAT_NAMES = (
-    ("model.vision_tower.encoder.layer.", "vision_model.encoder.layers."),
-    ("model.vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
-    ("model.vision_tower.embeddings.patch_embeddings.projection.", "vision_model.embeddings.patch_embedding."),
-    ("model.vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
-    (".attention.projection_layer.", ".attn.proj."),
-    (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."), (".lambda_1", ".ls1"), (".lambda_2", ".ls2"),
-    ("model.multi_modal_projector.layer_norm.", "mlp1.0."), ("model.multi_modal_projector.linear_1.", "mlp1.1."),
-    ("model.multi_modal_projector.linear_2.", "mlp1.3."), ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-)  # fmt: skip
-
-
-def _chat_weights(native: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    chat = {}
-    for name, weight in native.items():
-        if ".attention.k_proj." in name or ".attention.v_proj." in name:
-            continue
-        if ".attention.q_proj." in name:
-            parts = [native[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
-            name, weight = name.replace("attention.q_proj", "attn.qkv"), torch.cat(parts)
-        for old, new in CHAT_NAMES:
-            name = name.replace(old, new)
-        chat[name] = weight.contiguous()
-    return chat
