@@ -9,7 +9,7 @@ from typing import Any
 
 from evs_vllm.testing.tiny import TinyFamily
 from evs_vllm.testing.tokenizer import make_tokenizer
-from evs_vllm.testing.weights import fill_weights
+from evs_vllm.testing.weights import empty_model, fill_weights
 
 PATCH = 14
 SIDE = 112
@@ -122,9 +122,7 @@ def write_native(directory: Path, kind: str, row: TinyFamily, sizes: dict[str, A
     )  # fmt: skip
     architecture = row.config_class.replace("Config", "ForConditionalGeneration")
     config.architectures = [architecture]
-    with torch.device("meta"):
-        model = getattr(transformers, architecture)._from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
+    model = empty_model(getattr(transformers, architecture), config)
     fill_weights(model, tokenizer, seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

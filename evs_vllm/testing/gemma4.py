@@ -11,7 +11,7 @@ from typing import Any
 from evs_vllm.testing.frames import CHAT_TEMPLATE, TEXT_TOKENS
 from evs_vllm.testing.tiny import TinyFamily
 from evs_vllm.testing.tokenizer import make_tokenizer
-from evs_vllm.testing.weights import fill_weights
+from evs_vllm.testing.weights import empty_model, fill_weights
 
 PATCH, POOL, TOKENS = 4, 3, 70
 """A token is 12 x 12 pixels. vLLM resizes every frame to at most 70 tokens, whatever the config says."""
@@ -82,9 +82,7 @@ def make_gemma4(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: i
         video_token_id=tokenizer.convert_tokens_to_ids(VIDEO), **ids,
     )  # fmt: skip
     config.architectures = [row.architecture]
-    with torch.device("meta"):
-        model = getattr(t, row.architecture)._from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
+    model = empty_model(getattr(t, row.architecture), config)
     fill_weights(model, tokenizer, seed)
     with torch.no_grad():
         for name, weight in (*model.named_parameters(), *model.named_buffers()):

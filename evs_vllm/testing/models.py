@@ -14,7 +14,7 @@ from evs_vllm.testing.glm import GLM_CHAT_TEMPLATE, GLM_TOKENS
 from evs_vllm.testing.patches import text_config, write_processor
 from evs_vllm.testing.tiny import SIZES
 from evs_vllm.testing.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, make_tokenizer
-from evs_vllm.testing.weights import fill_weights, transpose_experts
+from evs_vllm.testing.weights import empty_model, fill_weights, transpose_experts
 
 
 def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0, **overrides: Any) -> Path:
@@ -37,7 +37,6 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
         raise ValueError(f"unknown family {family!r}; expected one of {sorted(FAMILIES)}")
     if unknown := set(overrides) - set(SIZES):
         raise ValueError(f"unknown sizes {sorted(unknown)}; expected some of {sorted(SIZES)}")
-    import torch
     import transformers
 
     row, sizes, directory = FAMILIES[family], SIZES | overrides, Path(directory)
@@ -56,9 +55,7 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
         **{name: ids[token] for name, token in row.tokens.items()},
     )  # fmt: skip
     config.architectures = [row.architecture]
-    with torch.device("meta"):
-        model = getattr(transformers, row.architecture)._from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
+    model = empty_model(getattr(transformers, row.architecture), config)
     fill_weights(model, tokenizer, seed)
     model.generation_config = transformers.GenerationConfig(
         do_sample=False,

@@ -10,7 +10,7 @@ from evs_vllm.testing.qwen import qwen2_5_vision as qwen2_5_vl_vision
 from evs_vllm.testing.qwen import qwen3_vl_vision
 from evs_vllm.testing.tiny import TinyFamily
 from evs_vllm.testing.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, make_tokenizer
-from evs_vllm.testing.weights import fill_weights
+from evs_vllm.testing.weights import empty_model, fill_weights
 
 MEL_BINS = 16
 AUDIO_TOKENS = ("<|audio_start|>", "<|audio_end|>", "<|audio_pad|>")
@@ -42,7 +42,6 @@ def _audio(row: TinyFamily, s: dict[str, Any]) -> dict[str, Any]:
 
 def make_omni_model(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
     """Writes a model whose checkpoint holds the thinker, under the names that it has beside a talker."""
-    import torch
     import transformers
 
     special = [*SPECIAL_TOKENS, *AUDIO_TOKENS]
@@ -69,9 +68,7 @@ def make_omni_model(directory: Path, row: TinyFamily, sizes: dict[str, Any], see
         thinker_config=thinker, enable_audio_output=False, dtype="float32", tie_word_embeddings=False
     )
     cls = getattr(transformers, row.config_class.replace("Config", "ForConditionalGeneration"))
-    with torch.device("meta"):
-        model = cls._from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
+    model = empty_model(cls, config)
     fill_weights(model.thinker, tokenizer, seed)
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],

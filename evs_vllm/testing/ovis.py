@@ -8,7 +8,7 @@ from typing import Any
 from evs_vllm.testing.frames import CHAT_TEMPLATE, TEXT_TOKENS, text_config
 from evs_vllm.testing.tiny import TinyFamily
 from evs_vllm.testing.tokenizer import make_tokenizer
-from evs_vllm.testing.weights import fill_weights
+from evs_vllm.testing.weights import empty_model, fill_weights
 
 PATCH, STRIDE = 56, 2
 """A token is 112 x 112 pixels, because the processor enlarges frames to at least 448 x 448: 4 x 4 tokens."""
@@ -51,16 +51,13 @@ def vision(s: dict[str, Any]) -> dict[str, Any]:
 
 def make_ovis(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
     """Writes the model."""
-    import torch
     import transformers as t
     from safetensors.torch import save_file
 
     tokenizer = make_tokenizer([*TEXT_TOKENS, *TOKENS], CHAT_TEMPLATE)
     config = t.Qwen3Config(**text_config(row.architecture, sizes, tokenizer), dtype="float32")
     config.architectures = ["Qwen3ForCausalLM"]
-    with torch.device("meta"):
-        model = t.Qwen3ForCausalLM._from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
+    model = empty_model(t.Qwen3ForCausalLM, config)
     fill_weights(model, tokenizer, seed)
     model.save_pretrained(directory / LANGUAGE)
 

@@ -6,6 +6,15 @@ from pathlib import Path
 from typing import Any
 
 
+def empty_model(cls: Any, config: Any) -> Any:
+    """An fp32 instance of a model class of transformers, without the slow random weights that it begins with."""
+    import torch
+
+    with torch.device("meta"):
+        model = cls._from_config(config, dtype=torch.float32)
+    return model.to_empty(device="cpu")
+
+
 def fill_weights(model: Any, tokenizer: Any, seed: int) -> None:
     """Random weights with unit-variance activations, peaked attention and well separated logits."""
     import torch
