@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -64,13 +65,50 @@ def test_selections_positions_and_towers_are_crossed(smoke):
 
 
 @pytest.mark.slow
-def test_a_way_asked_alone_gives_the_same(smoke):
+def test_a_way_asked_alone_and_sharing_nothing_gives_the_same(smoke, monkeypatch):
     settings, folder, result = smoke
     base = quality_models.train_base(folder, settings, 0)  # finds what is there
+    monkeypatch.setattr(quality_ask, "shared_work", contextlib.nullcontext)
     for line in settings.compare:
-        ((alone),) = quality_ask.ask(base, quality.unseen(settings), [(quality_ask.Way(*line), 0.5)])
+        (alone,) = quality_ask.ask(base, quality.unseen(settings), [(quality_ask.Way(*line), 0.5)])
         selection, positions, tower = line
-        assert alone["right"] == find(result, "base", selection, 0.5, tower, positions)["right"], line
+        assert alone.items() <= find(result, "base", selection, 0.5, tower, positions).items(), line
+
+
+def test_the_faster_tower_is_the_stock_tower(tmp_path):
+    settings = quality_models.Settings(scene={"rows": 2, "columns": 3})
+    folder = quality_models.untrained(tmp_path, settings, 0)
+    generator = torch.Generator().manual_seed(5)
+    grids = torch.tensor([[3, 4, 6], [5, 4, 6]])
+    pixels = torch.randn(8 * 24, 3 * 2 * 14 * 14, generator=generator)
+    load = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained
+    stock, fast = load(folder), quality_models.speed_up(load(folder))
+    results = []
+    for model in (stock, fast):
+        embeds = torch.cat(model.model.get_video_features(pixels, grids, return_dict=True).pooler_output)
+        embeds.square().sum().backward()
+        results.append((embeds.detach(), [weight.grad for weight in model.model.visual.parameters()]))
+    (expected, gradients), (embeds, others) = results
+    assert embeds.shape == (8 * 6, 128)
+    torch.testing.assert_close(embeds, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    for one, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+
+
+def test_processing_clip_by_clip_is_the_stock_processing(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(4, 3, 56, 84), (6, 3, 28, 56), (4, 3, 56, 84), (5, 3, 30, 61)]
+    clips = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes]
+    given = {"videos": clips, "do_sample_frames": False, "return_tensors": "pt"}
+    given["size"] = {"shortest_edge": 28 * 28, "longest_edge": 24 * 28 * 28}
+    processor = quality_models.Qwen2VLVideoProcessor()
+    stock = processor(**given)
+    kind = type(processor)
+    monkeypatch.setattr(kind, "_preprocess", quality_models._clip_by_clip(kind._preprocess))
+    ours = processor(**given)
+    assert stock.keys() == ours.keys()
+    for key, values in stock.items():
+        assert torch.equal(values, ours[key]) and values.dtype == ours[key].dtype, key
 
 
 @pytest.mark.slow
