@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole run of the end-to-end benchmark, against a stub in place of vLLM."""
 
-import asyncio
 import json
 import os
 import sys
 import tempfile
-import threading
 import types
 from pathlib import Path
 
@@ -25,8 +23,10 @@ import serve  # noqa: E402
 from aiohttp import web  # noqa: E402
 from servers import Live, server_of  # noqa: E402
 
+from tests.unit.local_server import LocalServer  # noqa: E402
 
-class StubServers:
+
+class StubServers(LocalServer):
     """Stands in for `servers.Pool`: one HTTP server that answers like vLLM, with the right number of prompt tokens."""
 
     TEXT, VIDEO, UNITS = 34, 160, 8  # 16 frames of 20 tokens a unit
@@ -34,20 +34,10 @@ class StubServers:
     def __init__(self, *args, wrong_row=None, failing=None):
         self.started, self.failed, self.wrong_row = [], {}, wrong_row
         self.failing = failing
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.runner, port = asyncio.run_coroutine_threadsafe(self._serve(), self.loop).result(10)
-        self.url = f"http://127.0.0.1:{port}"
+        super().__init__()
 
-    async def _serve(self):
-        app = web.Application(client_max_size=1 << 26)
-        app.router.add_post("/{server}/v1/chat/completions", self.answer)
-        app.router.add_get("/{server}/metrics", self.metrics)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        return runner, site._server.sockets[0].getsockname()[1]
+    def routes(self):
+        return [web.post("/{server}/v1/chat/completions", self.answer), web.get("/{server}/metrics", self.metrics)]
 
     async def answer(self, request):
         options = (await request.json()).get("mm_processor_kwargs", {})
@@ -65,13 +55,6 @@ class StubServers:
 
     async def metrics(self, request):
         return web.Response(text='evs:planning_time_seconds_sum{a="b"} 0.5\nevs:planning_time_seconds_count 7.0\n')
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(10)
-        self.loop.call_soon_threadsafe(self.loop.stop)
 
     def __contains__(self, name):
         return name in self.started

@@ -9,7 +9,6 @@ import base64
 import json
 import subprocess
 import sys
-import threading
 import types
 from dataclasses import asdict
 from fractions import Fraction
@@ -32,11 +31,12 @@ from client import Ask, Client, generation_of, openai_turns  # noqa: E402
 from evaluate import Settings, load_settings, measure  # noqa: E402
 
 from evs_vllm.errors import EVSError  # noqa: E402
+from tests.unit.local_server import LocalServer  # noqa: E402
 
 TEXT, VIDEO = 20, 100
 
 
-class FakeServer:
+class FakeServer(LocalServer):
     """Counts tokens as vLLM with the plugin would, and is right about the first questions only: the fewer, the higher
     the rate."""
 
@@ -44,22 +44,15 @@ class FakeServer:
         self.prunes, self.refused, self.others, self.metrics, self.models = prunes, refused, others, metrics, models
         self.seen, self.in_flight, self.most = [], 0, 0
         self.counts = {"evs:clips_total": 0, "evs:video_tokens_total": 0, "evs:video_tokens_kept_total": 0}
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.runner, port = asyncio.run_coroutine_threadsafe(self._serve(), self.loop).result(10)
-        self.url = f"http://127.0.0.1:{port}"
+        super().__init__()
 
-    async def _serve(self):
-        app = web.Application(client_max_size=1 << 26)
-        app.router.add_get("/v1/models", self.list_models)
-        app.router.add_post("/v1/chat/completions", self.answer)
-        app.router.add_get("/metrics", self.show_metrics)
-        app.router.add_get("/version", self.version)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        return runner, site._server.sockets[0].getsockname()[1]
+    def routes(self):
+        return [
+            web.get("/v1/models", self.list_models),
+            web.post("/v1/chat/completions", self.answer),
+            web.get("/metrics", self.show_metrics),
+            web.get("/version", self.version),
+        ]
 
     async def _json(self, content, status=200):
         return web.json_response(content, status=status)
@@ -97,13 +90,6 @@ class FakeServer:
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         content = {"id": "1", "object": "chat.completion", "created": 0, "model": "tiny", "choices": [choice]}
         return await self._json({**content, "usage": usage})
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(10)
-        self.loop.call_soon_threadsafe(self.loop.stop)
 
 
 class FakeTasks:
