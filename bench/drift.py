@@ -24,7 +24,7 @@ import torch.nn.functional as F  # noqa: E402
 from small_tower import Model, check, encode, explained, latest_of, load, patches, randomize, targets, to_rows, train  # noqa: E402
 
 from evs_vllm.config import EVSConfig  # noqa: E402
-from evs_vllm.select import make_plan  # noqa: E402
+from evs_vllm.core.selection import make_plan  # noqa: E402
 
 # name: (tokens (rows, columns), every how many frames, was it trained on)
 CLIPS = {

@@ -19,13 +19,13 @@ from quality_models import speed_up  # noqa: E402
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention  # noqa: E402
 from transformers.modeling_outputs import BaseModelOutputWithPooling  # noqa: E402
 
-import evs_vllm.adapters.qwen2_vl  # noqa: E402
+import evs_vllm.families.qwen2_vl  # noqa: E402
 import evs_vllm.hf.model  # noqa: E402
 import evs_vllm.hf.tower  # noqa: E402
 from evs_vllm import hf  # noqa: E402
-from evs_vllm.plan import RetentionPlan  # noqa: E402
-from evs_vllm.reuse import ReuseSchedule  # noqa: E402
-from evs_vllm.select import plan_keeping, token_budget  # noqa: E402
+from evs_vllm.core.plan import RetentionPlan  # noqa: E402
+from evs_vllm.core.reuse import ReuseSchedule  # noqa: E402
+from evs_vllm.core.selection import plan_keeping, token_budget  # noqa: E402
 from evs_vllm.train.data import ChatCollator, as_item  # noqa: E402
 from evs_vllm.train.synthetic import Example  # noqa: E402
 from evs_vllm.train.trainer import answers  # noqa: E402
@@ -135,7 +135,7 @@ def shared_work() -> Iterator[None]:
     That is the pixels as bytes, and what a tower makes of a clip of which it leaves the same patches out.
     """
     memory: dict[Any, torch.Tensor] = {}
-    to_uint8, encode = evs_vllm.adapters.qwen2_vl.to_uint8, evs_vllm.hf.model.encode
+    to_uint8, encode = evs_vllm.families.qwen2_vl.to_uint8, evs_vllm.hf.model.encode
 
     def to_uint8_once(rows: torch.Tensor, channels: int, stats: Any) -> torch.Tensor:
         key = (rows.data_ptr(), rows.shape)
@@ -150,7 +150,7 @@ def shared_work() -> Iterator[None]:
         return memory[key]
 
     with (
-        patch.object(evs_vllm.adapters.qwen2_vl, "to_uint8", to_uint8_once),
+        patch.object(evs_vllm.families.qwen2_vl, "to_uint8", to_uint8_once),
         patch.object(evs_vllm.hf.model, "encode", encode_once),
     ):
         yield

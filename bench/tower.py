@@ -27,7 +27,7 @@ import harness  # noqa: E402
 import torch  # noqa: E402
 from tower_attention import VARIANTS, one_by_one, sequences  # noqa: E402
 
-from evs_vllm.reuse import ReuseSchedule  # noqa: E402
+from evs_vllm.core.reuse import ReuseSchedule  # noqa: E402
 
 # The vision:language cost ratio of Qwen2.5-VL-7B at a size for two cores.
 SIZES = {"hidden_size": 768, "layers": 12, "heads": 12, "kv_heads": 2, "vision_hidden": 384, "vision_layers": 8}
@@ -165,8 +165,8 @@ class Tower:
         return self.cache[key]
 
     def plan(self, rate: float, **kwargs: Any) -> Any:
-        from evs_vllm.adapters.processor import PLAN_FIELD
-        from evs_vllm.plan import RetentionPlan
+        from evs_vllm.core.plan import RetentionPlan
+        from evs_vllm.engine.processor import PLAN_FIELD
 
         return RetentionPlan.from_array(self.inputs(rate, **kwargs)[PLAN_FIELD][0].numpy())
 

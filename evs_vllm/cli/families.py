@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``evs-vllm families``: the supported model families and the refused ones, from the tables of `evs_vllm.adapters`."""
+"""``evs-vllm families``: the supported model families and the refused ones, from the tables of `evs_vllm.families`."""
 
 import argparse
 import json
 from dataclasses import asdict
 from typing import Any
 
-from evs_vllm.adapters import FAMILIES
-from evs_vllm.adapters.refused import REFUSED
 from evs_vllm.cli._options import summary
 from evs_vllm.cli._text import table
-from evs_vllm.tables import family_rows, refused_rows
+from evs_vllm.cli.tables import family_rows, refused_rows
+from evs_vllm.families import FAMILIES
+from evs_vllm.families.refused import REFUSED
 
 
 def add_parser(subparsers: Any) -> None:

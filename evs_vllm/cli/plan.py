@@ -8,7 +8,7 @@ from typing import Any
 
 from evs_vllm.cli._options import add_clip_arguments, add_evs_options, check_paths, evs_config, media_io_kwargs, summary
 from evs_vllm.cli._text import bar, percent, seconds, table
-from evs_vllm.inspection import STAGES, Inspection
+from evs_vllm.core.inspection import STAGES, Inspection
 
 BAR_WIDTH = 32
 
@@ -34,7 +34,7 @@ def inspect(args: argparse.Namespace) -> Inspection:
     # vLLM logs to stdout unless told otherwise, before its first import.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from evs_vllm.adapters.inspection import inspect_clip
+    from evs_vllm.engine.inspect import inspect_clip
 
     model = os.path.expanduser(args.model)
     return inspect_clip(args.video, model, config, media_io_kwargs(args), args.trust_remote_code)

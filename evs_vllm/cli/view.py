@@ -7,8 +7,8 @@ from typing import Any
 
 from evs_vllm.cli._options import add_clip_arguments, add_evs_options, summary
 from evs_vllm.cli.plan import inspect
+from evs_vllm.core.inspection import Inspection
 from evs_vllm.errors import EVSError
-from evs_vllm.inspection import Inspection
 
 SUFFIXES = (".png", ".html")
 

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from evs_vllm.adapters.base import PixelStats
+from evs_vllm.families.base import PixelStats
 
 _CLIP = PixelStats((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = PixelStats((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from evs_vllm.adapters import family_of
-from evs_vllm.adapters.base import FamilyAdapter, PixelStats, to_uint8
-from evs_vllm.adapters.qwen2_vl import GRID, PIXELS
-from evs_vllm.apply import keep_rows
 from evs_vllm.config import EVSConfig, split_request_kwargs
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.rows import keep_rows
+from evs_vllm.core.selection import make_plan
 from evs_vllm.errors import ConfigError, RequestError, UnsupportedError
+from evs_vllm.families import family_of
+from evs_vllm.families.base import FamilyAdapter, PixelStats, to_uint8
+from evs_vllm.families.qwen2_vl import GRID, PIXELS
 from evs_vllm.hf.classes import CLASSES, SUPPORTED
 from evs_vllm.hf.prompt import Batch, Medium, prune_batch
 from evs_vllm.hf.tower import encode
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.select import make_plan
 
 _STATE = "_evs"
 _IGNORED_LABEL = -100

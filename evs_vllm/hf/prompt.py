@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from evs_vllm.core.plan import IntArray, Layout, RetentionPlan
+from evs_vllm.core.positions import PositionRequest, pruned_positions
+from evs_vllm.core.prompt import ClipSpan
 from evs_vllm.errors import PlanError, RequestError
-from evs_vllm.plan import IntArray, Layout, RetentionPlan
-from evs_vllm.positions import PositionRequest, pruned_positions
-from evs_vllm.prompt import ClipSpan
 
 
 class Medium(NamedTuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""K/V reuse (`evs_vllm.reuse`) in the vision towers of transformers' Qwen2-VL and Qwen2.5-VL. No backward pass."""
+"""K/V reuse (`evs_vllm.core.reuse`) in the vision towers of transformers' Qwen2-VL and Qwen2.5-VL. No backward pass."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.reuse import ReuseSchedule, clip_rows
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.reuse import ReuseSchedule, clip_rows
 
 
 @torch.no_grad()

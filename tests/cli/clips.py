@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from evs_vllm.config import EVSConfig
-from evs_vllm.inspection import STAGES, Inspection
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.select import make_plan
+from evs_vllm.core.inspection import STAGES, Inspection
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.selection import make_plan
 from evs_vllm.testing import synthetic_clip
 
 TOKEN = 28

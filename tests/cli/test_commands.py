@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from evs_vllm import __version__
-from evs_vllm.adapters import FAMILIES
-from evs_vllm.adapters.refused import REFUSED
 from evs_vllm.cli import main, make_parser
 from evs_vllm.cli._options import CLIP_OPTIONS, evs_config
+from evs_vllm.families import FAMILIES
+from evs_vllm.families.refused import REFUSED
 from evs_vllm.options import OPTIONS
 
 CLIP = ["clip.mp4", "--model", "tiny"]

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from evs_vllm import versions
-from evs_vllm.adapters import supported_architectures
 from evs_vllm.cli import doctor, main
+from evs_vllm.families import supported_architectures
 
 TESTED = ".".join(map(str, versions.TESTED_VLLM[0])) + ".1"
 
@@ -25,7 +25,7 @@ def installed(monkeypatch):
             raise importlib.metadata.PackageNotFoundError(package)
         return versions[package]
 
-    point = importlib.metadata.EntryPoint("evs", "evs_vllm.plugin:register", doctor.PLUGIN_GROUP)
+    point = importlib.metadata.EntryPoint("evs", "evs_vllm.engine.plugin:register", doctor.PLUGIN_GROUP)
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point])
     for name in doctor.ENVIRONMENT:

@@ -15,7 +15,7 @@ import torch
 
 from evs_vllm.cli._html import make_html, settings
 from evs_vllm.config import EVSConfig
-from evs_vllm.select import make_plan
+from evs_vllm.core.selection import make_plan
 from tests.cli.clips import inspected
 
 SCRIPT = files("evs_vllm.cli").joinpath("select.js")

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from evs_vllm.adapters import family_of
 from evs_vllm.cli import main
 from evs_vllm.cli.plan import BAR_WIDTH, lines
+from evs_vllm.families import family_of
 from evs_vllm.testing import real_clip_path
 from tests.cli.clips import inspected
 
@@ -16,7 +16,7 @@ from tests.cli.clips import inspected
 @pytest.fixture
 def clip_and_model(model_dir, monkeypatch):
     """The words that name a real video and a tiny model."""
-    from evs_vllm import plugin
+    from evs_vllm.engine import plugin
 
     monkeypatch.setattr(plugin, "_server_config", None)  # and put back afterwards
     return [str(real_clip_path("bikes")), "--model", str(model_dir("qwen2_5_vl"))]
@@ -60,7 +60,7 @@ def server_plan(words, options):
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-    from evs_vllm.adapters.processor import plan_of
+    from evs_vllm.engine.processor import plan_of
 
     video, model = words[0], words[2]
     config = EngineArgs(model=model, additional_config={"evs": options}).create_model_config()
@@ -96,7 +96,7 @@ def test_what_vllm_cannot_read_is_one_line(clip_and_model, capfd, tmp_path):
 
 @pytest.mark.vllm
 def test_an_unsupported_architecture_is_named(clip_and_model, capfd, monkeypatch):
-    from evs_vllm import plugin
+    from evs_vllm.engine import plugin
 
     monkeypatch.setattr(plugin, "family_of", lambda architecture: None)
     assert family_of("Qwen2_5_VLForConditionalGeneration") is not None
@@ -109,8 +109,8 @@ def test_view_shows_the_frames_as_they_went_in(clip_and_model, capfd, tmp_path):
     """Frames put together from the processor's patches resemble the video's, resized."""
     from PIL import Image
 
-    from evs_vllm.adapters.inspection import inspect_clip
     from evs_vllm.config import EVSConfig
+    from evs_vllm.engine.inspect import inspect_clip
     from evs_vllm.testing import real_clip_frames
 
     for name in ("out.png", "out.html"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evs_vllm import tables
+from evs_vllm.cli import tables
 from evs_vllm.options import OPTIONS
 from evs_vllm.versions import TESTED_VLLM
 
@@ -17,8 +17,8 @@ README = (ROOT / "README.md").read_text()
 
 def test_tables_are_up_to_date() -> None:
     for name in tables.TABLES:
-        assert f"<!-- {name}:begin -->\n|" in README, "run python -m evs_vllm.tables README.md"
-    assert tables.rewrite(README) == README, "run python -m evs_vllm.tables README.md"
+        assert f"<!-- {name}:begin -->\n|" in README, "run python -m evs_vllm.cli.tables README.md"
+    assert tables.rewrite(README) == README, "run python -m evs_vllm.cli.tables README.md"
 
 
 def test_every_flag_in_the_text_exists() -> None:
@@ -47,7 +47,7 @@ def test_serve_commands_parse(command: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from evs_vllm.plugin import register
+    from evs_vllm.engine.plugin import register
 
     register()
     words = shlex.split(command)[3:]
@@ -74,7 +74,7 @@ def test_versions_in_the_text() -> None:
 
 
 def test_metrics_in_the_text() -> None:
-    from evs_vllm import metrics
+    from evs_vllm.engine import metrics
 
     names = set(re.findall(r"evs:[a-z_]+", README))
     assert names and names <= set(re.findall(r"evs:[a-z_]+", metrics.__doc__ or ""))

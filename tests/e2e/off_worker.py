@@ -59,7 +59,7 @@ def main(directory: str, evs: str, out: str) -> None:
             }
         )
     classes = [f"{c.__module__}.{c.__qualname__}" for c in type(engine.runner.model).__mro__]
-    plugin = sorted(name for name in sys.modules if name == "evs_vllm.plugin")
+    plugin = sorted(name for name in sys.modules if name == "evs_vllm.engine.plugin")
     with open(out, "w") as file:
         json.dump({"requests": report, "model": classes, "plugin": plugin}, file)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from evs_vllm import testing
-from evs_vllm.adapters import family_of
-from evs_vllm.plan import RetentionPlan
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.families import family_of
 from evs_vllm.testing import real_clip_frames, synthetic_clip
 from tests.e2e.harness import TOLERANCE, Request, check, expected, run_and_check
 from tests.reference.families import reference_for

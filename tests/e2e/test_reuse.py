@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from evs_vllm.adapters.processor import PLAN_FIELD, plan_of
-from evs_vllm.plan import RetentionPlan
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.engine.processor import PLAN_FIELD, plan_of
 from evs_vllm.testing import make_model, real_clip_frames, synthetic_clip
 from tests.e2e.harness import (
     AUDIO,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from evs_vllm.adapters import FAMILIES
 from evs_vllm.config import EVSConfig
-from evs_vllm.plan import Layout
-from evs_vllm.select import make_plan
+from evs_vllm.core.plan import Layout
+from evs_vllm.core.selection import make_plan
+from evs_vllm.families import FAMILIES
 
 pytestmark = pytest.mark.vllm
 
@@ -41,16 +41,16 @@ class FakeStock:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from evs_vllm.adapters import models
-    from evs_vllm.adapters.processor import ProcessorFactory
-    from evs_vllm.compat import stamp
+    from evs_vllm.engine.compat import stamp
+    from evs_vllm.engine.processor import ProcessorFactory
+    from evs_vllm.engine import model
 
     @dataclass
     class Factories:
         processor: Any
 
     stock = type("Fake", (FakeStock,), {"_processor_factory": Factories(processor=object)})
-    cls = models.model_class(stock, FAMILIES[0])
+    cls = model.model_class(stock, FAMILIES[0])
     assert isinstance(cls._processor_factory.processor, ProcessorFactory)  # type: ignore[attr-defined]
     model_config = SimpleNamespace(multimodal_config=SimpleNamespace())
     stamp(model_config, EVSConfig(rate=0.5))

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from evs_vllm.adapters import family_of
-from evs_vllm.adapters.base import PixelStats
-from evs_vllm.adapters.internvl import InternVLChat
-from evs_vllm.adapters.llava import LlavaOnevision
-from evs_vllm.adapters.plain_vit import packed_frames
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.scorers import pixel_change
 from evs_vllm.errors import ConfigError, RequestError
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.scoring import pixel_change
+from evs_vllm.families import family_of
+from evs_vllm.families.base import PixelStats
+from evs_vllm.families.internvl import InternVLChat
+from evs_vllm.families.llava import LlavaOnevision
+from evs_vllm.families.plain_vit import packed_frames
 from evs_vllm.testing import synthetic_clip
 from tests.reference.families import reference_for
 from tests.reference.hf import Clip
@@ -42,7 +42,7 @@ def processor_for(model: Path, evs: dict[str, Any] | None, **kwargs: Any) -> Any
     from vllm.engine.arg_utils import EngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    from evs_vllm.plugin import register
+    from evs_vllm.engine.plugin import register
 
     register()
     options = {"max_model_len": 4096, "dtype": "float32", "trust_remote_code": True} | kwargs

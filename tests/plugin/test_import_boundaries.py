@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports go one way: vLLM is known to plugin, compat and adapters only, and the kernels know nobody."""
+"""Imports go one way: vLLM is known to the engine folder only, and the kernels know nobody."""
 
+import ast
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,12 +27,11 @@ def imported(names: list[str]) -> set[str]:
     return set(run.stdout.strip().splitlines()[-1].split())
 
 
-KNOW_VLLM = {"plugin", "compat", "adapters"}
-BELOW = [n for n in modules(evs_vllm) if n.split(".")[1] not in KNOW_VLLM]
+BELOW = [n for n in modules(evs_vllm) if n.split(".")[1] != "engine"]
 
 
-def test_only_three_know_vllm() -> None:
-    found = imported([*BELOW, "evs_vllm.plugin", "evs_vllm.adapters", "evs_vllm.adapters.base"])
+def test_only_the_engine_knows_vllm() -> None:
+    found = imported(BELOW)
     assert "vllm" not in found
     assert "evs_kernels" in found
 
@@ -46,12 +47,28 @@ def test_light_modules_stay_light(name: str) -> None:
     assert not {"torch", "vllm", "numpy"} & imported([name])
 
 
-ORDER = ["errors", "options", "config", "plan", "scoring", "select", "prompt", "positions", "apply", "reuse"]
+FLOORS = (
+    ("errors", "envs", "versions"), ("options",), ("config",), ("requests",), ("core",), ("families",),
+    ("engine", "hf"), ("train",), ("cli",),
+)  # fmt: skip
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+"""Rooms of the package by floor: imports go down, or stay within a room. `testing` is a leaf that anybody may use."""
+FILES = sorted(Path(evs_vllm.__file__).parent.rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_layers_import_downwards_only(name: str) -> None:
-    code = f"import sys, evs_vllm.{name}; print(' '.join(m for m in sys.modules if m.startswith('evs_vllm.')))"
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    found = {m.split(".")[1] for m in run.stdout.strip().splitlines()[-1].split()}
-    assert found <= set(ORDER[: ORDER.index(name) + 1])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FILES[0].parent)))
+def test_imports_go_down(path: Path) -> None:
+    """Also imports inside functions."""
+    here = path.relative_to(FILES[0].parent).with_suffix("").parts[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        if here != "engine":
+            assert not any(name.split(".")[0] == "vllm" for name in names), f"line {node.lineno} imports vLLM"
+        for there in {name.split(".")[1] for name in names if name.startswith("evs_vllm.")} - {here}:
+            if there in ROOMS and here in ROOMS:
+                assert ROOMS[there] < ROOMS[here], f"line {node.lineno} imports {there}"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from evs_vllm.adapters.base import rotary_length
-from evs_vllm.adapters.models import OneAxisMixin
-from evs_vllm.adapters.processor import PLAN_FIELD, end_in_time
-from evs_vllm.plan import Layout, RetentionPlan
-from evs_vllm.positions import RESERVE, room_to_answer
+from evs_vllm.core.plan import Layout, RetentionPlan
+from evs_vllm.core.positions import RESERVE, room_to_answer
+from evs_vllm.engine.model import OneAxisMixin
+from evs_vllm.engine.processor import PLAN_FIELD, end_in_time
+from evs_vllm.families.rotary import rotary_length
 
 pytestmark = pytest.mark.vllm
 

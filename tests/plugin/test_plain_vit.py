@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evs_vllm.adapters.plain_vit import PlainTower, frame_rows, packed_blocks, packed_frames
-from evs_vllm.plan import RetentionPlan
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.families.plain_vit import PlainTower, frame_rows, packed_blocks, packed_frames
 
 pytestmark = pytest.mark.vllm
 
@@ -81,7 +81,7 @@ class Layer(torch.nn.Module):
 
 @torch.inference_mode()
 def test_two_clips_together_equal_a_dense_tower_in_loops() -> None:
-    from evs_vllm.adapters.models import accept_schedules
+    from evs_vllm.engine.model import accept_schedules
 
     torch.manual_seed(0)
     side, patch = 3, 5

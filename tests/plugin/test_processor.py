@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from evs_vllm.adapters import family_of
-from evs_vllm.adapters.base import FamilyAdapter
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.positions import RESERVE
+from evs_vllm.core.scorers import pixel_change
 from evs_vllm.errors import RequestError
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.positions import RESERVE
-from evs_vllm.scoring import pixel_change
+from evs_vllm.families import family_of
+from evs_vllm.families.base import FamilyAdapter
 from evs_vllm.testing import FAMILIES as TINY
 from evs_vllm.testing import synthetic_clip
 
@@ -26,7 +26,7 @@ def processor_for(model: Path, evs: dict[str, Any] | None, **kwargs: Any) -> Any
     from vllm.engine.arg_utils import EngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    from evs_vllm.plugin import register
+    from evs_vllm.engine.plugin import register
 
     register()
     extra = {} if evs is None else {"evs": evs}
@@ -206,7 +206,7 @@ def test_processor_cache_hit_keeps_the_pruned_prompt(model: Path, size: tuple[in
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.cache.factories import processor_only_cache_from_config
 
-    from evs_vllm.metrics import metrics
+    from evs_vllm.engine.metrics import metrics
 
     args = EngineArgs(model=str(model), additional_config={"evs": {"rate": 0.5}}, max_model_len=4096, dtype="float32")
     config: VllmConfig = args.create_engine_config()
@@ -255,7 +255,7 @@ def test_video_embeddings_pass_unpruned(model: Path) -> None:
 
 def test_positions_beyond_the_rotary_cache_are_refused(model: Path, adapter: FamilyAdapter) -> None:
     """The bound is the largest ID that the model's own numbering can reach, whatever the clip's rate of frames."""
-    from evs_vllm.adapters.processor import PrunedUpdateDetails
+    from evs_vllm.engine.processor import PrunedUpdateDetails
 
     processor = processor_for(model, {"rate": 0.75, "encoder": "full"})
     config = processor.info.get_hf_config()
@@ -279,7 +279,7 @@ def test_position_span_is_what_the_model_makes(
 ) -> None:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
 
-    from evs_vllm import compat
+    from evs_vllm.engine import compat
 
     processor = processor_for(model, {"rate": 0.75, "encoder": "full"})
     frames = synthetic_clip(frames=14, size=size, moving=0.2)

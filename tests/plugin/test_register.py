@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from evs_vllm import testing, versions
-from evs_vllm.adapters import FAMILIES, supported_architectures
-from evs_vllm.adapters.refused import REFUSED, Refused
 from evs_vllm.errors import ConfigError, RequestError, UnsupportedError
+from evs_vllm.families import FAMILIES, supported_architectures
+from evs_vllm.families.refused import REFUSED, Refused
 
 pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(autouse=True)
 def registered() -> None:
-    from evs_vllm.plugin import register
+    from evs_vllm.engine.plugin import register
 
     register()
     register()
@@ -44,13 +44,13 @@ def test_twice_is_once() -> None:
     from vllm import ModelRegistry
     from vllm.engine.arg_utils import EngineArgs
 
-    from evs_vllm import compat
+    from evs_vllm.engine import compat
 
     for name in ("add_cli_args", "from_cli_args", "create_model_config"):
         function = getattr(EngineArgs, name)
         assert not hasattr(function.__wrapped__, "__wrapped__"), name
     for architecture in supported_architectures():
-        assert ModelRegistry.models[architecture].module_name == "evs_vllm.adapters.models"
+        assert ModelRegistry.models[architecture].module_name == "evs_vllm.engine.model"
         assert compat.stock_model_class(architecture).__module__.startswith("vllm.")
 
 
@@ -59,7 +59,7 @@ def test_registered_class_looks_like_the_stock_one(architecture: str) -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.registry import _ModelInfo
 
-    from evs_vllm import compat
+    from evs_vllm.engine import compat
 
     stock = compat.stock_model_class(architecture)
     ours = ModelRegistry.models[architecture].load_model_cls()
@@ -76,7 +76,7 @@ def test_every_process_registers() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     names = json.loads(run.stdout.strip().splitlines()[-1])
-    assert names == ["evs_vllm.adapters.models"] * len(supported_architectures())
+    assert names == ["evs_vllm.engine.model"] * len(supported_architectures())
 
 
 def test_families_are_consistent() -> None:
@@ -151,7 +151,7 @@ def model_config(model: Path, evs: Any, **kwargs: Any) -> Any:
 def test_refused_families_are_named_with_the_reason(row: Refused) -> None:
     from vllm import ModelRegistry
 
-    from evs_vllm.plugin import _start
+    from evs_vllm.engine.plugin import _start
 
     assert not set(row.architectures) & set(supported_architectures())
     assert set(row.architectures) <= set(ModelRegistry.get_supported_archs())
@@ -169,7 +169,7 @@ def test_refused_families_are_named_with_the_reason(row: Refused) -> None:
 def test_start_is_refused_where_evs_cannot_work(
     tmp_path: Path, qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evs_vllm import compat
+    from evs_vllm.engine import compat
 
     with pytest.raises(UnsupportedError, match=r"does not support Qwen2ForCausalLM.*Qwen2_5_VL.*Drop the --evs"):
         model_config(text_model(tmp_path), {"rate": 0.5})
@@ -200,7 +200,7 @@ def test_stamp_survives_what_vllm_does_to_configs(qwen2_5_vl: Path) -> None:
     import copy
     import pickle
 
-    from evs_vllm.compat import stamped
+    from evs_vllm.engine.compat import stamped
 
     config = model_config(qwen2_5_vl, {"rate": 0.5})
     for other in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
@@ -212,7 +212,7 @@ def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLMultiModalProcessor
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    from evs_vllm.adapters import models
+    from evs_vllm.engine import model
 
     off = EngineArgs(model=str(qwen2_5_vl)).create_model_config()
     processor = MULTIMODAL_REGISTRY.create_processor(off)
@@ -228,7 +228,7 @@ def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
             self.prefix = prefix
             self.visual = SimpleNamespace(blocks=[])
 
-    cls = models.model_class(Stock, FAMILIES[0])
+    cls = model.model_class(Stock, FAMILIES[0])
     scheduler = SimpleNamespace(max_num_encoder_input_tokens=1)
     built = cls(vllm_config=SimpleNamespace(additional_config={}, model_config=off), prefix="p")
     assert type(built) is Stock and built.prefix == "p"
@@ -241,7 +241,7 @@ def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
 
 
 def test_reuse_needs_the_stock_attention_path(qwen2_5_vl: Path) -> None:
-    from evs_vllm.compat import stamped
+    from evs_vllm.engine.compat import stamped
 
     assert stamped(model_config(qwen2_5_vl, {"rate": 0.5})).encoder == "reuse"
     for obstacle in ({"mm_encoder_tp_mode": "data"}, {"compilation_config": {"compile_mm_encoder": True}}):
@@ -256,7 +256,7 @@ def test_long_rotary_cache_with_evs_only(model_dir: Callable[[str], Path]) -> No
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import qwen3_5, qwen3_vl, qwen3_vl_moe
 
-    from evs_vllm import compat
+    from evs_vllm.engine import compat
 
     compat.widen_rotary_caches()
     compat.widen_rotary_caches()
@@ -308,7 +308,7 @@ def test_tested_versions() -> None:
 
 
 def test_namespace_without_our_flags_is_left_alone() -> None:
-    from evs_vllm.plugin import _read_cli_options
+    from evs_vllm.engine.plugin import _read_cli_options
 
     args = argparse.Namespace(additional_config=None)
     _read_cli_options(args)

@@ -23,9 +23,9 @@ import quality_models  # noqa: E402
 
 import evs_vllm.hf.model  # noqa: E402
 import evs_vllm.hf.prompt  # noqa: E402
+from evs_vllm.core.plan import RetentionPlan  # noqa: E402
+from evs_vllm.core.selection import token_budget  # noqa: E402
 from evs_vllm.errors import ConfigError  # noqa: E402
-from evs_vllm.plan import RetentionPlan  # noqa: E402
-from evs_vllm.select import token_budget  # noqa: E402
 from evs_vllm.train.data import ChatCollator  # noqa: E402
 from evs_vllm.train.synthetic import TASKS, SceneSettings, make_example  # noqa: E402
 

@@ -373,7 +373,7 @@ def test_extras_name_what_bootstrap_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {*bootstrap.BACKENDS, "dev"} <= set(project["optional-dependencies"])
     assert not any("vllm" in requirement for requirement in project["dependencies"])
-    assert project["entry-points"]["vllm.general_plugins"] == {"evs": "evs_vllm.plugin:register"}
+    assert project["entry-points"]["vllm.general_plugins"] == {"evs": "evs_vllm.engine.plugin:register"}
 
 
 def test_make_help_lists_every_target():

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evs_vllm.config import EVSConfig, exact, split_request_kwargs
+from evs_vllm.core.selection import token_budget
 from evs_vllm.errors import ConfigError, EVSError, RequestError
 from evs_vllm.options import OPTIONS
-from evs_vllm.select import token_budget
 
 GOOD = {
     "rate": [0, 0.0, 0.5, 0.999],
@@ -219,5 +219,5 @@ def test_split() -> None:
 
 
 def test_config_imports_neither_torch_nor_vllm() -> None:
-    code = "import sys, evs_vllm.config, evs_vllm.adapters; assert not {'torch', 'vllm'} & set(sys.modules)"
+    code = "import sys, evs_vllm.config, evs_vllm.families; assert not {'torch', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

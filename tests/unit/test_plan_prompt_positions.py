@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evs_vllm.apply import encoder_batches, keep_rows
+from evs_vllm.core.plan import Layout, RetentionPlan
+from evs_vllm.core.positions import PositionRequest, pruned_positions
+from evs_vllm.core.prompt import ClipSpan, pruned_clip, unprune
+from evs_vllm.core.rows import encoder_batches, keep_rows
 from evs_vllm.errors import PlanError
-from evs_vllm.plan import Layout, RetentionPlan
-from evs_vllm.positions import PositionRequest, pruned_positions
-from evs_vllm.prompt import ClipSpan, pruned_clip, unprune
 
 PAD, TEXT, NEWLINE = 7, 100, 8
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.reuse import ReuseSchedule, clip_rows, window_order
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.reuse import ReuseSchedule, clip_rows, window_order
 
 LAYERS, HEADS, SIZE = 4, 2, 4
 WIDTH = HEADS * SIZE

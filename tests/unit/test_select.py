@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evs_vllm.config import EVSConfig
-from evs_vllm.select import make_plan, token_budget
+from evs_vllm.core.selection import make_plan, token_budget
 
 
 def reference(tokens: np.ndarray, config: EVSConfig) -> list[int]:

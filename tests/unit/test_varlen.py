@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.reuse import ReuseSchedule, clip_rows
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.reuse import ReuseSchedule, clip_rows
 
 
 @settings(max_examples=60)

@@ -9,7 +9,7 @@ Source: arXiv 2510.14624, whose tables compare the two. IDs stay integers all th
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from evs_vllm.prompt import ClipSpan, unprune
+from evs_vllm.core.prompt import ClipSpan, unprune
 
 if TYPE_CHECKING:
     import torch

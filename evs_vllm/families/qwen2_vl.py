@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from evs_vllm.adapters.base import Clip, FamilyAdapter, PixelStats, ReuseTower, to_uint8
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.positions import MROPE_CACHE_FACTOR
-from evs_vllm.reuse import ClipRows, ReuseSchedule, clip_rows
+from evs_vllm.core.clip import Clip
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.positions import MROPE_CACHE_FACTOR
+from evs_vllm.core.reuse import ClipRows, ReuseSchedule, clip_rows
+from evs_vllm.families.base import FamilyAdapter, PixelStats, ReuseTower, to_uint8
 
 PIXELS = "pixel_values_videos"
 GRID = "video_grid_thw"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of one clip before an engine sees it: frames, scores, plan, times. Imports neither torch nor vLLM.
 
-`evs_vllm.adapters.inspection.inspect_clip` makes it, the command line prints and draws it.
+`evs_vllm.engine.inspect.inspect_clip` makes it, the command line prints and draws it.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from evs_vllm.config import EVSConfig
 if TYPE_CHECKING:
     import numpy as np
 
-    from evs_vllm.plan import RetentionPlan
+    from evs_vllm.core.plan import RetentionPlan
 
 STAGES = ("decode", "HF processor", "score", "select", "layout")
 """The stages of `Inspection.seconds`, in their order."""
@@ -27,7 +27,7 @@ class Inspection:
         video: The file.
         model: The model folder or name.
         architecture: Its architecture.
-        family: Name of its row in `evs_vllm.adapters.FAMILIES`.
+        family: Name of its row in `evs_vllm.families.FAMILIES`.
         config: The settings.
         plan: What stays.
         scores: (T, P) int32 pixel change of each token since the unit before; unit 0 scores 0.

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from evs_vllm.adapters.base import ReuseTower
-from evs_vllm.adapters.qwen2_vl import Qwen2VLTower
-from evs_vllm.adapters.qwen3_vl import Qwen3VL
+from evs_vllm.families.base import ReuseTower
+from evs_vllm.families.qwen2_vl import Qwen2VLTower
+from evs_vllm.families.qwen3_vl import Qwen3VL
 
 
 class GLM4V(Qwen3VL):

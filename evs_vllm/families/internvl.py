@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from evs_vllm.adapters.base import PixelStats, ReuseTower
-from evs_vllm.adapters.frame_blocks import FrameBlocks
-from evs_vllm.adapters.plain_vit import PlainTower, packed_blocks, packed_frames, with_class
-from evs_vllm.plan import RetentionPlan
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.families.base import PixelStats, ReuseTower
+from evs_vllm.families.frame_blocks import FrameBlocks
+from evs_vllm.families.plain_vit import PlainTower, packed_blocks, packed_frames, with_class
 
 
 class InternVLNative(FrameBlocks):

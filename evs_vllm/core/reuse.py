@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from evs_vllm.plan import IntArray, RetentionPlan
+from evs_vllm.core.plan import IntArray, RetentionPlan
 
 
 def window_order(height: int, width: int, window: int | None) -> tuple[IntArray, IntArray]:

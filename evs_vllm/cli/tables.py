@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the README, from the tables of the code. ``python -m evs_vllm.tables README.md`` rewrites them."""
+"""The tables of the README, from the tables of the code. ``python -m evs_vllm.cli.tables README.md`` rewrites them."""
 
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evs_vllm.adapters import FAMILIES
-from evs_vllm.adapters.refused import REFUSED
 from evs_vllm.config import EVSConfig
+from evs_vllm.families import FAMILIES
+from evs_vllm.families.refused import REFUSED
 from evs_vllm.options import OPTIONS
 
 

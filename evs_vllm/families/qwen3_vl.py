@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from evs_vllm.adapters.base import ReuseTower
-from evs_vllm.adapters.qwen2_vl import Qwen2VL, Qwen2VLTower
+from evs_vllm.families.base import ReuseTower
+from evs_vllm.families.qwen2_vl import Qwen2VL, Qwen2VLTower
 
 
 class Qwen3VL(Qwen2VL):

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from evs_vllm.adapters.base import ReuseTower
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.reuse import ClipRows, ReuseSchedule
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.reuse import ClipRows, ReuseSchedule
+from evs_vllm.families.base import ReuseTower
 
 SCHEDULE = "evs_schedule"
 """Attribute of an attention module that holds the schedule of the call."""

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from evs_vllm.adapters.base import FamilyAdapter
+    from evs_vllm.families.base import FamilyAdapter
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Qwen2.5-VL",
         ("Qwen2_5_VLForConditionalGeneration",),
-        "evs_vllm.adapters.qwen2_vl:Qwen2VL",
+        "evs_vllm.families.qwen2_vl:Qwen2VL",
         "M-RoPE (t, h, w), t in real time",
         "contiguous",
         True,
@@ -56,7 +56,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Qwen2-VL",
         ("Qwen2VLForConditionalGeneration",),
-        "evs_vllm.adapters.qwen2_vl:Qwen2VL",
+        "evs_vllm.families.qwen2_vl:Qwen2VL",
         "M-RoPE (t, h, w)",
         "contiguous",
         True,
@@ -65,7 +65,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Qwen3-VL",
         ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
-        "evs_vllm.adapters.qwen3_vl:Qwen3VL",
+        "evs_vllm.families.qwen3_vl:Qwen3VL",
         "interleaved M-RoPE (t, h, w)",
         "per unit, between timestamps",
         True,
@@ -74,7 +74,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Qwen3.5",
         ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
-        "evs_vllm.adapters.qwen3_vl:Qwen3VL",
+        "evs_vllm.families.qwen3_vl:Qwen3VL",
         "interleaved M-RoPE (t, h, w)",
         "per unit, between timestamps",
         True,
@@ -84,7 +84,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "GLM-4.1V",
         ("Glm4vForConditionalGeneration",),
-        "evs_vllm.adapters.glm4v:GLM4V",
+        "evs_vllm.families.glm4v:GLM4V",
         "M-RoPE (t, h, w)",
         "per unit, between timestamps",
         True,
@@ -94,7 +94,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "GLM-4.5V, 4.6V",
         ("Glm4vMoeForConditionalGeneration",),
-        "evs_vllm.adapters.glm4v:GLM4V",
+        "evs_vllm.families.glm4v:GLM4V",
         "M-RoPE (t, h, w)",
         "per unit, between timestamps",
         True,
@@ -104,7 +104,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "InternVL-HF",
         ("InternVLForConditionalGeneration",),
-        "evs_vllm.adapters.internvl:InternVLNative",
+        "evs_vllm.families.internvl:InternVLNative",
         "1-D RoPE",
         "text and brackets around each frame",
         True,
@@ -113,7 +113,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "InternVL",
         ("InternVLChatModel",),
-        "evs_vllm.adapters.internvl:InternVLChat",
+        "evs_vllm.families.internvl:InternVLChat",
         "1-D RoPE",
         "text and brackets around each frame",
         True,
@@ -123,7 +123,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "LLaVA-OneVision",
         ("LlavaOnevisionForConditionalGeneration",),
-        "evs_vllm.adapters.llava:LlavaOnevision",
+        "evs_vllm.families.llava:LlavaOnevision",
         "1-D RoPE",
         "contiguous, then a newline",
         False,
@@ -133,7 +133,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "LLaVA-NeXT-Video",
         ("LlavaNextVideoForConditionalGeneration",),
-        "evs_vllm.adapters.llava:LlavaNextVideo",
+        "evs_vllm.families.llava:LlavaNextVideo",
         "1-D RoPE",
         "contiguous",
         True,
@@ -143,7 +143,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Qwen2.5-Omni",
         ("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniModel"),
-        "evs_vllm.adapters.omni:Qwen2_5Omni",
+        "evs_vllm.families.omni:Qwen2_5Omni",
         "M-RoPE (t, h, w), t in real time",
         "contiguous",
         True,
@@ -153,7 +153,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Qwen3-Omni",
         ("Qwen3OmniMoeForConditionalGeneration",),
-        "evs_vllm.adapters.omni:Qwen3Omni",
+        "evs_vllm.families.omni:Qwen3Omni",
         "interleaved M-RoPE (t, h, w), t in real time",
         "contiguous",
         True,
@@ -163,7 +163,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Gemma 4",
         ("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
-        "evs_vllm.adapters.gemma4:Gemma4",
+        "evs_vllm.families.gemma4:Gemma4",
         "1-D RoPE",
         "text and brackets around each frame",
         False,
@@ -174,7 +174,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Ovis2.5",
         ("Ovis2_5",),
-        "evs_vllm.adapters.ovis:Ovis25",
+        "evs_vllm.families.ovis:Ovis25",
         "1-D RoPE",
         "contiguous, between two indicators",
         False,

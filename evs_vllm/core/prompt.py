@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evs_vllm.core.plan import BoolArray, IntArray, RetentionPlan
 from evs_vllm.errors import PlanError
-from evs_vllm.plan import BoolArray, IntArray, RetentionPlan
 
 
 def pruned_clip(plan: RetentionPlan) -> tuple[list[int], BoolArray]:

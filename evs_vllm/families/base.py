@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from evs_vllm.plan import BoolArray, Layout, RetentionPlan
+from evs_vllm.core.clip import Clip
+from evs_vllm.core.plan import BoolArray, Layout, RetentionPlan
+from evs_vllm.families.rotary import rotary_length
 
 
 @dataclass(frozen=True)
@@ -21,19 +23,6 @@ class PixelStats:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A clip's pixels, one row per language-model token.
-
-    Attributes:
-        tokens: (T, P, D) uint8, contiguous.
-        grid: (T, H, W) with H*W == P.
-    """
-
-    tokens: torch.Tensor
-    grid: tuple[int, int, int]
 
 
 class FamilyAdapter(ABC):
@@ -115,40 +104,12 @@ class ReuseTower(ABC):
     def attentions(self) -> Iterable[torch.nn.Module]:
         """Its attention modules, called with query, key, value of (1, rows, heads, head size) and ``cu_seqlens``.
 
-        Or of (1, rows, heads * head size), with the schedule on the module (`evs_vllm.adapters.plain_vit.SCHEDULE`).
+        Or of (1, rows, heads * head size), with the schedule on the module (`evs_vllm.families.plain_vit.SCHEDULE`).
         """
 
     @abstractmethod
     def encode(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> torch.Tensor:
         """(computed tokens of all clips, hidden) embeddings, in the order of ``plan.computed``."""
-
-
-def rotary_length(text_config: Any, max_model_len: int) -> int:
-    """Number of position IDs that the cos/sin cache of a language model with 1-D RoPE holds in vLLM.
-
-    Args:
-        text_config: The language model's Hugging Face config.
-        max_model_len: The engine's context length.
-
-    Returns:
-        As ``get_rope`` in vllm/model_executor/layers/rotary_embedding does: YaRN's cache is as long as the context that
-        it was scaled to, linear scaling's is longer by its factor, the others' is the model's context. LongRoPE has two
-        caches, one behind the other, and an engine uses one: the short one if its context fits into that. Behind its
-        end the other one begins, so a larger ID would silently be another angle. Where layers differ, the shortest.
-    """
-    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
-    kinds = [each for each in rope.values() if isinstance(each, Mapping)] or [rope]
-    return min(_rows_of_cache(each, text_config.max_position_embeddings, max_model_len) for each in kinds)
-
-
-def _rows_of_cache(rope: Mapping[str, Any], length: int, max_model_len: int) -> int:
-    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor", 1)
-    if kind == "longrope":
-        short: int = rope["original_max_position_embeddings"]
-        return length if max_model_len > short else short
-    if kind == "yarn":
-        length = rope.get("original_max_position_embeddings", length)
-    return int(length * factor) if kind in ("yarn", "linear") else length
 
 
 def to_uint8(rows: torch.Tensor, channels: int, stats: PixelStats) -> torch.Tensor:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from evs_vllm.adapters.base import Clip, ReuseTower
-from evs_vllm.adapters.frame_blocks import FrameBlocks
-from evs_vllm.adapters.plain_vit import PlainTower, packed_blocks, with_class
-from evs_vllm.plan import BoolArray, Layout, RetentionPlan
+from evs_vllm.core.clip import Clip
+from evs_vllm.core.plan import BoolArray, Layout, RetentionPlan
+from evs_vllm.families.base import ReuseTower
+from evs_vllm.families.frame_blocks import FrameBlocks
+from evs_vllm.families.plain_vit import PlainTower, packed_blocks, with_class
 
 
 class LlavaNextVideo(FrameBlocks):

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from evs_vllm.adapters.base import ReuseTower
-from evs_vllm.adapters.qwen2_vl import Qwen2VL, Qwen2VLTower
-from evs_vllm.plan import RetentionPlan
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.families.base import ReuseTower
+from evs_vllm.families.qwen2_vl import Qwen2VL, Qwen2VLTower
 
 AUDIO_IN_VIDEO = "use_audio_in_video"
 

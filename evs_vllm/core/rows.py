@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 import evs_kernels
+from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.errors import PlanError
-from evs_vllm.plan import RetentionPlan
 
 
 def encoder_batches(plans: Sequence[RetentionPlan], max_tokens: int) -> Iterator[tuple[int, int]]:

@@ -16,18 +16,18 @@ from vllm.multimodal.processing import ProcessorInputs, TimingContext
 from vllm.transformers_utils.processor import get_video_processor_cls_name
 from vllm.utils.torch_utils import set_default_torch_num_threads
 
-from evs_vllm import plugin
-from evs_vllm.adapters import family_of
-from evs_vllm.adapters.base import Clip
-from evs_vllm.adapters.processor import MODALITY, plan_of
 from evs_vllm.config import EVSConfig
+from evs_vllm.core.clip import Clip
+from evs_vllm.core.inspection import Inspection
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.prompt import pruned_clip
+from evs_vllm.core.scorers import pixel_change
+from evs_vllm.core.selection import make_plan
+from evs_vllm.engine import plugin
+from evs_vllm.engine.processor import MODALITY, plan_of
 from evs_vllm.errors import EVSError, UnsupportedError
-from evs_vllm.inspection import Inspection
+from evs_vllm.families import family_of
 from evs_vllm.options import CONFIG_KEY
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.prompt import pruned_clip
-from evs_vllm.scoring import pixel_change
-from evs_vllm.select import make_plan
 
 
 def inspect_clip(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import evs_kernels
 from evs_vllm.config import EVSConfig, exact
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.scoring import pixel_change
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.scorers import pixel_change
 
 if TYPE_CHECKING:
     import torch

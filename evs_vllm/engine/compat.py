@@ -36,13 +36,13 @@ import vllm
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
 
+from evs_vllm.core.positions import MROPE_CACHE_FACTOR
 from evs_vllm.errors import UnsupportedError
-from evs_vllm.positions import MROPE_CACHE_FACTOR
 
 if TYPE_CHECKING:
     import torch
 
-    from evs_vllm.reuse import Varlen
+    from evs_vllm.core.reuse import Varlen
 
 _STAMP = "_evs_config"
 _WRAPPED = "__evs_wrapped__"

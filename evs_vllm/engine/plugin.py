@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from evs_vllm import envs
-from evs_vllm.adapters import Family, family_of, supported_architectures
-from evs_vllm.adapters.refused import refusal_of
 from evs_vllm.config import EVSConfig, refuse_keys, split_request_kwargs
 from evs_vllm.errors import ConfigError, UnsupportedError
+from evs_vllm.families import Family, family_of, supported_architectures
+from evs_vllm.families.refused import refusal_of
 from evs_vllm.options import CONFIG_KEY, OPTIONS
 from evs_vllm.versions import tested_range, version_is_tested
 
@@ -29,7 +29,7 @@ _server_config: EVSConfig | None = None
 
 def register() -> None:
     """Registers EVS with vLLM. Called in every process, possibly more than once."""
-    from evs_vllm import compat
+    from evs_vllm.engine import compat
 
     compat.add_cli_options(_add_cli_options)
     compat.on_cli_args(_read_cli_options)
@@ -37,7 +37,7 @@ def register() -> None:
     if compat.may_run_engine_core():
         compat.on_scheduled_request(_end_in_time)
     for architecture in supported_architectures():
-        compat.replace_model_class(architecture, "evs_vllm.adapters.models")
+        compat.replace_model_class(architecture, "evs_vllm.engine.model")
 
 
 def _add_cli_options(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def _add_cli_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _read_cli_options(args: argparse.Namespace) -> None:
-    from evs_vllm import compat
+    from evs_vllm.engine import compat
 
     compat.on_request_kwargs(_check_request)
     given = {o.name: value for o in OPTIONS if (value := getattr(args, o.request_key, None)) is not None}
@@ -80,7 +80,7 @@ def _read_cli_options(args: argparse.Namespace) -> None:
 def _start(engine_args: Any, model_config: Any) -> None:
     """Checks that EVS can do what was asked for, and hands the settings on."""
     global _server_config
-    from evs_vllm import compat
+    from evs_vllm.engine import compat
 
     compat.on_request_kwargs(_check_request)
     extra = engine_args.additional_config
@@ -124,7 +124,7 @@ def _start(engine_args: Any, model_config: Any) -> None:
 
 
 def _reuse_obstacle(family: Family, engine_args: Any, model_config: Any) -> str:
-    from evs_vllm import compat
+    from evs_vllm.engine import compat
 
     if not family.reuse:
         return _NO_TOWER
@@ -134,7 +134,7 @@ def _reuse_obstacle(family: Family, engine_args: Any, model_config: Any) -> str:
 
 
 def _end_in_time(model_config: Any, request: Any) -> None:
-    from evs_vllm.adapters.processor import end_in_time
+    from evs_vllm.engine.processor import end_in_time
 
     end_in_time(model_config, request)
 
@@ -142,7 +142,7 @@ def _end_in_time(model_config: Any, request: Any) -> None:
 def _compile_kernels() -> None:
     """Compiles before the first request what the first request will need."""
     import evs_kernels
-    from evs_vllm import compat
+    from evs_vllm.engine import compat
 
     evs_kernels.warmup()
     compat.shield_llvmlite()

@@ -15,16 +15,17 @@ from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PromptUpdateDetails
 
-from evs_vllm.adapters import Family, family_of
-from evs_vllm.adapters.base import Clip, FamilyAdapter
-from evs_vllm.compat import stamped
 from evs_vllm.config import EVSConfig, refuse_keys, split_request_kwargs
+from evs_vllm.core.clip import Clip
+from evs_vllm.core.plan import BoolArray, RetentionPlan
+from evs_vllm.core.positions import room_to_answer
+from evs_vllm.core.prompt import pruned_clip
+from evs_vllm.core.selection import make_plan
+from evs_vllm.engine.compat import stamped
+from evs_vllm.engine.metrics import metrics
 from evs_vllm.errors import RequestError, UnsupportedError
-from evs_vllm.metrics import metrics
-from evs_vllm.plan import BoolArray, RetentionPlan
-from evs_vllm.positions import room_to_answer
-from evs_vllm.prompt import pruned_clip
-from evs_vllm.select import make_plan
+from evs_vllm.families import Family, family_of
+from evs_vllm.families.base import FamilyAdapter
 
 logger = init_logger("vllm.evs_vllm")
 

@@ -12,19 +12,19 @@ import torch
 from vllm.model_executor.models.interfaces import supports_mrope
 from vllm.multimodal.inputs import PlaceholderRange
 
-from evs_vllm.adapters import Family, family_of
-from evs_vllm.adapters.base import FamilyAdapter
-from evs_vllm.adapters.plain_vit import SCHEDULE
-from evs_vllm.adapters.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
-from evs_vllm.apply import encoder_batches, keep_rows
-from evs_vllm.compat import flash_attention, stamped, stock_model_class, widen_rotary_caches
 from evs_vllm.config import EVSConfig
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.positions import PositionRequest, pruned_positions
+from evs_vllm.core.prompt import ClipSpan
+from evs_vllm.core.reuse import ReuseSchedule
+from evs_vllm.core.rows import encoder_batches, keep_rows
+from evs_vllm.engine.compat import flash_attention, stamped, stock_model_class, widen_rotary_caches
+from evs_vllm.engine.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
 from evs_vllm.errors import UnsupportedError
+from evs_vllm.families import Family, family_of
+from evs_vllm.families.base import FamilyAdapter
+from evs_vllm.families.plain_vit import SCHEDULE
 from evs_vllm.options import CONFIG_KEY
-from evs_vllm.plan import RetentionPlan
-from evs_vllm.positions import PositionRequest, pruned_positions
-from evs_vllm.prompt import ClipSpan
-from evs_vllm.reuse import ReuseSchedule
 
 
 class EVSModelMixin:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from evs_vllm.adapters.base import Clip, FamilyAdapter, PixelStats, to_uint8
-from evs_vllm.plan import RetentionPlan
+from evs_vllm.core.clip import Clip
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.families.base import FamilyAdapter, PixelStats, to_uint8
 
 
 class FrameBlocks(FamilyAdapter):

@@ -64,7 +64,7 @@ class RetentionPlan:
     Attributes:
         grid: (T, H, W) in tokens, that is after spatial merging.
         kept: (K,) int64, sorted flat indices ``t*P + row*W + column`` of the kept tokens.
-        positions: "keep" or "sequential" (see `evs_vllm.positions`).
+        positions: "keep" or "sequential" (see `evs_vllm.core.positions`).
         layout: The unpruned prompt of the clip, or None before the prompt is known.
         encoder: "full" if the vision tower computes every token, "reuse" if only `computed`.
         refreshed: With "reuse", (S,) int64, sorted: the dropped tokens that the tower computes all the same, because

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from evs_vllm.adapters.base import Clip, FamilyAdapter, PixelStats
-from evs_vllm.adapters.qwen2_vl import GRID, Qwen2VL
-from evs_vllm.adapters.qwen2_vl import PIXELS as QWEN_PIXELS
-from evs_vllm.plan import BoolArray, Layout, RetentionPlan
+from evs_vllm.core.clip import Clip
+from evs_vllm.core.plan import BoolArray, Layout, RetentionPlan
+from evs_vllm.families.base import FamilyAdapter, PixelStats
+from evs_vllm.families.qwen2_vl import GRID, Qwen2VL
+from evs_vllm.families.qwen2_vl import PIXELS as QWEN_PIXELS
 
 PIXELS = "video_pixel_values"
 
