@@ -31,8 +31,8 @@ demo: env ## show what is kept of a video, and what it saves (MODEL=, VIDEO=, RA
 	@$(BIN)/evs-vllm demo $(if $(MODEL),--model "$(MODEL)") $(if $(VIDEO),--video "$(VIDEO)") $(if $(RATE),--rate "$(RATE)")
 
 bench: env ## measure the kernels, then serving for ten minutes (CONFIG= for another file of configs/bench)
-	@$(BIN)/python bench/kernels.py
-	@$(BIN)/python bench/serve.py $(or $(CONFIG),configs/bench/ten_minutes.yaml) $(ARGS)
+	@$(BIN)/python -m bench.kernels
+	@$(BIN)/python -m bench.serve $(or $(CONFIG),configs/bench/ten_minutes.yaml) $(ARGS)
 
 clean: ## remove the environment, caches and build output
 	rm -rf .venv .venv.lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

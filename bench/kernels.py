@@ -2,7 +2,7 @@
 """Times the kernels against torch eager, vLLM's own pruning mask and a plain copy, on one clip, in one run.
 
 Every row is checked first; a row whose result is wrong gets no time. Example:
-``python bench/kernels.py --shape 32 648 4704 --rate 0.75 --out bench/results/cpu/mine.json``
+``python -m bench.kernels --shape 32 648 4704 --rate 0.75 --out bench/results/cpu/mine.json``
 """
 
 import argparse
@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
 
 import evs_kernels as ek
+from bench.common import harness
 from evs_kernels.testing import assert_same, random_clip
 
 PATCH = 28  # pixels along the side of one token: 14-pixel patches, merged 2 x 2
@@ -62,7 +62,7 @@ def main() -> None:
     }
     print(f"clip {units} x {places} x {depth} bytes = {clip.numel() / 1e6:.1f} MB, budget {budget}\n")
     print("\n".join([harness.markdown(results), *harness.warnings(env)]))
-    out = args.out or harness.default_path(Path(__file__).parent / "results", args.device, "kernels")
+    out = args.out or harness.default_path(harness.RESULTS, args.device, "kernels")
     harness.write(harness.report("kernels", config, results, env), out)
     print(f"\nwritten to {out}")
 

@@ -27,9 +27,6 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-if (root := str(Path(__file__).parent.parent)) not in sys.path:  # for `from tests.reference import hf`
-    sys.path.insert(0, root)
-
 FAMILIES = ("qwen2_5_vl", "qwen2_vl")
 """Families that every test with a `family` runs for."""
 

@@ -14,7 +14,7 @@ from evs_vllm.train.codec import to_mp4
 from evs_vllm.train.synthetic import TASKS, Example, SceneSettings, make_example
 
 MODEL = Path(str(files("evs_vllm"))) / "demo_model"
-"""Made by ``python bench/demo_model.py``, which also measures it."""
+"""Made by ``python -m bench.quality.demo_model``, which also measures it."""
 
 RATES = (0.0, 0.75, 0.9)
 SHOWN = 10

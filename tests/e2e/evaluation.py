@@ -14,13 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from bench.evaluate.client import Answer, Ask, Client
 from evs_vllm.train.synthetic import COLOURS, SceneSettings, write_dataset
 from tests.e2e.server import Server, body, encode_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))  # its modules are scripts beside each other, not a package
-
-from client import Answer, Ask, Client  # noqa: E402
 
 UNITS = 5
 """Of each clip; a unit is 6 tokens."""
@@ -129,7 +127,7 @@ def asked_plainly(server: Server, question: Question, rate: float, more: dict[st
 def asked_by_the_client(
     server: Server, questions: list[Question], rate: float, more: dict[str, Any], **options: Any
 ) -> tuple[list[Answer], dict[str, float]]:
-    """Answers by the client of bench/evaluate.py, and by how much the server's counters grew meanwhile."""
+    """Answers by the client of bench/evaluate, and by how much the server's counters grew meanwhile."""
     client = Client(server.url + "/v1/", body=more, **{"concurrency": 4, **options})
     asks = []
     for question in questions:
@@ -145,7 +143,7 @@ def asked_by_the_client(
 def run_command(
     server: Server, tasks: Path, folder: Path, more: dict[str, Any], rates: list[float]
 ) -> tuple[dict[str, Any], str]:
-    """The content of the result file and the table of ``bench/evaluate.py``, run as a user runs it."""
+    """The content of the result file and the table of ``bench/evaluate``, run as a user runs it."""
     settings = {"tasks": [NAME], "task_folders": [str(tasks)], "body": more, "max_tokens": 1}
     (folder / "settings.yaml").write_text(json.dumps(settings))  # JSON is YAML
     command = [sys.executable, str(ROOT / "bench" / "evaluate.py"), str(folder / "settings.yaml"), "--url", server.url]

@@ -41,9 +41,9 @@ class FakeStock:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from evs_vllm.engine import model
     from evs_vllm.engine.compat import stamp
     from evs_vllm.engine.processor import ProcessorFactory
-    from evs_vllm.engine import model
 
     @dataclass
     class Factories:

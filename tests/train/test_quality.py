@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smoke version of bench/quality.py: a model is trained here, and a broken path costs it its answers."""
+"""The smoke version of bench/quality: a model is trained here, and a broken path costs it its answers."""
 
 import contextlib
 import json
@@ -14,21 +14,18 @@ import pytest
 import torch
 import transformers
 
+import evs_vllm.hf.model
+import evs_vllm.hf.prompt
+from bench.quality import __main__ as quality
+from bench.quality import ask as quality_ask
+from bench.quality import models as quality_models
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.selection import token_budget
+from evs_vllm.errors import ConfigError
+from evs_vllm.train.data import ChatCollator
+from evs_vllm.train.synthetic import TASKS, SceneSettings, make_example
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import quality  # noqa: E402
-import quality_ask  # noqa: E402
-import quality_models  # noqa: E402
-
-import evs_vllm.hf.model  # noqa: E402
-import evs_vllm.hf.prompt  # noqa: E402
-from evs_vllm.core.plan import RetentionPlan  # noqa: E402
-from evs_vllm.core.selection import token_budget  # noqa: E402
-from evs_vllm.errors import ConfigError  # noqa: E402
-from evs_vllm.train.data import ChatCollator  # noqa: E402
-from evs_vllm.train.synthetic import TASKS, SceneSettings, make_example  # noqa: E402
-
 SMOKE = ROOT / "configs" / "quality" / "smoke.yaml"
 
 
@@ -169,8 +166,7 @@ def test_workers_end_with_the_main_process():
     main = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
-sys.path.insert(0, "bench")
-import quality
+from bench.quality import __main__ as quality
 pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quality._start, (1,))
 print(pool.submit(os.getpid).result(), flush=True)
 pool.submit(time.sleep, 600).result()

@@ -3,28 +3,21 @@
 
 import hashlib
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bench.common.clips import ClipSpec, changed_tokens, clip_file, decode
+from bench.serve import measurements as points
+from bench.serve.client import Sample, body, messages
+from bench.serve.measurements import Cell, Point, Repeat
+from bench.serve.pool import flags, request_options, server_of
+from bench.serve.settings import as_json, load_settings
+from evs_vllm.errors import EVSError
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))  # its modules are scripts beside each other, not a package
-
-cv2 = pytest.importorskip("cv2")
-pytest.importorskip("matplotlib")
-pytest.importorskip("aiohttp")
-
-import points  # noqa: E402
-from clips import ClipSpec, changed_tokens, clip_file, decode  # noqa: E402
-from load import Sample, body, messages  # noqa: E402
-from points import Cell, Point, Repeat  # noqa: E402
-from servers import flags, request_options, server_of  # noqa: E402
-from settings import as_json, load_settings  # noqa: E402
-
-from evs_vllm.errors import EVSError  # noqa: E402
 
 
 def sample(ttft: float = 1.0, prompt: int = 100, output: int = 4, text: str = "a") -> Sample:

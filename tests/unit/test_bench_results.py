@@ -3,23 +3,18 @@
 
 import copy
 import json
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from bench.common.targets import table
+from bench.serve import compare, plot
+from bench.serve import measurements as points
+from bench.serve import stages as extras
+from bench.serve import targets as bars
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))  # its modules are scripts beside each other, not a package
-
-pytest.importorskip("cv2")
-pytest.importorskip("matplotlib")
-
-import bars  # noqa: E402
-import compare  # noqa: E402
-import extras  # noqa: E402
-import plot  # noqa: E402
-import points  # noqa: E402
 
 EXAMPLE = ROOT / "bench" / "results" / "example" / "serve.json"
 
@@ -51,7 +46,7 @@ def test_tables_of_a_result_file(content):
     assert "second turn" in extras.cache_table(content["caches"])
     found = bars.bars(content)
     assert any(bar["what"].startswith("TTFT against vanilla, q=0.75") for bar in found)
-    assert "asked" in bars.table(found)
+    assert "asked" in table(found)
 
 
 def test_comparison_with_itself_finds_nothing(content):

@@ -8,22 +8,15 @@ import tempfile
 import types
 from pathlib import Path
 
-import pytest
+from aiohttp import web
+
+from bench.serve import __main__ as serve
+from bench.serve import client as load
+from bench.serve import measurements as points
+from bench.serve.pool import Live, server_of
+from tests.unit.local_server import LocalServer
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))  # its modules are scripts beside each other, not a package
-
-pytest.importorskip("cv2")
-pytest.importorskip("matplotlib")
-pytest.importorskip("aiohttp")
-
-import load  # noqa: E402
-import points  # noqa: E402
-import serve  # noqa: E402
-from aiohttp import web  # noqa: E402
-from servers import Live, server_of  # noqa: E402
-
-from tests.unit.local_server import LocalServer  # noqa: E402
 
 
 class StubServers(LocalServer):
@@ -83,7 +76,7 @@ def run_smoke(monkeypatch, tmp_path, **options):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     out = tmp_path / "out.json"
     settings = str(ROOT / "configs" / "bench" / "smoke.yaml")
-    monkeypatch.setattr(sys, "argv", ["bench/serve.py", settings, "--model", "stub", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["bench/serve", settings, "--model", "stub", "--out", str(out)])
     code = serve.main()
     return code, json.loads(out.read_text())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench/evaluate.py but for lmms-eval and vLLM: requests to a server that is made here, settings, checks, tables.
+"""bench/evaluate but for lmms-eval and vLLM: requests to a server that is made here, settings, checks, tables.
 
 The same with real ones is in tests/e2e/test_server.py.
 """
@@ -15,23 +15,17 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+
+from bench.evaluate import __main__ as evaluate
+from bench.evaluate import client as client_module
+from bench.evaluate.__main__ import Settings, load_settings, measure
+from bench.evaluate.client import Ask, Client, generation_of, openai_turns
+from bench.evaluate.report import Point, markdown, rows_of
+from evs_vllm.errors import EVSError
+from tests.unit.local_server import LocalServer
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))  # its modules are scripts beside each other, not a package
-
-pytest.importorskip("openai")
-pytest.importorskip("aiohttp")
-pytest.importorskip("matplotlib")
-
-import client as client_module  # noqa: E402
-import evaluate  # noqa: E402
-from accuracy import Point, markdown, rows_of  # noqa: E402
-from aiohttp import web  # noqa: E402
-from client import Ask, Client, generation_of, openai_turns  # noqa: E402
-from evaluate import Settings, load_settings, measure  # noqa: E402
-
-from evs_vllm.errors import EVSError  # noqa: E402
-from tests.unit.local_server import LocalServer  # noqa: E402
 
 TEXT, VIDEO = 20, 100
 
@@ -131,7 +125,7 @@ def run(server, video, tasks=None, **settings):
 
 
 def content_of(groups, points, **more):
-    environment = {"time_utc": "2026-11-23T00:00:00Z", "command": "python bench/evaluate.py x.yaml"}
+    environment = {"time_utc": "2026-11-23T00:00:00Z", "command": "python -m bench.evaluate x.yaml"}
     server = {"model": "tiny", "vllm": "0.32.0", "lmms_eval": "0.7.3"}
     return {
         "schema": 1, "settings": {}, "groups": groups, "environment": environment, "server": server, "complete": True,
@@ -391,7 +385,7 @@ def test_writes_and_resumes(monkeypatch, capsys, video, tmp_path):
 
 def test_needs_no_vllm_and_no_torch():
     names = "'vllm' in sys.modules, 'torch' in sys.modules"
-    code = f"import sys; sys.path.insert(0, 'bench'); import evaluate, client; print({names})"
+    code = f"import sys, bench.evaluate.__main__, bench.evaluate.client; print({names})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
@@ -402,7 +396,7 @@ def test_needs_no_vllm_and_no_torch():
 @pytest.fixture(scope="module")
 def tasks_of_files():
     pytest.importorskip("lmms_eval", reason='needs pip install "evs-vllm[eval]"')
-    import lmms
+    from bench.evaluate import lmms
 
     files = [load_settings(path) for path in sorted((ROOT / "configs" / "eval").glob("*.yaml"))]
     names = [part for settings in files for parts in settings.groups.values() for part in parts]
@@ -421,7 +415,7 @@ def test_lmms_eval_knows_the_tasks(tasks_of_files):
 
 
 def test_lmms_eval_tasks_that_cannot_run_say_why(tasks_of_files, tmp_path):
-    import lmms
+    from bench.evaluate import lmms
 
     _, tasks = tasks_of_files
     with FakeServer() as server:

@@ -4,7 +4,7 @@
 Start a server that prunes what each request asks for, then evaluate:
 
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --evs-rate 0 --evs-request-overrides any
-    python bench/evaluate.py configs/eval/videomme.yaml --out bench/results/gpu/videomme
+    python -m bench.evaluate configs/eval/videomme.yaml --out bench/results/gpu/videomme
 
 writes videomme.json and .md after every step, and .svg; ``--resume`` goes on where a run stopped. Needs no vLLM and no
 GPU of its own: ``pip install "evs-vllm[eval]"``, best in an environment of its own.
@@ -21,18 +21,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+import yaml
 
-import harness  # noqa: E402
-import yaml  # noqa: E402
-from accuracy import Point, brief, markdown, plot  # noqa: E402
-
-from evs_vllm.errors import EVSError  # noqa: E402
+from bench.common import harness
+from bench.evaluate.report import Point, brief, markdown, plot
+from evs_vllm.errors import EVSError
 
 if TYPE_CHECKING:
-    from client import Client
-    from lmms import Scored, Tasks
+    from bench.evaluate.client import Client
+    from bench.evaluate.lmms import Scored, Tasks
 
 SCHEMA = 1
 INSTALL = 'pip install "evs-vllm[eval]" (it needs no vLLM: an environment of its own is best)'
@@ -274,8 +271,7 @@ def bridge() -> tuple[Any, Any]:
         EVSError: something is not installed.
     """
     try:
-        import client
-        import lmms
+        from bench.evaluate import client, lmms
     except ImportError as error:
         raise EVSError(f"{error}. {INSTALL}") from error
     return client, lmms

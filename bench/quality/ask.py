@@ -2,33 +2,29 @@
 """Asks a trained model of the quality lab (`quality.py`) about clips: ways to choose tokens, ways to compute them."""
 
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+import numpy as np
+import torch
+import transformers
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from quality_models import speed_up  # noqa: E402
-from torch.nn.functional import cosine_similarity, scaled_dot_product_attention  # noqa: E402
-from transformers.modeling_outputs import BaseModelOutputWithPooling  # noqa: E402
-
-import evs_vllm.families.qwen2_vl  # noqa: E402
-import evs_vllm.hf.model  # noqa: E402
-import evs_vllm.hf.tower  # noqa: E402
-from evs_vllm import hf  # noqa: E402
-from evs_vllm.core.plan import RetentionPlan  # noqa: E402
-from evs_vllm.core.reuse import ReuseSchedule  # noqa: E402
-from evs_vllm.core.selection import plan_keeping, token_budget  # noqa: E402
-from evs_vllm.train.data import ChatCollator, as_item  # noqa: E402
-from evs_vllm.train.synthetic import Example  # noqa: E402
-from evs_vllm.train.trainer import answers  # noqa: E402
+import evs_vllm.families.qwen2_vl
+import evs_vllm.hf.model
+import evs_vllm.hf.tower
+from bench.quality.models import speed_up
+from evs_vllm import hf
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.reuse import ReuseSchedule
+from evs_vllm.core.selection import plan_keeping, token_budget
+from evs_vllm.train.data import ChatCollator, as_item
+from evs_vllm.train.synthetic import Example
+from evs_vllm.train.trainer import answers
 
 # ---------------------------------------------------------------- other ways to choose, and to compute
 

@@ -7,14 +7,14 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-import load
-import points
-from clips import QUESTION
-from points import Cell
-from servers import Server, server_of
+from bench.common.clips import QUESTION
+from bench.serve import client as load
+from bench.serve import measurements as points
+from bench.serve.measurements import Cell
+from bench.serve.pool import Server, server_of
 
 if TYPE_CHECKING:
-    from serve import Bench
+    from bench.serve.__main__ import Bench
 
 QUESTIONS = (QUESTION, "How many people ride their bikes down the street?")
 TURNS = ("first question", "same clip, other question", "second turn")

@@ -4,27 +4,35 @@
 Trains a small tower of Qwen2.5-VL's architecture here (self-supervised, on drawn clips and one real clip), then encodes
 real clips with the full tower, with reuse at several rates and refresh intervals, and with plain skipping, and compares
 the embeddings of the kept tokens. Nothing is downloaded. Example:
-``python bench/drift.py --minutes 12 --out bench/results/cpu/drift.json``
+``python -m bench.drift --minutes 12 --out bench/results/cpu/drift.json``
 """
 
 import argparse
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-import harness  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from small_tower import Model, check, encode, explained, latest_of, load, patches, randomize, targets, to_rows, train  # noqa: E402
-
-from evs_vllm.config import EVSConfig  # noqa: E402
-from evs_vllm.core.selection import make_plan  # noqa: E402
+from bench.common import harness
+from bench.drift.small_tower import (
+    Model,
+    check,
+    encode,
+    explained,
+    latest_of,
+    load,
+    patches,
+    randomize,
+    targets,
+    to_rows,
+    train,
+)
+from evs_vllm.config import EVSConfig
+from evs_vllm.core.selection import make_plan
 
 # name: (tokens (rows, columns), every how many frames, was it trained on)
 CLIPS = {
@@ -83,7 +91,7 @@ def main() -> None:
 
     config = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "train_only")}
     config |= {"clips": {k: list(v) for k, v in CLIPS.items()}, "staleness_edges": STALENESS}
-    out = args.out or harness.default_path(Path(__file__).parent / "results", "cpu", "drift")
+    out = args.out or harness.default_path(harness.RESULTS, "cpu", "drift")
     content = harness.report("drift", config, [], environment)
     content |= {"training": training, "explained_variance": quality, "rows": rows}
     harness.write(content, out)

@@ -3,17 +3,13 @@
 
 import multiprocessing
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
-from evs_vllm.train.data import Video, as_item  # noqa: E402
-from evs_vllm.train.synthetic import Example  # noqa: E402
+from evs_vllm.train.data import Video, as_item
+from evs_vllm.train.synthetic import Example
 
 LONGEST_ANSWER = 8
 """Tokens; right answers have fewer."""

@@ -4,7 +4,7 @@
 The same arguments give the same file; files are kept in the temporary directory. A clip's number decides its source,
 place in time, crop, mirroring and brightness, so no two numbers give the same clip and no cache can help a server.
 
-    python bench/clips.py out/clips --count 8 --frames 32
+    python -m bench.common.clips out/clips --count 8 --frames 32
 
 writes clips, and beside them ``sharegpt.json``, which ``vllm bench serve --dataset-name sharegpt`` reads.
 """

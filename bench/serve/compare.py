@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares two result files of `serve.py`, point by point: B against A.
 
-    python bench/compare.py A.json B.json
+    python -m bench.serve.compare A.json B.json
 
 Exit code 1: a point of B is worse than A's by more than ``--tolerance`` and by more than both spreads, or B has an
 error where A has none.
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from points import Cell
+from bench.serve.measurements import Cell
 
 # Figure, its spread, whether less is better.
 FIGURES = (("ttft_p50_s", "ttft_spread_s", True), ("requests_per_s", "requests_per_s_spread", False))

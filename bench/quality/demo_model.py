@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the small model whose answers ``evs-vllm demo`` shows, and asks it about clips that it has not seen.
 
-A base as in the quality lab (bench/quality.py), then uptrained at random rates on clips that went through H.264, as the
-server gets them. ``python bench/demo_model.py`` writes the checkpoint to evs_vllm/demo_model, from where it is
+A base as in the quality lab (bench/quality), then uptrained at random rates on clips that went through H.264, as the
+server gets them. ``python -m bench.quality.demo_model`` writes the checkpoint to evs_vllm/demo_model, from where it is
 installed with the package, and its accuracy to bench/results/cpu/demo-model.json. With ``--no-train`` it only asks.
 """
 
@@ -13,14 +13,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
+import transformers
 
-import transformers  # noqa: E402
-from quality_ask import Way, ask  # noqa: E402
-from quality_models import Settings, claim, train_further  # noqa: E402
-
-from evs_vllm.train.synthetic import make_example  # noqa: E402
+from bench.common.harness import ROOT
+from bench.quality.ask import Way, ask
+from bench.quality.models import Settings, claim, train_further
+from evs_vllm.train.synthetic import make_example
 
 MODEL = ROOT / "evs_vllm" / "demo_model"
 RATES = (0.0, 0.5, 0.75, 0.9)

@@ -2,13 +2,12 @@
 """The vision tower alone: stock, full with pruning after it, and K/V reuse; in one vLLM process, in turns.
 
 Also times other ways to write the attention of reuse, and reads the peak memory of each tower call. Every row is
-checked first. Example: ``python bench/tower.py --out bench/results/cpu/tower.json``
+checked first. Example: ``python -m bench.tower --out bench/results/cpu/tower.json``
 """
 
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,18 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model must be in this process
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import harness  # noqa: E402
-import torch  # noqa: E402
-from tower_attention import VARIANTS, one_by_one, sequences  # noqa: E402
+import torch
 
-from evs_vllm.core.reuse import ReuseSchedule  # noqa: E402
+from bench.common import harness
+from bench.tower.attention import VARIANTS, one_by_one, sequences
+from evs_vllm.core.reuse import ReuseSchedule
 
 # The vision:language cost ratio of Qwen2.5-VL-7B at a size for two cores.
 SIZES = {"hidden_size": 768, "layers": 12, "heads": 12, "kv_heads": 2, "vision_hidden": 384, "vision_layers": 8}
@@ -82,7 +79,7 @@ def main() -> None:
     content = harness.report("tower", config, results, environment)
     cpu_ms = {row.name: clock.median_ms(args.repeats) for row, clock in zip(rows, clocks, strict=True)}
     content |= {"cpu_ms": cpu_ms, "peak_bytes_of_the_call": memory, "bytes_per_layer": state}
-    out = args.out or harness.default_path(Path(__file__).parent / "results", "cpu", "tower")
+    out = args.out or harness.default_path(harness.RESULTS, "cpu", "tower")
     harness.write(content, out)
     table = harness.markdown(results) + "\n\n" + side_tables(content)
     out.with_suffix(".md").write_text(table)

@@ -3,9 +3,10 @@
 
 Rows take turns in every repeat, all get the same clips, and a row whose answers fail a check gets no figures.
 
-    python bench/serve.py configs/bench/ten_minutes.yaml
+    python -m bench.serve configs/bench/ten_minutes.yaml
 
-writes a JSON file and a Markdown table; ``bench/plot.py`` draws it, ``bench/compare.py`` compares two of them.
+writes a JSON file and a Markdown table; ``bench/serve/plot.py`` draws it, ``bench/serve/compare.py`` compares
+two of them.
 """
 
 import argparse
@@ -19,18 +20,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import bars
-import clips
 import cv2
-import extras
-import harness
-import load
-import points
-from clips import QUESTION, ClipSpec, clip_file
-from points import Cell, Point, Repeat
-from servers import STOCK_NOTE, Live, Pool, Server, flags, request_options, server_of
-from settings import Settings, as_json, load_settings, local_model
 
+from bench.common import clips, harness
+from bench.common.clips import QUESTION, ClipSpec, clip_file
+from bench.common.targets import table as target_table
+from bench.serve import client as load
+from bench.serve import measurements as points
+from bench.serve import stages as extras
+from bench.serve import targets as bars
+from bench.serve.measurements import Cell, Point, Repeat
+from bench.serve.pool import STOCK_NOTE, Live, Pool, Server, flags, request_options, server_of
+from bench.serve.settings import Settings, as_json, load_settings, local_model
 from evs_vllm.cli._servers import stoppable
 from evs_vllm.errors import EVSError
 
@@ -134,7 +135,7 @@ def main() -> int:
     args = parser.parse_args()
     settings = load_settings(args.settings)
     kind = f"serve-{args.settings.stem}"
-    out = args.out or harness.default_path(Path(__file__).parent / "results", args.device, kind)
+    out = args.out or harness.default_path(harness.RESULTS, args.device, kind)
     try:
         with stoppable():
             return run(settings, args, out)
@@ -219,7 +220,7 @@ def report(content: dict[str, Any]) -> str:
         points.table(content["results"]),
         extras.cache_table(content["caches"]),
         extras.stage_table(content["stages"]),
-        bars.table(content.get("bars", [])),
+        target_table(content.get("bars", [])),
     ]
     return "\n".join(line for line in lines if line is not None)
 

@@ -5,24 +5,11 @@ import math
 from functools import partial
 from typing import Any
 
+from bench.common.targets import add_bar
+
 REUSE, FULL = "evs-reuse", "evs-full"
 PAPER_RATIO = 0.125 / 0.189
 """Vision tower over language prefill of Qwen2.5-VL-7B, from the paper's split of its time."""
-
-
-def add_bar(
-    found: list[dict[str, Any]],
-    what: str,
-    measured: float | None,
-    asked: float | None,
-    at_most: bool = False,
-    unit: str = "x",
-) -> None:
-    """Adds a bar to `found`, in the form that `table` takes; none where nothing was measured."""
-    if measured is None:
-        return
-    met = None if asked is None else measured <= asked if at_most else measured >= asked
-    found.append({"what": what, "measured": measured, "asked": asked, "at_most": at_most, "met": met, "unit": unit})
 
 
 def bars(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -62,19 +49,6 @@ def bars(content: dict[str, Any]) -> list[dict[str, Any]]:
         words = f"tower : prefill of vanilla, {count} frames (paper's 7B: {PAPER_RATIO:.2f})"
         add(words, times["tower"] / times["prefill"], None, unit="")
     return found
-
-
-def table(found: list[dict[str, Any]]) -> str:
-    """A Markdown table of the bars."""
-    if not found:
-        return ""
-    lines = ["", "**Bars**", "", "| what | asked | measured | |", "|---|---:|---:|---|"]
-    for bar in found:
-        unit = f" {bar['unit']}" if bar["unit"] == "power" else bar["unit"]
-        asked = "" if bar["asked"] is None else f"{'at most' if bar['at_most'] else 'at least'} {bar['asked']:g}{unit}"
-        verdict = {True: "met", False: "missed", None: ""}[bar["met"]]
-        lines.append(f"| {bar['what']} | {asked} | {bar['measured']:.2f}{unit} | {verdict} |")
-    return "\n".join(lines)
 
 
 def _figure(content: dict[str, Any], row: str, figure: str, **cell: Any) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from load import Sample
+from bench.serve.client import Sample
 
 UNIT = 2
 """Frames of a temporal unit in the Qwen-VL families."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure, describe the machine, write one JSON file. Shared by the benchmarks in this folder."""
+"""Measure, describe the machine, write one JSON file. Shared by the benchmarks."""
 
 import importlib.metadata
 import json
@@ -14,6 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout."""
+
+RESULTS = ROOT / "bench" / "results"
 
 SCHEMA_VERSION = 1
 """Raise it when a reader of older files would misread a newer one."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws a result file of `serve.py` as SVG. Measures nothing, and the same file gives the same bytes.
 
-    python bench/plot.py bench/results/cpu/FILE.json
+    python -m bench.serve.plot bench/results/cpu/FILE.json
 
 writes ``FILE-ttft-rate.svg``, ``-ttft-frames``, ``-ttft-concurrency``, ``-throughput-concurrency``, ``-ttft-moving``
 and ``-stages`` beside it, those that the file has figures for.
@@ -19,8 +19,9 @@ import matplotlib
 matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
-from extras import STAGES
 from matplotlib.axes import Axes
+
+from bench.serve.stages import STAGES
 
 # Okabe-Ito: told apart without colour vision; the marker says it once more.
 STYLES = {
@@ -50,7 +51,7 @@ SETTINGS = {
 def main() -> int:
     """Parses the command line and draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="a result file of bench/serve.py")
+    parser.add_argument("file", type=Path, help="a result file of bench/serve")
     parser.add_argument("--out", type=Path, help="folder; by default that of the file")
     args = parser.parse_args()
     for path in draw(json.loads(args.file.read_text()), args.out or args.file.parent, args.file.stem):

@@ -2,7 +2,6 @@
 """The small models of the quality lab (`quality.py`) and of the demo (`demo_model.py`): settings and training."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,20 +9,17 @@ from types import MethodType
 from typing import Any
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+import torch
+import transformers
+import yaml
+from torch.nn.functional import linear, scaled_dot_product_attention
+from transformers import BatchFeature, Qwen2VLVideoProcessor
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-import yaml  # noqa: E402
-from torch.nn.functional import linear, scaled_dot_product_attention  # noqa: E402
-from transformers import BatchFeature, Qwen2VLVideoProcessor  # noqa: E402
-
-import evs_vllm.hf.tower  # noqa: E402
-from evs_vllm.errors import ConfigError  # noqa: E402
-from evs_vllm.testing import make_model  # noqa: E402
-from evs_vllm.train import recipe  # noqa: E402
-from evs_vllm.train.synthetic import SceneSettings  # noqa: E402
+import evs_vllm.hf.tower
+from evs_vllm.errors import ConfigError
+from evs_vllm.testing import make_model
+from evs_vllm.train import recipe
+from evs_vllm.train.synthetic import SceneSettings
 
 SELECTIONS = ("evs", "cosine", "random", "random_unit0", "frames")
 POSITIONS = ("keep", "sequential")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from points import Cell
-from servers import ROWS
 
+from bench.serve.measurements import Cell
+from bench.serve.pool import ROWS
 from evs_vllm.errors import EVSError
 
 # Wall time of vanilla vLLM's vision tower over that of its language prefill, for each tower layer of the default

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client import Answer, Ask, Client, generation_of
-
+from bench.evaluate.client import Answer, Ask, Client, generation_of
 from evs_vllm.errors import EVSError
 
 # Some tasks read it while they are imported, and each has a default of its own.

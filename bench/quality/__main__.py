@@ -5,7 +5,7 @@ Per seed three models of Qwen2.5-VL's architecture: the base (rate 0, clips of g
 (more steps at rate 0) and the uptrained one (as many steps at random rates), all by `evs_vllm.train`. Each answers the
 same unseen clips at each rate, with tokens chosen by EVS and by simpler ways, with both kinds of positions, and with
 the vision tower computing everything, reusing keys and values, or skipping patches without reuse. Some are also asked
-through a vLLM engine with the plugin. Nothing is downloaded: ``python bench/quality.py --out
+through a vLLM engine with the plugin. Nothing is downloaded: ``python -m bench.quality --out
 bench/results/cpu/quality`` writes quality.json, .md and .svg; ``--config`` takes another file of configs/quality. Where
 it was interrupted it goes on from the models that are done.
 
@@ -18,7 +18,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,16 +27,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+import transformers
 
-import harness  # noqa: E402
-import transformers  # noqa: E402
-from bars import add_bar, table  # noqa: E402
-from quality_ask import Way, ask  # noqa: E402
-from quality_models import Settings, claim, train_base, train_further  # noqa: E402
-
-from evs_vllm.train.synthetic import Example, make_example  # noqa: E402
+from bench.common import harness
+from bench.common.targets import add_bar, table
+from bench.quality.ask import Way, ask
+from bench.quality.models import Settings, claim, train_base, train_further
+from evs_vllm.train.synthetic import Example, make_example
 
 SCHEMA = 2
 UNSEEN = 5
@@ -72,7 +68,7 @@ def points_of(folder: Path, settings: Settings, seed: int, name: str) -> list[di
 
 def through_engine(folder: Path, settings: Settings, seed: int, name: str) -> list[dict[str, Any]]:
     """What one trained model answers in a vLLM engine, at every rate."""
-    from quality_engine import ask_engine
+    from bench.quality.engine import ask_engine
 
     rates = [0.0, *settings.ask_rates]
     told = ask_engine(prepare(folder, settings, seed, name), unseen(settings), rates)
@@ -141,7 +137,7 @@ def measure(settings: Settings, folder: Path, jobs: int = 1, log: Callable[[str]
 
 
 def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The project's bars, for what the result has figures of; see bench/bars.py for the form."""
+    """The project's bars, for what the result has figures of; see bench/serve/targets.py for the form."""
     lines = lines_of(result)
     found: list[dict[str, Any]] = []
     plain = ("evs", "keep", "full")
@@ -265,7 +261,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quality" / "full.yaml")
+    parser.add_argument("--config", type=Path, default=harness.ROOT / "configs" / "quality" / "full.yaml")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where checkpoints go")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="models at a time (default: the cores)")
     parser.add_argument("--out", type=Path, help="name of the result without suffix; printed only by default")
