@@ -18,7 +18,7 @@ from evs_vllm.core.positions import PositionRequest, pruned_positions
 from evs_vllm.core.prompt import ClipSpan
 from evs_vllm.core.reuse import ReuseSchedule
 from evs_vllm.core.rows import encoder_batches, keep_rows
-from evs_vllm.engine.compat import flash_attention, stamped, stock_model_class, widen_rotary_caches
+from evs_vllm.engine.compat import flash_attention, settings_of, stock_model_class, widen_rotary_caches
 from evs_vllm.engine.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
 from evs_vllm.errors import UnsupportedError
 from evs_vllm.families import Family, family_of
@@ -35,7 +35,7 @@ class EVSModelMixin:
 
     def __new__(cls, *args: Any, vllm_config: Any, **kwargs: Any) -> Any:
         wanted = CONFIG_KEY in (vllm_config.additional_config or {})
-        if wanted and stamped(vllm_config.model_config) is None:
+        if wanted and settings_of(vllm_config.model_config) is None:
             raise UnsupportedError(
                 "EVS is on, but its settings did not reach the model config, so clips would be served unpruned. "
                 "Please report how this engine was started."
@@ -49,7 +49,7 @@ class EVSModelMixin:
         widen_rotary_caches()
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._evs_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        config: EVSConfig = stamped(vllm_config.model_config) or EVSConfig()
+        config: EVSConfig = settings_of(vllm_config.model_config) or EVSConfig()
         self._evs_tower = None if config.reuse_obstacle else self._evs.reuse_tower(self)
         if self._evs_tower is not None:
             for attention in self._evs_tower.attentions():
@@ -93,8 +93,8 @@ class EVSModelMixin:
 class OneAxisMixin:
     """Goes between the mixin and a model class with ordinary, 1-D RoPE, which vLLM does not ask for position IDs.
 
-    With `compat.give_positions` it does, and hands them to the model as three equal rows. The language model gets one
-    of them, as ever: its rotary embedding and the scaling of that are vLLM's own.
+    With `compat.force_position_ids` it does, and hands them to the model as three equal rows. The language model gets
+    one of them, as ever: its rotary embedding and the scaling of that are vLLM's own.
     """
 
     supports_mrope: ClassVar[Literal[True]] = True

@@ -32,10 +32,10 @@ def register() -> None:
     from evs_vllm.engine import compat
 
     compat.add_cli_options(_add_cli_options)
-    compat.on_cli_args(_read_cli_options)
-    compat.on_model_config(_start)
+    compat.wrap_from_cli_args(_read_cli_options)
+    compat.wrap_create_model_config(_start)
     if compat.may_run_engine_core():
-        compat.on_scheduled_request(_end_in_time)
+        compat.wrap_add_request(_end_in_time)
     for architecture in supported_architectures():
         compat.replace_model_class(architecture, "evs_vllm.engine.model")
 
@@ -66,7 +66,7 @@ def _add_cli_options(parser: argparse.ArgumentParser) -> None:
 def _read_cli_options(args: argparse.Namespace) -> None:
     from evs_vllm.engine import compat
 
-    compat.on_request_kwargs(_check_request)
+    compat.wrap_request_check(_check_request)
     given = {o.name: value for o in OPTIONS if (value := getattr(args, o.request_key, None)) is not None}
     if not given:
         return
@@ -82,7 +82,7 @@ def _start(engine_args: Any, model_config: Any) -> None:
     global _server_config
     from evs_vllm.engine import compat
 
-    compat.on_request_kwargs(_check_request)
+    compat.wrap_request_check(_check_request)
     extra = engine_args.additional_config
     if not isinstance(extra, Mapping) or CONFIG_KEY not in extra:
         _server_config = None
@@ -110,9 +110,9 @@ def _start(engine_args: Any, model_config: Any) -> None:
             "--evs-* options."
         )
     config = config.resolve_encoder(_reuse_obstacle(family, engine_args, model_config))
-    compat.stamp(model_config, config)
-    compat.give_positions(model_config)
-    compat.on_scheduled_request(_end_in_time)
+    compat.attach_settings(model_config, config)
+    compat.force_position_ids(model_config)
+    compat.wrap_add_request(_end_in_time)
     _server_config = config
     _compile_kernels()
     logger.info(
@@ -145,7 +145,7 @@ def _compile_kernels() -> None:
     from evs_vllm.engine import compat
 
     evs_kernels.warmup()
-    compat.shield_llvmlite()
+    compat.guard_llvmlite_getattr()
 
 
 def _check_request(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from evs_vllm.core.plan import BoolArray, RetentionPlan
 from evs_vllm.core.positions import room_to_answer
 from evs_vllm.core.prompt import pruned_clip
 from evs_vllm.core.selection import make_plan
-from evs_vllm.engine.compat import stamped
+from evs_vllm.engine.compat import settings_of
 from evs_vllm.engine.metrics import metrics
 from evs_vllm.errors import RequestError, UnsupportedError
 from evs_vllm.families import Family, family_of
@@ -81,7 +81,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
     @property
     def _evs_config(self) -> EVSConfig:
-        config: EVSConfig = stamped(self.info.ctx.model_config) or _OFF
+        config: EVSConfig = settings_of(self.info.ctx.model_config) or _OFF
         return config
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
@@ -209,7 +209,7 @@ class ProcessorFactory:
     family: Family
 
     def __call__(self, info: Any, dummy_inputs: Any, **kwargs: Any) -> Any:
-        if stamped(info.ctx.model_config) is None:
+        if settings_of(info.ctx.model_config) is None:
             processor = self.stock(info, dummy_inputs, **kwargs)
             processor.apply = _refusing(processor.apply)
             return processor
