@@ -4,6 +4,7 @@
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -16,7 +17,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import evs_vllm.families.qwen2_vl
 import evs_vllm.hf.model
-import evs_vllm.hf.tower
 from bench.quality.models import speed_up
 from evs_vllm import hf
 from evs_vllm.core.plan import RetentionPlan
@@ -120,7 +120,8 @@ def chosen(model: Any, way: Way, features: Sequence[torch.Tensor], seed: int) ->
                 )
             )
         if way.tower == "skip":
-            stack.enter_context(patch.object(evs_vllm.hf.tower, "ReuseSchedule", SkipSchedule))
+            skip = partial(evs_vllm.hf.model.encode, schedule=SkipSchedule)
+            stack.enter_context(patch.object(evs_vllm.hf.model, "encode", skip))
         yield
 
 
@@ -139,10 +140,12 @@ def shared_work() -> Iterator[None]:
             memory[key] = to_uint8(rows, channels, stats)
         return memory[key]
 
-    def encode_once(visual: Any, clip: torch.Tensor, plan: RetentionPlan) -> torch.Tensor:
-        key = (clip.data_ptr(), plan.computed.tobytes(), evs_vllm.hf.tower.ReuseSchedule)
+    def encode_once(
+        visual: Any, clip: torch.Tensor, plan: RetentionPlan, schedule: type[ReuseSchedule] = ReuseSchedule
+    ) -> torch.Tensor:
+        key = (clip.data_ptr(), plan.computed.tobytes(), schedule)
         if key not in memory:
-            memory[key] = encode(visual, clip, plan)
+            memory[key] = encode(visual, clip, plan, schedule)
         return memory[key]
 
     with (

@@ -30,7 +30,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import vllm
 from vllm import ModelRegistry
@@ -38,11 +38,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from evs_vllm.core.positions import MROPE_CACHE_FACTOR
 from evs_vllm.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    import torch
-
-    from evs_vllm.core.reuse import Varlen
+from evs_vllm.options import REQUEST_PREFIX
 
 _SETTINGS = "_evs_config"
 _WRAPPED = "__evs_wrapped__"
@@ -277,7 +273,7 @@ def refuse_conflicts(engine_args: Any, model_config: Any) -> None:
             "With --enable-tower-connector-lora and EVS, clips could be encoded with another request's adapter. Drop "
             "one of them; LoRA adapters of the language model work."
         )
-    ours = sorted(key for key in mm_config.mm_processor_kwargs or {} if str(key).startswith("evs_"))
+    ours = sorted(key for key in mm_config.mm_processor_kwargs or {} if str(key).startswith(REQUEST_PREFIX))
     if ours:
         raise UnsupportedError(
             f"--mm-processor-kwargs holds {', '.join(ours)}, which are keys for requests. "
@@ -295,34 +291,3 @@ def reuse_obstacle(engine_args: Any, model_config: Any) -> str:
     if getattr(engine_args.compilation_config, "compile_mm_encoder", False):
         return "compile_mm_encoder compiles the tower's stock attention."
     return ""
-
-
-def flash_attention(
-    attention: Any, varlen: "Varlen", query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor"
-) -> "torch.Tensor":
-    """vLLM's FlashAttention with different query and key lengths. Written from its signature; not run on a GPU.
-
-    Args:
-        attention: The stock vision attention module.
-        varlen: Sequence boundaries and the rows to gather.
-        query, key, value: (rows, heads, head size) on CUDA.
-
-    Returns:
-        (rows, heads, head size).
-    """
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-
-    version = {} if attention._fa_version is None else {"fa_version": attention._fa_version}
-    out: torch.Tensor = flash_attn_varlen_func(
-        query.contiguous(),
-        key[varlen.key_rows],
-        value[varlen.key_rows],
-        cu_seqlens_q=varlen.query_starts,
-        cu_seqlens_k=varlen.key_starts,
-        max_seqlen_q=varlen.longest_query,
-        max_seqlen_k=varlen.longest_key,
-        softmax_scale=attention.scale,
-        causal=False,
-        **version,
-    )
-    return out

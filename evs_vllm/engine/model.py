@@ -16,14 +16,13 @@ from evs_vllm.config import EVSConfig
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.positions import PositionRequest, pruned_positions
 from evs_vllm.core.prompt import ClipSpan
-from evs_vllm.core.reuse import ReuseSchedule
 from evs_vllm.core.rows import encoder_batches, keep_rows
-from evs_vllm.engine.compat import flash_attention, settings_of, stock_model_class, widen_rotary_caches
+from evs_vllm.engine.attention import wrap_attention
+from evs_vllm.engine.compat import settings_of, stock_model_class, widen_rotary_caches
 from evs_vllm.engine.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
 from evs_vllm.errors import UnsupportedError
 from evs_vllm.families import Family, family_of
 from evs_vllm.families.base import FamilyAdapter
-from evs_vllm.families.plain_vit import SCHEDULE
 from evs_vllm.options import CONFIG_KEY
 
 
@@ -53,7 +52,7 @@ class EVSModelMixin:
         self._evs_tower = None if config.reuse_obstacle else self._evs.reuse_tower(self)
         if self._evs_tower is not None:
             for attention in self._evs_tower.attentions():
-                accept_schedules(attention)
+                wrap_attention(attention)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         stock = super().embed_multimodal  # type: ignore[misc]
@@ -106,28 +105,6 @@ class OneAxisMixin:
         if positions.ndim == 2:
             positions = positions[0]
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
-
-
-def accept_schedules(attention: Any) -> None:
-    """Lets a vision attention module take a `ReuseSchedule` for ``cu_seqlens``; otherwise it runs as before."""
-    stock = attention.forward
-    scale: float = attention.scale
-
-    def forward(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: Any = None, **others: Any
-    ) -> Any:
-        schedule = cu_seqlens if isinstance(cu_seqlens, ReuseSchedule) else getattr(attention, SCHEDULE, None)
-        if schedule is not None:
-            heads = (query.shape[1], attention.num_heads, attention.head_size)
-            q, k, v = (x.reshape(heads) for x in (query, key, value))
-            if query.is_cuda and getattr(attention, "is_flash_attn_backend", False):
-                out = flash_attention(attention, schedule.varlen(query.device), q, k, v)
-            else:
-                out = schedule.attend(q, k, v, scale)
-            return out.reshape(query.shape)
-        return stock(query=query, key=key, value=value, cu_seqlens=cu_seqlens, **others)
-
-    attention.forward = forward
 
 
 def _moved(item: PositionRequest, offset: int) -> Any:
