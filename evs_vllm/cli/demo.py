@@ -97,11 +97,11 @@ def _compare(args: argparse.Namespace, config: EVSConfig, logs: Path) -> None:
         words += [*compare.SERVE, *_dtype()]
     else:
         model = os.path.expanduser(args.model)
+    words += args.serve_arguments
     question = compare.Question(args.video or compare.real_clip(compare.CLIP), args.question, args.repeats)
     say(f"picture   {args.output}")
     run_to_end(_view_command(args, question.video, model, config), logs / "view.log", environment())
-    launcher = Launcher(logs, args.timeout, args.serve_arguments)
-    lines = compare.compare_servers(launcher, model, _evs_words(config), words, question)
+    lines = compare.compare_servers(Launcher(logs, args.timeout), model, _evs_words(config), words, question)
     say("\n" + "\n".join(lines))
     if args.model is None:
         say("\nThis model's weights are random: its answers mean nothing, only tokens and times do.")
@@ -111,8 +111,8 @@ def _compare(args: argparse.Namespace, config: EVSConfig, logs: Path) -> None:
 def _answer(args: argparse.Namespace, logs: Path) -> None:
     from evs_vllm.demo.answers import ask_trained_model
 
-    launcher = Launcher(logs, args.timeout, [*_dtype(), *args.serve_arguments])
-    say("\n" + "\n".join(ask_trained_model(launcher, args.clips)))
+    words = [*_dtype(), *args.serve_arguments]
+    say("\n" + "\n".join(ask_trained_model(Launcher(logs, args.timeout), args.clips, words)))
 
 
 def _dtype() -> list[str]:

@@ -26,18 +26,16 @@ class Launcher:
     Attributes:
         logs: The folder for their logs.
         timeout_s: How long each may take to start.
-        words: Further words of ``vllm serve`` for all of them.
     """
 
     logs: Path
     timeout_s: float
-    words: Sequence[str] = ()
 
     @contextlib.contextmanager
     def serve(self, name: str, arguments: Sequence[str]) -> Iterator[str]:
-        """The URL of a server that lives as long as the block; `name` is that of its log."""
-        command = vllm_serve([*arguments, *self.words])
-        with serving(command, self.logs / f"{name}.log", environment(), self.timeout_s, _progress()) as url:
+        """The URL of ``vllm serve`` with `arguments`, alive as long as the block; `name` is that of its log."""
+        log = self.logs / f"{name}.log"
+        with serving(vllm_serve(arguments), log, environment(), self.timeout_s, _progress()) as url:
             yield url
 
 

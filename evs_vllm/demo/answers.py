@@ -50,12 +50,13 @@ def new_seed() -> int:
     return secrets.randbelow(900_000) + 100_000
 
 
-def ask_trained_model(launcher: Launcher, count: int) -> list[str]:
+def ask_trained_model(launcher: Launcher, count: int, words: Sequence[str]) -> list[str]:
     """Serves the trained model and asks it about new clips.
 
     Args:
         launcher: How servers are started.
         count: How many clips.
+        words: Further words of ``vllm serve``.
 
     Returns:
         Lines with questions and answers.
@@ -68,7 +69,7 @@ def ask_trained_model(launcher: Launcher, count: int) -> list[str]:
     say(f"\nmodel     {name}, trained to answer questions about drawn clips; these are new (seed {seed})")
     clips = [(example, encode(example)) for example in draw(count, seed)]
     say(f"server    vllm serve {name} {' '.join(SERVE[:4])}")
-    with launcher.serve("answers", [str(model), *SERVE]) as url:
+    with launcher.serve("answers", [str(model), *SERVE, *words]) as url:
         asked = ask_all(url, str(model), clips)
     return report(asked)
 

@@ -97,7 +97,7 @@ def compare_servers(
         launcher: How servers are started.
         model: Folder or hub name.
         evs: Words of ``vllm serve`` that turn EVS on.
-        words: Words of ``vllm serve`` for both.
+        words: Further words of ``vllm serve`` for both.
         question: What they are asked.
 
     Returns:
@@ -106,11 +106,12 @@ def compare_servers(
     Raises:
         EVSError: A server does not start or answer, or prunes nothing.
     """
-    runs = []
-    for name, setting in (("dense", []), ("evs", list(evs))):
+    runs = {}
+    settings: dict[str, Sequence[str]] = {"dense": [], "evs": evs}
+    for name, setting in settings.items():
         say(f"server    vllm serve {_short(model)} {' '.join(setting)}".rstrip())
-        runs.append(_ask_server(launcher, name, model, [*setting, *words], question))
-    return report(*runs, " ".join(evs))
+        runs[name] = _ask_server(launcher, name, model, [*setting, *words], question)
+    return report(runs["dense"], runs["evs"], " ".join(evs))
 
 
 def report(dense: Run, evs: Run, setting: str) -> list[str]:
