@@ -2,7 +2,7 @@
 """Makes the small model whose answers ``evs-vllm demo`` shows, and asks it about clips that it has not seen.
 
 A base as in the quality lab (bench/quality), then uptrained at random rates on clips that went through H.264, as the
-server gets them. ``python -m bench.quality.demo_model`` writes the checkpoint to evs_vllm/demo_model, from where it is
+server gets them. ``python -m bench.quality.demo_model`` writes the checkpoint to evs_vllm/demo/model, from where it is
 installed with the package, and its accuracy to bench/results/cpu/demo-model.json. With ``--no-train`` it only asks.
 """
 
@@ -20,7 +20,7 @@ from bench.quality.ask import Variant, ask
 from bench.quality.models import Settings, claim, train_further
 from evs_vllm.train.synthetic import make_example
 
-MODEL = ROOT / "evs_vllm" / "demo_model"
+MODEL = ROOT / "evs_vllm" / "demo" / "model"
 RATES = (0.0, 0.5, 0.75, 0.9)
 UNSEEN = 9
 """Seed of the clips that are asked about; those of training have others."""

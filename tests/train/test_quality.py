@@ -15,8 +15,8 @@ import torch
 import transformers
 
 import evs_vllm.hf.prompt
-from bench.quality import __main__ as quality
 from bench.quality import ask as quality_ask
+from bench.quality import lab as quality
 from bench.quality import models as quality_models
 from evs_kernels import select_topk
 from evs_vllm.config import EVSConfig
@@ -165,7 +165,7 @@ def test_workers_end_with_the_main_process():
     main = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from bench.quality import __main__ as quality
+from bench.quality import lab as quality
 pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quality._start, (1,))
 print(pool.submit(os.getpid).result(), flush=True)
 pool.submit(time.sleep, 600).result()
