@@ -32,6 +32,7 @@ from bench.drift.small_tower import (
     train,
 )
 from evs_vllm.config import EVSConfig
+from evs_vllm.core.clip import Clip
 from evs_vllm.core.selection import make_plan
 
 # name: (tokens (rows, columns), every how many frames, was it trained on)
@@ -121,7 +122,9 @@ def measure(
         ways = [f"reuse/{r}" for r in refreshes] + [f"interval/{r}" for r in refreshes if r] + ["skip", "previous"]
         for way in ways:
             refresh = int(way.split("/")[1]) if "/" in way else 0
-            plan = make_plan(tokens, (units, *grid), EVSConfig(rate=rate, encoder="reuse", encoder_refresh=refresh))
+            plan = make_plan(
+                Clip(tokens, (units, *grid)), EVSConfig(rate=rate, encoder="reuse", encoder_refresh=refresh)
+            )
             kept = torch.from_numpy(plan.mask).view(units, places)
             computed = torch.zeros(units * places, dtype=torch.bool)
             computed[torch.from_numpy(plan.computed)] = True

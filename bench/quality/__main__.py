@@ -31,7 +31,7 @@ import transformers
 
 from bench.common import harness
 from bench.common.targets import add_bar, table
-from bench.quality.ask import Way, ask
+from bench.quality.ask import Variant, ask
 from bench.quality.models import Settings, claim, train_base, train_further
 from evs_vllm.train.synthetic import Example, make_example
 
@@ -56,9 +56,9 @@ def prepare(folder: Path, settings: Settings, seed: int, name: str) -> Path:
 
 def points_of(folder: Path, settings: Settings, seed: int, name: str) -> list[dict[str, Any]]:
     """What one trained model answers, in every way and at every rate."""
-    ways = [Way(), *(Way(*line) for line in settings.compare if name != "control")]
+    ways = [Variant(), *(Variant(*line) for line in settings.compare if name != "control")]
     # At rate 0 nothing is dropped, and every way is the same.
-    cells = [(way, rate) for way in ways for rate in [0.0, *settings.ask_rates] if rate or way == Way()]
+    cells = [(way, rate) for way in ways for rate in [0.0, *settings.ask_rates] if rate or way == Variant()]
     results = ask(prepare(folder, settings, seed, name), unseen(settings), cells)
     return [
         {"seed": seed, "model": name, **way._asdict(), "rate": rate, **result}

@@ -16,7 +16,7 @@ from pathlib import Path
 import transformers
 
 from bench.common.harness import ROOT
-from bench.quality.ask import Way, ask
+from bench.quality.ask import Variant, ask
 from bench.quality.models import Settings, claim, train_further
 from evs_vllm.train.synthetic import make_example
 
@@ -47,7 +47,7 @@ def main() -> None:
     scene = replace(settings.scenes, h264=settings.training(*settings.further[-1][1:]).h264)
     examples = [make_example(scene, [UNSEEN, number]) for number in range(settings.clips)]
     points = []
-    for rate, point in zip(RATES, ask(MODEL, examples, [(Way(), rate) for rate in RATES]), strict=True):
+    for rate, point in zip(RATES, ask(MODEL, examples, [(Variant(), rate) for rate in RATES]), strict=True):
         points.append({"rate": rate, **{k: point[k] for k in ("accuracy", "tokens", "readable", "tasks")}})
         print(f"rate {rate:g}: {point['accuracy']:.1f} % of {len(examples)}, {point['tokens']:.0f} tokens", flush=True)
     versions = {"torch": transformers.utils.import_utils.get_torch_version(), "transformers": transformers.__version__}

@@ -36,8 +36,8 @@ import vllm
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
 
-from evs_vllm.core.positions import MROPE_CACHE_FACTOR
 from evs_vllm.errors import UnsupportedError
+from evs_vllm.families.rotary import MROPE_CACHE_FACTOR
 from evs_vllm.options import REQUEST_PREFIX
 
 _SETTINGS = "_evs_config"
@@ -281,7 +281,7 @@ def refuse_conflicts(engine_args: Any, model_config: Any) -> None:
         )
 
 
-def reuse_obstacle(engine_args: Any, model_config: Any) -> str:
+def why_not_reuse(engine_args: Any, model_config: Any) -> str:
     """Why the vision tower cannot reuse keys and values under these vLLM options, or ""."""
     mm_config = model_config.multimodal_config
     if mm_config.mm_encoder_tp_mode == "data":

@@ -19,17 +19,17 @@ from evs_vllm.core.prompt import ClipSpan
 from evs_vllm.core.rows import encoder_batches, keep_rows
 from evs_vllm.engine.attention import wrap_attention
 from evs_vllm.engine.compat import settings_of, stock_model_class, widen_rotary_caches
-from evs_vllm.engine.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
+from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD, plan_of
+from evs_vllm.engine.processor import ProcessorFactory
 from evs_vllm.errors import UnsupportedError
 from evs_vllm.families import Family, family_of
-from evs_vllm.families.base import FamilyAdapter
 from evs_vllm.options import CONFIG_KEY
 
 
 class EVSModelMixin:
     """Goes before a family's model class. What carries no plan takes the stock path."""
 
-    _evs: FamilyAdapter
+    _evs_family: Family
     _evs_stock: type
 
     def __new__(cls, *args: Any, vllm_config: Any, **kwargs: Any) -> Any:
@@ -49,7 +49,8 @@ class EVSModelMixin:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._evs_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         config: EVSConfig = settings_of(vllm_config.model_config) or EVSConfig()
-        self._evs_tower = None if config.reuse_obstacle else self._evs.reuse_tower(self)
+        self._evs = self._evs_family.bind(vllm_config.model_config.hf_config)
+        self._evs_tower = None if config.why_not_reuse else self._evs.reuse_tower(self)
         if self._evs_tower is not None:
             for attention in self._evs_tower.attentions():
                 wrap_attention(attention)
@@ -124,7 +125,7 @@ def model_class(stock: type, family: Family) -> type:
         "__module__": __name__,
         "__qualname__": stock.__name__,
         "__doc__": stock.__doc__,
-        "_evs": family.load_adapter(),
+        "_evs_family": family,
         "_evs_stock": stock,
     }
     mixins = (EVSModelMixin,) if supports_mrope(stock) else (EVSModelMixin, OneAxisMixin)
