@@ -38,6 +38,11 @@ class Definition:
         after += [arg.arg for arg in a.kwonlyargs]
         return tuple(after + ([f"**{a.kwarg.arg}"] if a.kwarg else []))
 
+    def results(self) -> set[int]:
+        """How many values each ``return`` of a function gives together."""
+        returned = [node.value for node in ast.walk(self.node) if isinstance(node, ast.Return)]
+        return {len(value.elts) if isinstance(value, ast.Tuple) else 1 for value in returned}
+
     def attributes(self) -> set[str]:
         """Names in a module, or of a class and its instances: what it and its bases define or assign to ``self``."""
         names = set(_scope(self.node))
