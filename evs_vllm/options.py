@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of EVS in one table: `OPTIONS`.
 
-The table feeds the command line, ``additional_config``, the request keys, the README table and the error texts.
+The table feeds the command line, ``additional_config``, the request keys, the cache identity, the rule which requests
+ask for no more than the server gives, the table of docs/options.md and the error texts.
 This module imports neither torch nor vLLM.
 """
 
+import argparse
 import json
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from typing import Any, Literal
 
 from evs_vllm.errors import ConfigError
 
@@ -22,6 +26,11 @@ REQUEST_PREFIX = "evs_"
 POSITIONS = ("keep", "sequential")
 ENCODERS = ("auto", "reuse", "full")
 REQUEST_OVERRIDES = ("none", "stricter", "any")
+
+
+def exact(number: float) -> Fraction:
+    """The decimal that `number` was written as: 0.9 is nine tenths, not the nearest binary fraction."""
+    return Fraction(repr(number))
 
 
 def _is_number(value: object) -> bool:
@@ -40,7 +49,19 @@ def _parse_scalar(text: str) -> object:
         return text
 
 
-@dataclass(frozen=True)
+def _drops_as_much(own: float | None, other: float | None) -> bool:
+    return exact(own or 0) >= exact(other or 0)
+
+
+def _caps_as_low(own: int | None, other: int | None) -> bool:
+    return other is None or (own is not None and own <= other)
+
+
+def _refreshes_as_seldom(own: int, other: int) -> bool:
+    return (own or math.inf) >= (other or math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Option:
     """One option.
 
@@ -48,8 +69,13 @@ class Option:
         name: Field of `EVSConfig`; the flag is ``--evs-<name>`` and the request key ``evs_<name>``.
         is_allowed: Whether a value is allowed.
         allowed: The allowed values, in words, for error texts and help.
-        help: One sentence for ``--help`` and the README.
+        help: One sentence for ``--help`` and the documentation.
         metavar: Placeholder in ``--help``.
+        affects: What of a clip the option shapes, all of which is part of the cache identity: its "prompt", what the
+            "tower" computes, or what a tower that reuses computes ("reuse"). "" is for what shapes nothing.
+        no_more: Whether a value, compared with the server's, keeps and computes at most as much for every clip. None
+            where the option has no influence on that.
+        nullable: Whether a server may leave it unset, as None.
         per_request: Whether a request may carry it.
         choices: The allowed strings of an option that is a choice.
     """
@@ -59,6 +85,9 @@ class Option:
     allowed: str
     help: str
     metavar: str
+    affects: Literal["prompt", "tower", "reuse", ""]
+    no_more: Callable[[Any, Any], bool] | None = None
+    nullable: bool = False
     per_request: bool = True
     choices: tuple[str, ...] | None = None
 
@@ -89,68 +118,106 @@ class Option:
             raise ConfigError(f"{shown_as or self.name} got {value!r}; allowed: {self.allowed}.")
         return value
 
+    def add_to(self, group: Any, flag: str | None = None) -> None:
+        """Adds the option to a parser or group of ``argparse``, as `flag`; its attribute is the request key."""
+
+        def read(text: str) -> Any:
+            try:
+                return self.parse(text)
+            except ConfigError as error:
+                raise argparse.ArgumentTypeError(str(error).removeprefix(f"{self.flag} ")) from None
+
+        group.add_argument(
+            flag or self.flag,
+            dest=self.request_key,
+            type=read,
+            default=None,
+            metavar=self.metavar,
+            help=self.help.replace("%", "%%"),
+        )
+
+
+def _choice(name: str, choices: tuple[str, ...], help: str, **others: Any) -> Option:
+    return Option(
+        name=name,
+        is_allowed=lambda value: value in choices,
+        allowed=" or ".join(choices),
+        help=help,
+        metavar="{" + ",".join(choices) + "}",
+        choices=choices,
+        **others,
+    )
+
 
 OPTIONS: tuple[Option, ...] = (
     Option(
-        "rate",
-        lambda v: _is_number(v) and 0 <= v < 1,  # type: ignore[operator]
-        "a number from 0 (nothing is dropped) up to but not including 1",
-        "Fraction of a clip's video tokens to drop. 0 turns pruning off.",
-        "RATE",
+        name="rate",
+        is_allowed=lambda v: _is_number(v) and 0 <= v < 1,  # type: ignore[operator]
+        allowed="a number from 0 (nothing is dropped) up to but not including 1",
+        help="Fraction of a clip's video tokens to drop. 0 turns pruning off.",
+        metavar="RATE",
+        affects="prompt",
+        no_more=_drops_as_much,
+        nullable=True,
     ),
     Option(
-        "threshold",
-        lambda v: _is_number(v) and 0 <= v <= 255,  # type: ignore[operator]
-        "a number from 0 (nothing is dropped) to 255",
-        "Instead of a rate: keep every token whose mean absolute pixel change (0..255) is at least this.",
-        "LEVEL",
+        name="threshold",
+        is_allowed=lambda v: _is_number(v) and 0 <= v <= 255,  # type: ignore[operator]
+        allowed="a number from 0 (nothing is dropped) to 255",
+        help="Instead of a rate: keep every token whose mean absolute pixel change (0..255) is at least this.",
+        metavar="LEVEL",
+        affects="prompt",
+        no_more=_drops_as_much,
+        nullable=True,
     ),
-    Option(
+    _choice(
         "positions",
-        lambda v: v in POSITIONS,
-        " or ".join(POSITIONS),
+        POSITIONS,
         "Position IDs of kept tokens: 'keep' those of the unpruned prompt, or number them 'sequential'ly.",
-        "{" + ",".join(POSITIONS) + "}",
-        choices=POSITIONS,
+        affects="prompt",
     ),
     Option(
-        "min_tokens_per_unit",
-        lambda v: _is_count(v, 0),
-        "an integer of at least 0",
-        "Keep at least this many tokens of every temporal unit.",
-        "N",
+        name="min_tokens_per_unit",
+        is_allowed=lambda v: _is_count(v, 0),
+        allowed="an integer of at least 0",
+        help="Keep at least this many tokens of every temporal unit.",
+        metavar="N",
+        affects="prompt",
+        no_more=operator.le,
     ),
     Option(
-        "max_tokens",
-        lambda v: v is None or _is_count(v, 1),
-        "an integer of at least 1",
-        "Keep at most this many tokens of a clip (the first unit and the minimum per unit always stay).",
-        "N",
+        name="max_tokens",
+        is_allowed=lambda v: v is None or _is_count(v, 1),
+        allowed="an integer of at least 1",
+        help="Keep at most this many tokens of a clip (the first unit and the minimum per unit always stay).",
+        metavar="N",
+        affects="prompt",
+        no_more=_caps_as_low,
+        nullable=True,
     ),
-    Option(
+    _choice(
         "encoder",
-        lambda v: v in ENCODERS,
-        " or ".join(ENCODERS),
+        ENCODERS,
         "Vision tower: 'reuse' computes kept patches and reuses the last keys and values of the others, 'full' "
         "computes every patch, 'auto' is 'reuse' where the family supports it.",
-        "{" + ",".join(ENCODERS) + "}",
-        choices=ENCODERS,
+        affects="tower",
+        no_more=lambda own, other: own == "reuse" or other != "reuse",
     ),
     Option(
-        "encoder_refresh",
-        lambda v: _is_count(v, 0),
-        "an integer of at least 0 (0: none)",
-        "With encoder 'reuse', compute up to one in N of the dropped tokens all the same: those that differ most from "
-        "when their place was last computed.",
-        "N",
+        name="encoder_refresh",
+        is_allowed=lambda v: _is_count(v, 0),
+        allowed="an integer of at least 0 (0: none)",
+        help="With encoder 'reuse', compute up to one in N of the dropped tokens all the same: those that differ most "
+        "from when their place was last computed.",
+        metavar="N",
+        affects="reuse",
+        no_more=_refreshes_as_seldom,
     ),
-    Option(
+    _choice(
         "request_overrides",
-        lambda v: v in REQUEST_OVERRIDES,
-        " or ".join(REQUEST_OVERRIDES),
+        REQUEST_OVERRIDES,
         "Which evs_* keys a request may set: 'none', those that cannot keep more tokens ('stricter'), or 'any'.",
-        "{" + ",".join(REQUEST_OVERRIDES) + "}",
+        affects="",
         per_request=False,
-        choices=REQUEST_OVERRIDES,
     ),
 )

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from evs_vllm.errors import PlanError
 from evs_vllm.options import POSITIONS
 
-FORMAT = 2
+FORMAT = 3
 """Version of the tensor format; a plan of another version is refused."""
 
-_HEADER = 11
+_HEADER = 12
 _PLAN_ENCODERS = ("full", "reuse")
 
 IntArray = npt.NDArray[np.int64]
@@ -61,6 +61,17 @@ class Layout:
 class RetentionPlan:
     """What stays of a clip of T temporal units of H x W tokens (P = H*W, N = T*P).
 
+    Three index spaces. A token of the grid is a row of the encoder's output (with some families other rows stand
+    between: newlines, indicators), and each row has a placeholder in the clip's part of the prompt (with some families
+    text stands between). Here of 2 units of 1 x 3 tokens, of which 4 stay, with a newline row and a bracket::
+
+        token       t0p0  t0p1  t0p2  t1p0  t1p1  t1p2                  kept           0 1 2 4
+        row           0     1     2     3     4     5     6 newline     embed_index    0 1 2 4 6
+        prompt   0 [  1     2     3     4     5     6     7             prompt_index   0 1 2 3 5 7
+
+    The tower may compute more tokens than stay: `computed` is a list of tokens as `kept` is, and `kept_in_computed`
+    says where in that list, that is in which row of such a tower's output, each kept token is.
+
     Attributes:
         grid: (T, H, W) in tokens, that is after spatial merging.
         kept: (K,) int64, sorted flat indices ``t*P + row*W + column`` of the kept tokens.
@@ -69,6 +80,8 @@ class RetentionPlan:
         encoder: "full" if the vision tower computes every token, "reuse" if only `computed`.
         refreshed: With "reuse", (S,) int64, sorted: the dropped tokens that the tower computes all the same, because
             their place has changed much since it was last computed. None of them is kept.
+        position_span: Position IDs that the clip takes up: the text after it starts that much later. 0 before the
+            prompt is known.
 
     Raises:
         PlanError: Indices unsorted, repeated, out of range or both kept and refreshed, or a layout for another number
@@ -81,6 +94,7 @@ class RetentionPlan:
     layout: Layout | None = None
     encoder: str = "full"
     refreshed: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    position_span: int = 0
 
     def __post_init__(self) -> None:
         if min(self.grid) < 1 or self.positions not in POSITIONS or self.encoder not in _PLAN_ENCODERS:
@@ -119,6 +133,11 @@ class RetentionPlan:
     def num_kept(self) -> int:
         return len(self.kept)
 
+    @property
+    def extra_positions(self) -> int:
+        """How many more position IDs than tokens the clip takes up."""
+        return self.position_span - self.num_kept
+
     @cached_property
     def counts(self) -> IntArray:
         """(T,) int64, kept tokens of each unit."""
@@ -153,14 +172,21 @@ class RetentionPlan:
 
     @cached_property
     def prompt_index(self) -> IntArray:
-        """Places of the unpruned clip prompt that stay, ascending; text between frames always does."""
+        """Indices of the unpruned clip prompt that stay, ascending; text between frames always does."""
         layout = self._layout()
-        place_stays = ~layout.is_embed
-        place_stays[np.flatnonzero(layout.is_embed)[self.embed_index]] = True
-        return np.flatnonzero(place_stays)
+        stays = ~layout.is_embed
+        stays[np.flatnonzero(layout.is_embed)[self.embed_index]] = True
+        return np.flatnonzero(stays)
 
-    def with_layout(self, layout: Layout) -> "RetentionPlan":
-        return replace(self, layout=layout)
+    def with_layout(self, layout: Layout, position_span: int) -> "RetentionPlan":
+        """The plan of a clip whose prompt is known.
+
+        Args:
+            layout: The prompt before pruning.
+            position_span: Position IDs that the unpruned clip takes up; kept positions run as far, sequential ones
+                count what is kept.
+        """
+        return replace(self, layout=layout, position_span=position_span if self.positions == "keep" else self.num_kept)
 
     def _layout(self) -> Layout:
         if self.layout is None:
@@ -171,7 +197,7 @@ class RetentionPlan:
         """The plan with its layout as one (L,) int64 array; `from_array` is the inverse."""
         layout = self._layout()
         runs = [_runs(a) for a in (layout.token_ids, layout.is_embed, layout.is_visual)]
-        header = [FORMAT, *self.grid, POSITIONS.index(self.positions)]
+        header = [FORMAT, *self.grid, POSITIONS.index(self.positions), self.position_span]
         parts = [self.kept, self.refreshed, *runs]
         header += [_PLAN_ENCODERS.index(self.encoder), *(len(part) for part in parts)]
         return np.concatenate([np.array(header, dtype=np.int64), *parts])
@@ -185,13 +211,13 @@ class RetentionPlan:
         """
         if array.ndim != 1 or len(array) < _HEADER or array[0] != FORMAT:
             raise PlanError("Not a retention plan of this evs-vllm version: do all processes run the same version?")
-        form, t, h, w, positions, encoder, *lengths = (int(x) for x in array[:_HEADER])
+        form, t, h, w, positions, span, encoder, *lengths = (int(x) for x in array[:_HEADER])
         if len(array) != _HEADER + sum(lengths) or min(lengths) < 0 or positions not in (0, 1) or encoder not in (0, 1):
             raise PlanError(f"A retention plan of format {form} is cut short or damaged.")
         kept, refreshed, *runs = np.split(array[_HEADER:], np.cumsum(lengths)[:-1])
         token_ids, is_embed, is_visual = (_unrun(r) for r in runs)
         layout = Layout(token_ids, is_embed.astype(np.bool_), is_visual.astype(np.bool_))
-        return cls((t, h, w), kept, POSITIONS[positions], layout, _PLAN_ENCODERS[encoder], refreshed)
+        return cls((t, h, w), kept, POSITIONS[positions], layout, _PLAN_ENCODERS[encoder], refreshed, span)
 
 
 def _runs(values: npt.NDArray[np.generic]) -> IntArray:

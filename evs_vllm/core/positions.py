@@ -17,26 +17,6 @@ if TYPE_CHECKING:
 Feature = TypeVar("Feature")
 
 
-MROPE_CACHE_FACTOR = 4
-"""Multiple of max_position_embeddings at which M-RoPE's cos/sin cache is made: vLLM's default for most families
-(vllm/model_executor/layers/rotary_embedding/mrope.py, positions_factor), with `compat.widen_rotary_caches` for all of
-ours."""
-
-RESERVE = 32
-"""Position IDs kept free behind the last one: drafts of speculation and steps ahead of the answer's end need some."""
-
-
-def room_to_answer(prompt_tokens: int, extra: int, limit: int) -> int:
-    """How many tokens may follow a pruned prompt; less than 1 means that it is too long itself.
-
-    Args:
-        prompt_tokens: Length of the pruned prompt.
-        extra: How many more position IDs than tokens its clips take up.
-        limit: Number of position IDs that the model has.
-    """
-    return limit - RESERVE - prompt_tokens - extra
-
-
 class PositionRequest(NamedTuple):
     """One multimodal item of a pruned prompt.
 
@@ -62,11 +42,11 @@ def pruned_positions(
     Args:
         token_ids: The pruned prompt, L' ids.
         items: Its multimodal items.
-        move: Makes the engine's description of an item at an offset of the unpruned prompt, unpruned.
+        move: (item, offset) -> the item's feature as the unpruned prompt would have it, at that offset.
         stock: The model's own method: (token ids, features) -> (positions (axes, L) int64, delta).
 
     Returns:
-        positions (axes, L') int64, and the delta that, added to a later place in the pruned sequence, gives its ID.
+        positions (axes, L') int64, and the delta that, added to a later index of the pruned sequence, gives its position ID.
     """
     # A sequential clip is text to the stock method: its item is left out and its placeholders are not expanded.
     kept = [item for item in items if item.clip is None or item.clip.plan.positions == "keep"]
@@ -75,7 +55,7 @@ def pruned_positions(
     for item in sorted(kept, key=lambda item: item.offset):
         # A clip begins where its first token would stand, whether that one stays or not.
         dropped = 0 if item.clip is None else int(item.clip.plan.prompt_index[0])
-        features.append(move(item, full.place_of(item.offset) - dropped))
+        features.append(move(item, full.index_of(item.offset) - dropped))
     positions, delta = stock(full.token_ids.tolist(), features)
     # The stock delta counts from the unpruned length, generation counts from the pruned one.
     return positions[:, full.index], delta + len(full.token_ids) - len(token_ids)

@@ -36,15 +36,15 @@ class UnprunedPrompt:
 
     Attributes:
         token_ids: (L,) the unpruned prompt.
-        index: (L',) for each place of the pruned prompt its place in the unpruned one, ascending.
+        index: (L',) for each token of the pruned prompt its index in the unpruned one, ascending.
     """
 
     token_ids: IntArray
     index: IntArray
 
-    def place_of(self, pruned_place: int) -> int:
-        """The unpruned place of a pruned place; the end of the prompt maps to the end."""
-        return int(self.index[pruned_place]) if pruned_place < len(self.index) else len(self.token_ids)
+    def index_of(self, pruned_index: int) -> int:
+        """The unpruned index of a pruned one; the end of the prompt maps to the end."""
+        return int(self.index[pruned_index]) if pruned_index < len(self.index) else len(self.token_ids)
 
 
 def unprune(token_ids: Sequence[int], clips: Sequence[ClipSpan]) -> UnprunedPrompt:

@@ -1,22 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much each token of a clip changed since the unit before.
+"""Ways to choose which tokens of a clip stay: one object each, in one table, `SELECTIONS`.
 
-Source: Efficient Video Sampling, arXiv 2510.14624, RGB mode: the L1 distance between the pixels of a token's patch and
-of the same patch one unit earlier, before the vision encoder.
+A `Selection` returns the tokens. Most are a `Scorer`: they say how much each token is worth, and the rules of budget,
+threshold and ties are written here once. CONTRIBUTING.md, "Add a scorer", says how to add one. The choice is made from
+pixels: the prompt is laid out before the vision tower runs, so scores from the tower's features do not fit here.
 """
+
+import math
+from abc import ABC, abstractmethod
 
 import torch
 
 import evs_kernels
+from evs_vllm.config import EVSConfig, exact
+from evs_vllm.core.budget import token_budget
+from evs_vllm.core.clip import Clip
 
 
-def pixel_change(tokens: torch.Tensor) -> torch.Tensor:
-    """Scores every token by its summed absolute pixel change.
+class Selection(ABC):
+    """A way to choose tokens.
 
-    Args:
-        tokens: (T, P, D) uint8, the D pixel values of each token's patch; CPU or CUDA.
-
-    Returns:
-        (T, P) int32: ``score[t, p] = sum_d |tokens[t, p, d] - tokens[t-1, p, d]|``; unit 0 scores 0.
+    Attributes:
+        name: Its name in `SELECTIONS`. It is part of the cache identity: a method that changes needs another name.
     """
-    return evs_kernels.temporal_score(tokens)
+
+    name: str
+
+    @abstractmethod
+    def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
+        """Chooses the tokens that stay.
+
+        Args:
+            clip: The clip.
+            config: Active settings (`EVSConfig.active`).
+
+        Returns:
+            (K,) int64 on the clip's device, sorted flat indices ``t*P + p``, at least one. Of a clip without
+            `Clip.previous`, all of unit 0 is among them if the vision tower is to reuse keys and values.
+        """
+
+
+class Scorer(Selection):
+    """A selection by scores: the highest ones within a budget, or all that reach a threshold."""
+
+    @abstractmethod
+    def score(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Says how much each token is worth.
+
+        Args:
+            tokens: (T, P, D) uint8, CPU or CUDA, contiguous.
+
+        Returns:
+            (T, P) int32 or float32 on the same device; the higher stays. Unit 0 has nothing to be compared with and
+            scores 0.
+        """
+
+    @abstractmethod
+    def level(self, threshold: float, values: int) -> float:
+        """The score from which a token stays under the option ``threshold``, for tokens of `values` pixel values."""
+
+    def top(self, tokens: torch.Tensor, budget: int, min_per_unit: int) -> torch.Tensor:
+        """Sorted indices of unit 0 and of the highest scores, `budget` in all; ties go to the lower index."""
+        return evs_kernels.select_topk(self.score(tokens), budget, min_per_unit=min_per_unit).indices
+
+    def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
+        tokens, before = clip.tokens, 0
+        if clip.previous is not None:
+            # What was there before stands as one more unit in front, which is then taken off again.
+            tokens, before = torch.cat([clip.previous[None], tokens]), clip.tokens_per_unit
+        least = config.min_tokens_per_unit
+        if config.threshold:
+            kept = evs_kernels.select_threshold(
+                self.score(tokens),
+                self.level(config.threshold, tokens.shape[-1]),
+                min_per_unit=least,
+                max_tokens=None if config.max_tokens is None else config.max_tokens + before,
+            ).indices
+        else:
+            budget = token_budget(clip.num_units, clip.tokens_per_unit, config, continues=before > 0)
+            kept = self.top(tokens, budget + before, least)
+        kept = kept[before:] - before
+        # A prompt needs a token of the clip, also where nothing changed.
+        return kept if len(kept) else self.score(tokens)[1:].flatten().argmax()[None]
+
+
+class PixelChange(Scorer):
+    """How much a token's pixels changed since the unit before, summed.
+
+    Source: Efficient Video Sampling, arXiv 2510.14624, RGB mode: the L1 distance between the pixels of a token's patch
+    and of the same patch one unit earlier, before the vision encoder.
+    """
+
+    name = "paper"
+
+    def score(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(T, P) int32: ``score[t, p] = sum_d |tokens[t, p, d] - tokens[t-1, p, d]|``."""
+        return evs_kernels.temporal_score(tokens)
+
+    def level(self, threshold: float, values: int) -> float:
+        """A threshold is a mean change in grey levels, 0..255; in integers, score >= threshold * D."""
+        return math.ceil(exact(threshold) * values)
+
+    def top(self, tokens: torch.Tensor, budget: int, min_per_unit: int) -> torch.Tensor:
+        # Scores and selects in one pass over the pixels, to the same indices.
+        return evs_kernels.prune_topk(tokens, budget, min_per_unit=min_per_unit).indices
+
+
+SELECTIONS: dict[str, Selection] = {selection.name: selection for selection in (PixelChange(),)}

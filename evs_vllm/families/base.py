@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model family has to say about itself: where its pixels are, how the clip lies in the prompt.
 
-An adapter is stateless and knows nothing of budgets, plans' making, caches or vLLM's runners.
+An adapter holds no state of requests and knows nothing of budgets, plans' making, caches or vLLM's runners.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,20 +27,44 @@ class PixelStats:
 
 
 class FamilyAdapter(ABC):
-    """The contract of one model family. `item` is always one video's processed fields, name -> tensor."""
+    """The contract of one model family, bound to one model. `item` is always one video's fields, name -> tensor.
+
+    Args:
+        hf_config: The model's Hugging Face config.
+        processor: Its Hugging Face processor, where pixels are to be read.
+        stats: How pixels were normalised, where no processor is at hand to tell.
+
+    Attributes:
+        config: The part of the model's config that vLLM's processor of the model works with.
+    """
+
+    def __init__(self, hf_config: Any, processor: Any = None, stats: PixelStats | None = None) -> None:
+        self.config = self.media_config(hf_config)
+        self._processor = processor
+        self._stats = stats
+
+    @staticmethod
+    def media_config(hf_config: Any) -> Any:
+        """The part of a model's config that its processor works with; given that part, itself. By default all of it."""
+        return hf_config
+
+    @cached_property
+    def stats(self) -> PixelStats:
+        """How the pixels of a clip were normalised (only used where they arrive normalised)."""
+        return self.pixel_stats(self._processor) if self._stats is None else self._stats
+
+    def pixel_stats(self, processor: Any) -> PixelStats:
+        """How the family's Hugging Face processor normalises the pixels of a clip."""
+        source: Any = getattr(processor, "video_processor", None) or processor.image_processor
+        return PixelStats(tuple(source.image_mean), tuple(source.image_std))
 
     @abstractmethod
-    def clip(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> Clip | None:
+    def clip(self, item: Mapping[str, Any]) -> Clip | None:
         """The clip's pixels as one row per token, or None if the item has none (precomputed embeddings)."""
 
     @abstractmethod
-    def frames(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> np.ndarray:
+    def frames(self, item: Mapping[str, Any]) -> np.ndarray:
         """The frames as the model sees them: (T * frames per unit, height, width, 3) uint8. For pictures only."""
-
-    def pixel_stats(self, hf_processor: Any) -> PixelStats:
-        """How the family's processor normalises the pixels of a clip (only used where they arrive normalised)."""
-        source: Any = getattr(hf_processor, "video_processor", None) or hf_processor.image_processor
-        return PixelStats(tuple(source.image_mean), tuple(source.image_std))
 
     def computed_pixels(self, item: Mapping[str, Any], plan: RetentionPlan) -> dict[str, Any]:
         """The pixel fields of `item` reduced to the tokens that the tower computes; other fields are left out.
@@ -48,36 +73,39 @@ class FamilyAdapter(ABC):
         """
         return {}
 
-    @abstractmethod
+    def flat_rows(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> dict[str, Sequence[int]]:
+        """The fields of a batch in which all clips' rows lie one after the other, and how many rows each clip has.
+
+        By default none: a field has one entry a clip.
+        """
+        return {}
+
     def select_clips(
         self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan], start: int, stop: int
     ) -> dict[str, Any]:
         """The keyword arguments of ``embed_multimodal`` for clips `start` to `stop` of a batch."""
+        bounds = {name: (sum(rows[:start]), sum(rows[:stop])) for name, rows in self.flat_rows(batch, plans).items()}
+        return {name: value[slice(*bounds.get(name, (start, stop)))] for name, value in batch.items()}
 
     def reuse_tower(self, model: Any) -> "ReuseTower | None":
         """The model's vision tower as one that can reuse keys and values, or None if the family has none."""
         return None
 
-    def reuse_obstacle(self, hf_config: Any) -> str:
-        """Why that tower cannot be used with this model, or ""."""
+    def why_not_reuse(self) -> str:
+        """Why the tower of this model cannot reuse keys and values, or ""."""
+        if type(self).reuse_tower is FamilyAdapter.reuse_tower:
+            return "this model family's vision tower is not supported."
         return ""
 
-    def media_config(self, hf_config: Any) -> Any:
-        """The part of the model's config that vLLM's processor of the model works with, which all methods here take.
-
-        By default all of it.
-        """
-        return hf_config
-
-    def kwargs_obstacle(self, mm_processor_kwargs: Mapping[str, Any]) -> str:
+    def unsupported_kwargs(self, mm_processor_kwargs: Mapping[str, Any]) -> str:
         """Why clips cannot be pruned under these arguments of the Hugging Face processor, or ""."""
         return ""
 
-    def max_position(self, hf_config: Any, max_model_len: int) -> int:
+    def max_position(self, max_model_len: int) -> int:
         """Number of position IDs that the language model's cos/sin cache holds. By default that of 1-D RoPE."""
-        return rotary_length(hf_config.get_text_config(), max_model_len)
+        return rotary_length(self.config.get_text_config(), max_model_len)
 
-    def position_span(self, item: Mapping[str, Any], grid: tuple[int, int, int], hf_config: Any) -> int:
+    def position_span(self, item: Mapping[str, Any], grid: tuple[int, int, int]) -> int:
         """Position IDs that the unpruned clip takes up: the text after it starts that much later. By default N."""
         return grid[0] * grid[1] * grid[2]
 

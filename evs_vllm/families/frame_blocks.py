@@ -7,15 +7,14 @@ says where along one side the blocks begin.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from evs_vllm.core.clip import Clip
-from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.families.base import FamilyAdapter, PixelStats, to_uint8
+from evs_vllm.families.base import FamilyAdapter, to_uint8
 
 
 class FrameBlocks(FamilyAdapter):
@@ -24,28 +23,23 @@ class FrameBlocks(FamilyAdapter):
     pixels = "pixel_values_videos"
 
     @abstractmethod
-    def block_starts(self, hf_config: Any) -> tuple[list[int], int]:
+    def block_starts(self) -> tuple[list[int], int]:
         """Along one side of a frame, the first pixel of each token's block, and the side of a block in pixels."""
 
-    def clip(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> Clip | None:
+    def clip(self, item: Mapping[str, Any]) -> Clip | None:
         if self.pixels not in item:
             return None
-        frames = self._uint8_frames(item, hf_config, stats)
-        starts, block = self.block_starts(hf_config)
+        frames = self._uint8_frames(item)
+        starts, block = self.block_starts()
         side = len(starts)
         index = torch.tensor(starts, device=frames.device)[:, None] + torch.arange(block, device=frames.device)
         blocks = frames[:, :, index][..., index]  # (frame, channel, row, pixel row, column, pixel column)
         tokens = blocks.permute(0, 2, 4, 1, 3, 5).reshape(len(frames), side * side, -1)
         return Clip(tokens, (len(frames), side, side))
 
-    def frames(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> np.ndarray:
-        return self._uint8_frames(item, hf_config, stats).permute(0, 2, 3, 1).cpu().numpy()
+    def frames(self, item: Mapping[str, Any]) -> np.ndarray:
+        return self._uint8_frames(item).permute(0, 2, 3, 1).cpu().numpy()
 
-    def select_clips(
-        self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan], start: int, stop: int
-    ) -> dict[str, Any]:
-        return {key: value[start:stop] for key, value in batch.items()}
-
-    def _uint8_frames(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> torch.Tensor:
+    def _uint8_frames(self, item: Mapping[str, Any]) -> torch.Tensor:
         frames = item[self.pixels]
-        return to_uint8(frames.flatten(1), frames.shape[1], stats).view(frames.shape)
+        return to_uint8(frames.flatten(1), frames.shape[1], self.stats).view(frames.shape)

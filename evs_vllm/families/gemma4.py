@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gemma 4: patches of a frame, pooled k x k (k = 3) to a token; text and brackets around each frame.
 
-The processor gives (F, patches, side * side * 3) rows in raster order, filled up with rows at place (-1, -1), and the
-(x, y) places. One frame is one unit; all frames of a clip have one size. Without a tower (the unified models) the
+The processor gives (F, patches, side * side * 3) rows in raster order, filled up with rows at (-1, -1), and the
+(x, y) coordinates. One frame is one unit; all frames of a clip have one size. Without a tower (the unified models) the
 processor pools: a row is a token.
 """
 
@@ -17,47 +17,43 @@ from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.families.base import FamilyAdapter, PixelStats, to_uint8
 
 PIXELS = "pixel_values_videos"
-PLACES = "pixel_position_ids_videos"
+COORDINATES = "pixel_position_ids_videos"
 COUNTS = "video_frame_counts"
 
 
 class Gemma4(FamilyAdapter):
     """Adapter of Gemma 4. No encoder reuse: a tower is Hugging Face's module, which takes whole frames only."""
 
-    def pixel_stats(self, hf_processor: Any) -> PixelStats:
-        look = hf_processor.image_processor  # frames go through it, not through the video processor
-        if look.do_normalize:
-            return PixelStats(tuple(look.image_mean), tuple(look.image_std))
+    def pixel_stats(self, processor: Any) -> PixelStats:
+        source = processor.image_processor  # frames go through it, not through the video processor
+        if source.do_normalize:
+            return PixelStats(tuple(source.image_mean), tuple(source.image_std))
         return PixelStats((0.0,) * 3, (1.0,) * 3)
 
-    def clip(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> Clip | None:
+    def clip(self, item: Mapping[str, Any]) -> Clip | None:
         if PIXELS not in item:
             return None
-        vision, patches = hf_config.vision_config, self._patches(item, stats)
+        vision, patches = self.config.vision_config, self._patches(item)
         pool = vision.patch_size * vision.pooling_kernel_size // patches.shape[3]
         count, rows, columns = patches.shape[:3]
         grid = (count, rows // pool, columns // pool)
         tokens = patches.reshape(count, grid[1], pool, grid[2], pool, -1).transpose(2, 3)
         return Clip(tokens.reshape(count, grid[1] * grid[2], -1).contiguous(), grid)
 
-    def frames(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> np.ndarray:
-        patches = self._patches(item, stats)
+    def frames(self, item: Mapping[str, Any]) -> np.ndarray:
+        patches = self._patches(item)
         count, rows, columns, side = patches.shape[:4]
         return patches.transpose(2, 3).reshape(count, rows * side, columns * side, 3).cpu().numpy()
 
-    def select_clips(
-        self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan], start: int, stop: int
-    ) -> dict[str, Any]:
-        ends = np.cumsum([0, *(plan.num_units for plan in plans)])
-        per_frame = {key: batch[key][ends[start] : ends[stop]] for key in (PIXELS, PLACES)}
-        return {key: value[start:stop] for key, value in batch.items() if key not in per_frame} | per_frame
+    def flat_rows(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> dict[str, Sequence[int]]:
+        return {name: [plan.num_units for plan in plans] for name in (PIXELS, COORDINATES)}
 
-    def _patches(self, item: Mapping[str, Any], stats: PixelStats) -> torch.Tensor:
+    def _patches(self, item: Mapping[str, Any]) -> torch.Tensor:
         """(F, rows, columns, side, side, 3) uint8."""
-        places = item[PLACES][0]
-        columns, rows = (int(size) for size in places.amax(dim=0) + 1)
+        coordinates = item[COORDINATES][0]
+        columns, rows = (int(size) for size in coordinates.amax(dim=0) + 1)
         values = item[PIXELS][:, : rows * columns]
         count, side = len(values), round((values.shape[-1] / 3) ** 0.5)
         channels_first = values.reshape(-1, side * side, 3).transpose(1, 2).flatten(1)
-        pixels = to_uint8(channels_first, 3, stats).view(count, rows, columns, 3, side, side)
+        pixels = to_uint8(channels_first, 3, self.stats).view(count, rows, columns, 3, side, side)
         return pixels.permute(0, 1, 2, 4, 5, 3)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from evs_vllm.core.plan import RetentionPlan
@@ -17,27 +16,27 @@ from evs_vllm.families.plain_vit import PlainTower, packed_blocks, packed_frames
 class InternVLNative(FrameBlocks):
     """InternVL in Hugging Face's own format: pixel shuffle makes one token of each r x r patches (r = 2)."""
 
-    def block_starts(self, hf_config: Any) -> tuple[list[int], int]:
-        vision = hf_config.vision_config
+    def block_starts(self) -> tuple[list[int], int]:
+        vision = self.config.vision_config
         patch, size = (x if isinstance(x, int) else x[0] for x in (vision.patch_size, vision.image_size))
-        block = round(patch / hf_config.downsample_ratio)
+        block = round(patch / self.config.downsample_ratio)
         return list(range(0, size, block)), block
+
+    def flat_rows(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> dict[str, Sequence[int]]:
+        return {self.pixels: [packed_frames(plan) for plan in plans]}
 
     def select_clips(
         self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan], start: int, stop: int
     ) -> dict[str, Any]:
-        ends = np.cumsum([0, *(packed_frames(plan) for plan in plans)])
-        own = {
-            self.pixels: batch[self.pixels][ends[start] : ends[stop]],
-            "video_num_patches": batch["video_num_patches"][start:stop],
-        }
-        return {**batch, **own}
+        # What else there is belongs to no clip.
+        own = {name: batch[name] for name in (self.pixels, "video_num_patches")}
+        return {**batch, **super().select_clips(own, plans, start, stop)}
 
     def computed_pixels(self, item: Mapping[str, Any], plan: RetentionPlan) -> dict[str, Any]:
         return {self.pixels: packed_blocks(item[self.pixels], plan)}
 
-    def reuse_obstacle(self, hf_config: Any) -> str:
-        if not getattr(hf_config.vision_config, "use_absolute_position_embeddings", True):
+    def why_not_reuse(self) -> str:
+        if not getattr(self.config.vision_config, "use_absolute_position_embeddings", True):
             return "the vision tower has no learned positions."
         return ""
 
@@ -58,19 +57,19 @@ class InternVLChat(InternVLNative):
 
     pixels = "pixel_values_flat_video"
 
-    def pixel_stats(self, hf_processor: Any) -> PixelStats:
+    def pixel_stats(self, processor: Any) -> PixelStats:
         # Constants in the checkpoints' code and in vLLM's processor for them.
         return PixelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-    def _uint8_frames(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> torch.Tensor:
-        frames = super()._uint8_frames(item, hf_config, stats)
+    def _uint8_frames(self, item: Mapping[str, Any]) -> torch.Tensor:
+        frames = super()._uint8_frames(item)
         # The first version of pixel shuffle leaves its rows and columns swapped: as if the picture were.
-        return frames.transpose(-1, -2) if hf_config.ps_version == "v1" else frames
+        return frames.transpose(-1, -2) if self.config.ps_version == "v1" else frames
 
-    def reuse_obstacle(self, hf_config: Any) -> str:
-        if hf_config.ps_version == "v1":
+    def why_not_reuse(self) -> str:
+        if self.config.ps_version == "v1":
             return "the first version of pixel shuffle swaps rows and columns."
-        return super().reuse_obstacle(hf_config)
+        return super().why_not_reuse()
 
     def reuse_tower(self, model: Any) -> ReuseTower:
         vision, shuffle = model.vision_model, partial(model.pixel_shuffle, scale_factor=model.downsample_ratio)

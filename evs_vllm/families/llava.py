@@ -16,24 +16,24 @@ from evs_vllm.families.plain_vit import PlainTower, packed_blocks, with_class
 class LlavaNextVideo(FrameBlocks):
     """LLaVA-NeXT-Video: pooling makes one token of each s x s patches (s = 2), so a token's patches go together."""
 
-    def block_starts(self, hf_config: Any) -> tuple[list[int], int]:
-        vision, stride = hf_config.vision_config, hf_config.spatial_pool_stride
+    def block_starts(self) -> tuple[list[int], int]:
+        vision, stride = self.config.vision_config, self.config.spatial_pool_stride
         block = vision.patch_size * stride
         return [block * i for i in range(vision.image_size // vision.patch_size // stride)], block
 
     def computed_pixels(self, item: Mapping[str, Any], plan: RetentionPlan) -> dict[str, Any]:
         return {self.pixels: packed_blocks(item[self.pixels], plan)}
 
-    def reuse_obstacle(self, hf_config: Any) -> str:
-        vision = hf_config.vision_config
-        if vision.model_type != "clip_vision_model" or hf_config.vision_feature_select_strategy != "default":
+    def why_not_reuse(self) -> str:
+        vision = self.config.vision_config
+        if vision.model_type != "clip_vision_model" or self.config.vision_feature_select_strategy != "default":
             return "only a CLIP vision tower without its class token is supported."
-        if vision.image_size % (vision.patch_size * hf_config.spatial_pool_stride):
+        if vision.image_size % (vision.patch_size * self.config.spatial_pool_stride):
             return "pooling leaves out the last patches of a frame."
         return ""
 
     def reuse_tower(self, model: Any) -> ReuseTower | None:
-        if self.reuse_obstacle(model.config):
+        if self.why_not_reuse():
             return None
         vision, pool = model.vision_tower.vision_model, model.vision_resampler.pool
         embeddings = vision.embeddings
@@ -60,8 +60,8 @@ class LlavaOnevision(FrameBlocks):
     n (the released models: 27 to 14) the patches of the middle row and column belong to two tokens.
     """
 
-    def block_starts(self, hf_config: Any) -> tuple[list[int], int]:
-        vision = hf_config.vision_config
+    def block_starts(self) -> tuple[list[int], int]:
+        vision = self.config.vision_config
         patches = vision.image_size // vision.patch_size
         side = -(-patches // 2)
         first = [int((i + 0.5) * patches / side - 0.5) for i in range(side)]

@@ -22,10 +22,11 @@ AUDIO_IN_VIDEO = "use_audio_in_video"
 class Qwen2_5Omni(Qwen2VL):
     """Adapter of the Qwen2.5-Omni thinker."""
 
-    def media_config(self, hf_config: Any) -> Any:
+    @staticmethod
+    def media_config(hf_config: Any) -> Any:
         return getattr(hf_config, "thinker_config", hf_config)
 
-    def kwargs_obstacle(self, mm_processor_kwargs: Mapping[str, Any]) -> str:
+    def unsupported_kwargs(self, mm_processor_kwargs: Mapping[str, Any]) -> str:
         if not mm_processor_kwargs.get(AUDIO_IN_VIDEO):
             return ""
         return f"{AUDIO_IN_VIDEO} puts audio tokens between those of the clip"
@@ -36,16 +37,14 @@ class Qwen2_5Omni(Qwen2VL):
         per_clip = {key: value for key, value in batch.items() if key != AUDIO_IN_VIDEO}
         return super().select_clips(per_clip, plans, start, stop)
 
-    def position_span(self, item: Mapping[str, Any], grid: tuple[int, int, int], hf_config: Any) -> int:
-        # As get_mrope_input_positions of the model.
+    def ids_per_unit(self, item: Mapping[str, Any]) -> float:
         seconds = item.get("second_per_grid_ts")
-        step = self._ids_per_second(hf_config) * (self._seconds if seconds is None else float(seconds))
-        return max(int((grid[0] - 1) * step), grid[1] - 1, grid[2] - 1) + 1
+        return self._ids_per_second() * (self._seconds if seconds is None else float(seconds))
 
     _seconds = 1.0  # per unit where the processor does not say
 
-    def _ids_per_second(self, hf_config: Any) -> float:
-        return float(getattr(hf_config.vision_config, "tokens_per_second", 25))
+    def _ids_per_second(self) -> float:
+        return float(getattr(self.config.vision_config, "tokens_per_second", 25))
 
 
 class Qwen3Omni(Qwen2_5Omni):
@@ -53,8 +52,8 @@ class Qwen3Omni(Qwen2_5Omni):
 
     _seconds = 2.0
 
-    def _ids_per_second(self, hf_config: Any) -> float:
-        return float(hf_config.position_id_per_seconds)
+    def _ids_per_second(self) -> float:
+        return float(self.config.position_id_per_seconds)
 
     def reuse_tower(self, model: Any) -> ReuseTower:
         return Qwen3OmniTower(model.visual)

@@ -6,35 +6,38 @@ like all others and have the same placeholder.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from evs_vllm.core.clip import Clip
-from evs_vllm.core.plan import BoolArray, Layout, RetentionPlan
-from evs_vllm.families.base import FamilyAdapter, PixelStats
+from evs_vllm.core.plan import BoolArray, Layout
+from evs_vllm.families.base import FamilyAdapter
 from evs_vllm.families.qwen2_vl import GRID, Qwen2VL
 from evs_vllm.families.qwen2_vl import PIXELS as QWEN_PIXELS
 
 PIXELS = "video_pixel_values"
 
-_ROWS = Qwen2VL()
-
 
 class Ovis25(FamilyAdapter):
     """Adapter of Ovis2.5."""
 
-    def clip(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> Clip | None:
-        return _ROWS.clip(*_as_qwen2_vl(item, hf_config), stats) if PIXELS in item else None
+    def clip(self, item: Mapping[str, Any]) -> Clip | None:
+        return self._rows.clip(_as_qwen2_vl(item)) if PIXELS in item else None
 
-    def frames(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> np.ndarray:
-        return _ROWS.frames(*_as_qwen2_vl(item, hf_config), stats)
+    def frames(self, item: Mapping[str, Any]) -> np.ndarray:
+        return self._rows.frames(_as_qwen2_vl(item))
 
-    def select_clips(
-        self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan], start: int, stop: int
-    ) -> dict[str, Any]:
-        return {key: value[start:stop] for key, value in batch.items()}
+    @cached_property
+    def _rows(self) -> Qwen2VL:
+        """Reads the pixel rows, under the names that Qwen2-VL has for what the config says of them."""
+        vit = self.config.vit_config
+        vision = SimpleNamespace(
+            spatial_merge_size=vit.hidden_stride, patch_size=vit.patch_size, in_channels=vit.num_channels
+        )
+        return Qwen2VL(SimpleNamespace(vision_config=vision), stats=self.stats)
 
     def layout(self, token_ids: Sequence[int], is_embed: BoolArray | None, clip: Clip) -> Layout:
         layout = super().layout(token_ids, is_embed, clip)
@@ -43,10 +46,5 @@ class Ovis25(FamilyAdapter):
         return Layout(layout.token_ids, layout.is_embed, is_visual)
 
 
-def _as_qwen2_vl(item: Mapping[str, Any], hf_config: Any) -> tuple[dict[str, Any], Any]:
-    """The clip's rows and the config under the names that Qwen2-VL has for them."""
-    vit = hf_config.vit_config
-    vision = SimpleNamespace(
-        spatial_merge_size=vit.hidden_stride, patch_size=vit.patch_size, in_channels=vit.num_channels
-    )
-    return {QWEN_PIXELS: item[PIXELS], GRID: item["video_grids"][0]}, SimpleNamespace(vision_config=vision)
+def _as_qwen2_vl(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {QWEN_PIXELS: item[PIXELS], GRID: item["video_grids"][0]}

@@ -14,9 +14,9 @@ import torch
 
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.positions import MROPE_CACHE_FACTOR
 from evs_vllm.core.reuse import ClipRows, ReuseSchedule, clip_rows
-from evs_vllm.families.base import FamilyAdapter, PixelStats, ReuseTower, to_uint8
+from evs_vllm.families.base import FamilyAdapter, ReuseTower, to_uint8
+from evs_vllm.families.rotary import MROPE_CACHE_FACTOR
 
 PIXELS = "pixel_values_videos"
 GRID = "video_grid_thw"
@@ -25,21 +25,21 @@ GRID = "video_grid_thw"
 class Qwen2VL(FamilyAdapter):
     """Adapter of the Qwen2-VL row order."""
 
-    def clip(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> Clip | None:
+    def clip(self, item: Mapping[str, Any]) -> Clip | None:
         if PIXELS not in item:
             return None
-        vision = hf_config.vision_config
+        vision = self.config.vision_config
         merge = vision.spatial_merge_size
         units, height, width = (int(x) for x in item[GRID])
-        rows = to_uint8(item[PIXELS], vision.in_channels, stats)
+        rows = to_uint8(item[PIXELS], vision.in_channels, self.stats)
         grid = (units, height // merge, width // merge)
         return Clip(rows.reshape(units, grid[1] * grid[2], -1), grid)
 
-    def frames(self, item: Mapping[str, Any], hf_config: Any, stats: PixelStats) -> np.ndarray:
-        vision = hf_config.vision_config
+    def frames(self, item: Mapping[str, Any]) -> np.ndarray:
+        vision = self.config.vision_config
         merge, patch, channels = vision.spatial_merge_size, vision.patch_size, vision.in_channels
         units, height, width = (int(x) for x in item[GRID])
-        rows = to_uint8(item[PIXELS], channels, stats)
+        rows = to_uint8(item[PIXELS], channels, self.stats)
         patches = rows.reshape(units, height // merge, width // merge, merge, merge, channels, -1, patch, patch)
         # (unit, frame of the unit, block row, row, pixel row, block column, column, pixel column, channel)
         frames = patches.permute(0, 6, 1, 3, 7, 2, 4, 8, 5)
@@ -50,28 +50,26 @@ class Qwen2VL(FamilyAdapter):
         tokens = rows.view(plan.num_tokens, -1, rows.shape[-1])
         return {PIXELS: tokens[torch.from_numpy(plan.computed).to(rows.device)].flatten(0, 1)}
 
-    def select_clips(
-        self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan], start: int, stop: int
-    ) -> dict[str, Any]:
+    def flat_rows(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> dict[str, Sequence[int]]:
         patches = [int(grid.prod()) // plan.num_tokens for grid, plan in zip(batch[GRID], plans, strict=True)]
-        rows = [len(plan.computed) * per_token for plan, per_token in zip(plans, patches, strict=True)]
-        ends = np.concatenate([[0], np.cumsum(rows)])
-        pixels = batch[PIXELS][ends[start] : ends[stop]]
-        per_clip = {key: value[start:stop] for key, value in batch.items() if key != PIXELS}
-        return {PIXELS: pixels, **per_clip}
+        return {PIXELS: [len(plan.computed) * per_token for plan, per_token in zip(plans, patches, strict=True)]}
 
     def reuse_tower(self, model: Any) -> ReuseTower:
         return Qwen2VLTower(model.visual)
 
-    def position_span(self, item: Mapping[str, Any], grid: tuple[int, int, int], hf_config: Any) -> int:
-        # As get_mrope_input_positions of the two models: time counts in seconds where the config says how many IDs one
-        # second takes, so a slow clip can take more IDs than it has tokens.
-        seconds = item.get("second_per_grid_ts")
-        step = getattr(hf_config.vision_config, "tokens_per_second", 1.0) * (1.0 if seconds is None else float(seconds))
-        return max(int((grid[0] - 1) * step), grid[1] - 1, grid[2] - 1) + 1
+    def position_span(self, item: Mapping[str, Any], grid: tuple[int, int, int]) -> int:
+        # As get_mrope_input_positions of the models: a slow clip can take more IDs than it has tokens.
+        return max(int((grid[0] - 1) * self.ids_per_unit(item)), grid[1] - 1, grid[2] - 1) + 1
 
-    def max_position(self, hf_config: Any, max_model_len: int) -> int:
-        return MROPE_CACHE_FACTOR * super().max_position(hf_config, max_model_len)
+    def ids_per_unit(self, item: Mapping[str, Any]) -> float:
+        """Position IDs from one temporal unit to the next; time counts in seconds where the config says how many IDs
+        one second takes."""
+        seconds = item.get("second_per_grid_ts")
+        per_second = getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        return float(per_second * (1.0 if seconds is None else float(seconds)))
+
+    def max_position(self, max_model_len: int) -> int:
+        return MROPE_CACHE_FACTOR * super().max_position(max_model_len)
 
 
 class Qwen2VLTower(ReuseTower):

@@ -22,7 +22,7 @@ class Qwen3VL(Qwen2VL):
     def reuse_tower(self, model: Any) -> ReuseTower:
         return Qwen3VLTower(model.visual)
 
-    def position_span(self, item: Mapping[str, Any], grid: tuple[int, int, int], hf_config: Any) -> int:
+    def position_span(self, item: Mapping[str, Any], grid: tuple[int, int, int]) -> int:
         # As get_mrope_input_positions: each unit is a picture of its own. Text between units is not counted here, the
         # pruned prompt has it too.
         return grid[0] * max(grid[1], grid[2])

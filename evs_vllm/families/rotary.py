@@ -4,6 +4,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+MROPE_CACHE_FACTOR = 4
+"""Multiple of max_position_embeddings at which M-RoPE's cos/sin cache is made: vLLM's default for most families
+(vllm/model_executor/layers/rotary_embedding/mrope.py, positions_factor), with `compat.widen_rotary_caches` for all of
+ours."""
+
 
 def rotary_length(text_config: Any, max_model_len: int) -> int:
     """Number of position IDs that the cos/sin cache of a language model with 1-D RoPE holds in vLLM.
