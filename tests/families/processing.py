@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.families import family_of
+from evs_vllm.families.base import FamilyAdapter
 
 WHOLE = {"rate": 0.5, "encoder": "full"}
 """Settings with which all pixels travel, those of dropped tokens, too."""
@@ -67,18 +69,15 @@ def pixels_in(result: Any) -> Any:
     return pixels
 
 
-class Seen:
-    """A family's adapter on what a processor made."""
+def adapter_for(processor: Any) -> FamilyAdapter:
+    """The family's adapter for the processor's model."""
+    family = family_of(processor.info.ctx.model_config.architecture)
+    assert family is not None
+    return family.bind(processor.info.get_hf_config(), processor=processor.info.get_hf_processor())
 
-    def __init__(self, processor: Any) -> None:
-        family = family_of(processor.info.ctx.model_config.architecture)
-        assert family is not None
-        self.adapter = family.load_adapter()
-        self.config = processor.info.get_hf_config()
-        self.stats = self.adapter.pixel_stats(processor.info.get_hf_processor())
 
-    def clip(self, result: Any) -> Any:
-        return self.adapter.clip(fields_in(result), self.config, self.stats)
-
-    def frames(self, result: Any) -> np.ndarray:
-        return self.adapter.frames(fields_in(result), self.config, self.stats)
+def clip_in(processor: Any, result: Any) -> Clip:
+    """The pixels that are compared, of a clip that `processor` made."""
+    clip = adapter_for(processor).clip(fields_in(result))
+    assert clip is not None
+    return clip

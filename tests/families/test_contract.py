@@ -11,17 +11,17 @@ import torch
 
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.positions import RESERVE
-from evs_vllm.core.scorers import pixel_change
+from evs_vllm.core.scorers import PixelChange
 from evs_vllm.errors import ConfigError, RequestError
 from evs_vllm.families import family_of, supported_architectures
-from evs_vllm.families.base import FamilyAdapter
 from evs_vllm.families.plain_vit import packed_frames
 from evs_vllm.testing import synthetic_clip
 from tests.families.facts import Facts
 from tests.families.processing import (
     WHOLE,
-    Seen,
+    adapter_for,
     arguments_for,
+    clip_in,
     fields_in,
     pixels_in,
     plan_in,
@@ -30,7 +30,7 @@ from tests.families.processing import (
     prompt_for,
 )
 from tests.families.registry import FAMILIES, families, names_of
-from tests.reference.hf import Clip
+from tests.reference import hf
 
 pytestmark = [pytest.mark.vllm, families(lambda facts: True)]
 
@@ -74,19 +74,19 @@ def test_a_painted_pixel_changes_the_score_of_its_token_and_no_other(whole: Any,
     height, width = facts.frame_size
     frames = np.full((4 * facts.unit_frames, height, width, 3), 100, dtype=np.uint8)
     under = facts.tokens_under or (lambda pixel: [pixel // facts.token_side])
-    seen, rng = Seen(whole), np.random.default_rng()
+    rng = np.random.default_rng()
     for _ in range(12):
         frame = int(rng.integers(facts.unit_frames, len(frames)))
         top, left = int(rng.integers(height)), int(rng.integers(width))
         painted = frames.copy()
         painted[frame, top, left, int(rng.integers(3))] = 137
-        clip = seen.clip(process(whole, painted))
+        clip = clip_in(whole, process(whole, painted))
         assert clip.grid == (4, *facts.grid) and clip.tokens.dtype == torch.uint8
         t, expected = frame // facts.unit_frames, np.zeros(clip.grid, dtype=np.int64)
         for row in under(top):
             for column in under(left):
                 expected[t : t + 2, row, column] = 37
-        assert pixel_change(clip.tokens).view(clip.grid).tolist() == expected.tolist(), (frame, top, left)
+        assert PixelChange().score(clip.tokens).view(clip.grid).tolist() == expected.tolist(), (frame, top, left)
 
 
 @families(lambda facts: facts.whole_frames)
@@ -96,19 +96,19 @@ def test_the_rows_of_the_tower_are_the_tokens(model: Path, whole: Any, family: s
     reference.silence_attention()
     height, width = facts.frame_size
     frames = synthetic_clip(3, (height, width), "noise", seed=1)
-    before, grid, _ = reference.see_clip(Clip(frames))
-    seen, rng = Seen(whole), np.random.default_rng()
-    one = seen.clip(process(whole, frames))
+    before, grid, _ = reference.see_clip(hf.Clip(frames))
+    rng = np.random.default_rng()
+    one = clip_in(whole, process(whole, frames))
     assert one.grid == grid == (3, *facts.grid)
     changed_once = np.zeros(grid, dtype=bool)
     for _ in range(10):
         t, top, left = int(rng.integers(3)), int(rng.integers(height)), int(rng.integers(width))
         painted = frames.copy()
         painted[t, top, left] = 255 - painted[t, top, left]
-        after, _, _ = reference.see_clip(Clip(painted))
+        after, _, _ = reference.see_clip(hf.Clip(painted))
         changed = (after - before).abs().amax(dim=1)[reference.lead :][: int(np.prod(grid))]
         rows = changed.view(grid) > 0
-        pixels = (seen.clip(process(whole, painted)).tokens != one.tokens).any(dim=-1).view(grid)
+        pixels = (clip_in(whole, process(whole, painted)).tokens != one.tokens).any(dim=-1).view(grid)
         assert rows.tolist() == pixels.tolist(), (t, top, left)
         changed_once |= rows.numpy()
     assert changed_once.any()
@@ -116,7 +116,7 @@ def test_the_rows_of_the_tower_are_the_tokens(model: Path, whole: Any, family: s
 
 def test_frames_come_back_as_they_went_in(whole: Any, facts: Facts) -> None:
     frames = synthetic_clip(3 * facts.unit_frames, facts.frame_size, "noise", seed=2)
-    shown = Seen(whole).frames(process(whole, frames))
+    shown = adapter_for(whole).frames(fields_in(process(whole, frames)))
     assert shown.shape == frames.shape and (shown == frames).all()
 
 
@@ -172,8 +172,8 @@ def test_frames_that_nobody_computes_do_not_travel(model: Path, whole: Any, fact
         plan = plan_in(result)
         assert plan is not None and plan.encoder == "reuse"
         assert len(pixels_in(result)) == packed_frames(plan) <= expected
-        kept = Seen(whole).clip(process(whole, frames)).tokens.flatten(0, 1)[torch.from_numpy(plan.computed)]
-        assert torch.equal(Seen(processor).clip(result).tokens.flatten(0, 1)[: len(kept)], kept)
+        kept = clip_in(whole, process(whole, frames)).tokens.flatten(0, 1)[torch.from_numpy(plan.computed)]
+        assert torch.equal(clip_in(processor, result).tokens.flatten(0, 1)[: len(kept)], kept)
 
 
 @without_reuse
@@ -185,9 +185,7 @@ def test_without_reuse_all_pixels_travel_and_reuse_is_refused(model: Path, whole
 
 
 def test_the_table_says_what_the_adapter_can(model: Path, whole: Any, clip: np.ndarray, family: str) -> None:
-    adapter, needed = type(Seen(whole).adapter), {"reuse_tower", "computed_pixels"}
-    own = {name for name in needed if getattr(adapter, name) is not getattr(FamilyAdapter, name)}
-    assert own == (needed if reuses(family) else set())
+    assert (adapter_for(whole).why_not_reuse() == "") == reuses(family)
     plan = plan_in(process(processor_for(model, {"rate": 0.5, "encoder": "auto"}), clip))
     assert plan is not None and plan.encoder == ("reuse" if reuses(family) else "full")
 
@@ -277,7 +275,7 @@ def test_positions_beyond_the_rotary_cache_are_refused(whole: Any) -> None:
     from evs_vllm.engine.processor import PrunedUpdateDetails
 
     config = whole.info.get_hf_config()
-    limit = Seen(whole).adapter.max_position(config, 4096)
+    limit = adapter_for(whole).max_position(4096)
     assert limit == 4 * config.get_text_config().max_position_embeddings
 
     def check(span: int, positions: str = "keep") -> None:
@@ -316,8 +314,11 @@ def test_position_span_is_what_the_model_makes(model: Path, facts: Facts, fps: f
     after -= place.length - place.get_num_embeds()  # text between units stands in the pruned prompt, too
     plan = plan_in(result)
     assert plan is not None
-    seen = Seen(processor)
-    assert seen.adapter.position_span(fields_in(result), plan.grid, seen.config) == after - facts.extra_rows
+    assert (
+        plan.position_span
+        == adapter_for(processor).position_span(fields_in(result), plan.grid)
+        == after - facts.extra_rows
+    )
 
 
 def test_memory_is_profiled_unpruned(model: Path, clip: np.ndarray) -> None:

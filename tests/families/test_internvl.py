@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from evs_vllm.core.scorers import pixel_change
+from evs_vllm.core.scorers import PixelChange
 from evs_vllm.errors import ConfigError
 from evs_vllm.families.base import PixelStats
 from evs_vllm.families.internvl import InternVLChat
 from evs_vllm.testing import synthetic_clip
-from tests.families.processing import WHOLE, Seen, pixels_in, process, processor_for
+from tests.families.processing import WHOLE, adapter_for, clip_in, pixels_in, process, processor_for
 
 pytestmark = pytest.mark.vllm
 
@@ -23,10 +23,9 @@ def test_first_pixel_shuffle_swaps_rows_and_columns(model_dir: Any) -> None:
     processor = processor_for(model_dir("internvl_chat"), WHOLE, **FIRST_SHUFFLE)
     frames = np.full((2, 112, 112, 3), 100, dtype=np.uint8)
     frames[1, 60, 5] = 137  # row 2, column 0
-    seen = Seen(processor)
-    changed = pixel_change(seen.clip(process(processor, frames)).tokens)[1]
+    changed = PixelChange().score(clip_in(processor, process(processor, frames)).tokens)[1]
     assert changed.nonzero().flatten().tolist() == [0 * 4 + 2]
-    assert isinstance(seen.adapter, InternVLChat)
+    assert isinstance(adapter_for(processor), InternVLChat)
     # That is where the model puts it: the same shuffle on the numbers of the patches.
     from vllm.model_executor.models.internvl import InternVLChatModel
 
@@ -45,14 +44,14 @@ def test_half_precision_pixels_are_near(model_dir: Any) -> None:
     frames = synthetic_clip(3, (112, 112), "noise", seed=3)
     half, single = (processor_for(model_dir("internvl"), WHOLE, dtype=dtype) for dtype in ("bfloat16", "float32"))
     assert pixels_in(process(half, frames)).dtype == torch.bfloat16
-    near, exact = (Seen(processor).clip(process(processor, frames)).tokens.int() for processor in (half, single))
+    near, exact = (clip_in(processor, process(processor, frames)).tokens.int() for processor in (half, single))
     assert (near - exact).abs().max() <= 2
 
 
 def test_statistics_of_the_own_format_are_those_of_its_processor() -> None:
     from vllm.transformers_utils.processors.internvl import IMAGENET_MEAN, IMAGENET_STD
 
-    assert InternVLChat().pixel_stats(None) == PixelStats(IMAGENET_MEAN, IMAGENET_STD)
+    assert InternVLChat(None).stats == PixelStats(IMAGENET_MEAN, IMAGENET_STD)
 
 
 def test_reuse_is_refused_with_the_first_pixel_shuffle(model_dir: Any) -> None:

@@ -21,7 +21,7 @@ def test_released_onevision_reads_pairs_of_patches() -> None:
         class vision_config:
             image_size, patch_size = 384, 14
 
-    starts, block = LlavaOnevision().block_starts(Config)
+    starts, block = LlavaOnevision(Config).block_starts()
     read = torch.nn.functional.interpolate(torch.eye(27)[None], size=14, mode="linear")[0]  # (source, target)
     assert block == 28
     for token, start in enumerate(starts):
