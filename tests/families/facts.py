@@ -53,7 +53,7 @@ class Facts:
     extra_rows: int = 0
     """Embedding rows of a clip that are no tokens: a newline, indicators."""
     raw_pixels: bool = True
-    """Whether vLLM has its tower normalise pixels, so that uint8 ones reach us."""
+    """Whether vLLM has its tower normalise pixels, so that uint8 ones reach us; for families with rows of patches."""
     embeds_with: Mapping[str, Any] | None = None
     """What vLLM wants beside precomputed embeddings of a clip of two units, or None where it takes none."""
     audio: bool = False

@@ -108,7 +108,6 @@ FACTS = Facts(
     block_size=64,
     step_tokens=256,
     whole_frames=True,
-    raw_pixels=False,
     rotary=frozenset({"RotaryEmbedding", "Gemma4RotaryEmbedding"}),
 )
 

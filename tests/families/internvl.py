@@ -53,7 +53,6 @@ FAMILIES = {
             frame_size=(112, 112),
             grid=(4, 4),
             whole_frames=True,
-            raw_pixels=False,
             rotary=frozenset({"RotaryEmbedding"}),
         ),
     ),

@@ -110,7 +110,6 @@ FAMILIES = {
             frame_size=(112, 112),
             grid=(4, 4),
             whole_frames=True,
-            raw_pixels=False,
             rotary=frozenset({"DynamicNTKScalingRotaryEmbedding"}),
             remote_code=True,
         ),

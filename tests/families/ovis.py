@@ -149,7 +149,6 @@ FAMILIES = {
             frame_size=(SIDE, SIDE),
             grid=(4, 4),
             whole_frames=True,
-            raw_pixels=False,
             extra_rows=2,
             rotary=frozenset({"Phi3LongRoPEScaledRotaryEmbedding"}),
             limits={"image": 4, "video": 1},
