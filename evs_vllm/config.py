@@ -12,7 +12,7 @@ from evs_vllm.errors import ConfigError
 from evs_vllm.options import OPTIONS, Option, exact
 
 IDENTITY_VERSION = "evs2"
-"""Bump it when what a plan holds or how tokens are counted changes, so that no cache serves what an older version made."""
+"""Bump it when what a plan holds or how tokens are counted changes: no cache may serve what an older version made."""
 
 _BY_NAME = {option.name: option for option in OPTIONS}
 

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.common import tables
+
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
 
@@ -179,19 +181,17 @@ def default_path(root: Path, device: str, kind: str) -> Path:
 
 def markdown(results: Sequence[Result]) -> str:
     """A Markdown table of the results."""
-    lines = [
-        "| row | median ms | p10-p90 ms | best ms | GB/s | speed-up | note |",
-        "|---|---:|---:|---:|---:|---:|---|",
-    ]
+    rows = []
     for r in results:
         if r.error is not None or r.median_ms is None:
-            lines.append(f"| {r.name} | - | - | - | - | - | no figure: {r.error} |")
+            rows.append((r.name, *"-----", f"no figure: {r.error}"))
             continue
         rate = f"{r.gb_per_s:.1f}" if r.gb_per_s else ""
         factor = "baseline" if r.baseline else f"{r.speedup:.2f}x" if r.speedup else ""
         spread = f"{r.p10_ms:.2f}-{r.p90_ms:.2f}"
-        lines.append(f"| {r.name} | {r.median_ms:.2f} | {spread} | {r.best_ms:.2f} | {rate} | {factor} | {r.note} |")
-    return "\n".join(lines)
+        rows.append((r.name, f"{r.median_ms:.2f}", spread, f"{r.best_ms:.2f}", rate, factor, r.note))
+    head = ("row", "median ms", "p10-p90 ms", "best ms", "GB/s", "speed-up", "note")
+    return "\n".join(tables.markdown(head, rows, "lrrrrrl"))
 
 
 def _output(*command: str) -> str | None:

@@ -3,6 +3,8 @@
 
 from typing import Any
 
+from bench.common.tables import markdown
+
 
 def add_bar(
     found: list[dict[str, Any]],
@@ -23,10 +25,10 @@ def table(found: list[dict[str, Any]]) -> str:
     """A Markdown table of the bars."""
     if not found:
         return ""
-    lines = ["", "**Bars**", "", "| what | asked | measured | |", "|---|---:|---:|---|"]
+    rows = []
     for bar in found:
         unit = f" {bar['unit']}" if bar["unit"] == "power" else bar["unit"]
         asked = "" if bar["asked"] is None else f"{'at most' if bar['at_most'] else 'at least'} {bar['asked']:g}{unit}"
         verdict = {True: "met", False: "missed", None: ""}[bar["met"]]
-        lines.append(f"| {bar['what']} | {asked} | {bar['measured']:.2f}{unit} | {verdict} |")
-    return "\n".join(lines)
+        rows.append((bar["what"], asked, f"{bar['measured']:.2f}{unit}", verdict))
+    return "\n".join(["", "**Bars**", "", *markdown(("what", "asked", "measured", ""), rows, "lrrl")])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bench.common import harness
+from bench.common import harness, tables
 from bench.drift.small_tower import (
     Model,
     check,
@@ -32,6 +32,7 @@ from bench.drift.small_tower import (
     train,
 )
 from evs_vllm.config import EVSConfig
+from evs_vllm.core.clip import Clip
 from evs_vllm.core.selection import make_plan
 
 # name: (tokens (rows, columns), every how many frames, was it trained on)
@@ -121,7 +122,9 @@ def measure(
         ways = [f"reuse/{r}" for r in refreshes] + [f"interval/{r}" for r in refreshes if r] + ["skip", "previous"]
         for way in ways:
             refresh = int(way.split("/")[1]) if "/" in way else 0
-            plan = make_plan(tokens, (units, *grid), EVSConfig(rate=rate, encoder="reuse", encoder_refresh=refresh))
+            plan = make_plan(
+                Clip(tokens, (units, *grid)), EVSConfig(rate=rate, encoder="reuse", encoder_refresh=refresh)
+            )
             kept = torch.from_numpy(plan.mask).view(units, places)
             computed = torch.zeros(units * places, dtype=torch.bool)
             computed[torch.from_numpy(plan.computed)] = True
@@ -207,39 +210,31 @@ def markdown(content: dict[str, Any]) -> str:
         for held_out in (True, False):
             some = [r for r in rows if r["tower"] == tower and (not held_out or not r["seen_in_training"])]
             lines += ["", f"## {tower} tower, {'held-out clips' if held_out else 'all clips'}", ""]
-            lines += [
-                "| rate | way | computed | mean age | cosine | p05 | centred | p05 | rel. error | thumbnail (full) |"
-            ]
-            lines += ["|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+            cells = []
             for rate, way in dict.fromkeys((r["rate"], r["way"]) for r in some):
                 mine = [r for r in some if (r["rate"], r["way"]) == (rate, way)]
 
                 def mean(key: str, mine: list[dict[str, Any]] = mine) -> float:
                     return statistics.fmean(r[key] for r in mine)
 
-                lines.append(
-                    f"| {rate} | {way} | {mean('computed_share'):.2f} | {mean('mean_age_units'):.1f} "
-                    f"| {mean('cosine'):.4f} | {mean('cosine_p05'):.4f} | {mean('centred_cosine'):.4f} "
-                    f"| {mean('centred_cosine_p05'):.4f} | {mean('relative_error'):.3f} "
-                    f"| {mean('thumbnail'):.3f} ({mean('thumbnail_full'):.3f}) |"
-                )
+                cells.append([
+                    f"{rate}", way, f"{mean('computed_share'):.2f}", f"{mean('mean_age_units'):.1f}",
+                    *(f"{mean(key):.4f}" for key in ("cosine", "cosine_p05", "centred_cosine", "centred_cosine_p05")),
+                    f"{mean('relative_error'):.3f}", f"{mean('thumbnail'):.3f} ({mean('thumbnail_full'):.3f})",
+                ])  # fmt: skip
+            head = ["rate", "way", "computed", "mean age", "cosine", "p05", "centred", "p05", "rel. error"]
+            lines += tables.markdown([*head, "thumbnail (full)"], cells, "rlr")
         lines += ["", f"### {tower} tower, all clips: cosine after each layer (0: patch embedding)", ""]
         depth = content["config"]["depth"]
-        lines += [
-            "| rate | way | " + " | ".join(str(i) for i in range(depth + 1)) + " |",
-            "|---:|---|" + "---:|" * (depth + 1),
-        ]
-        some = [r for r in rows if r["tower"] == tower]
+        some, cells = [r for r in rows if r["tower"] == tower], []
         for rate, way in dict.fromkeys((r["rate"], r["way"]) for r in some if r["way"] != "previous"):
             mine = [r["cosine_by_layer"] for r in some if (r["rate"], r["way"]) == (rate, way)]
-            lines.append(f"| {rate} | {way} | " + " | ".join(f"{statistics.fmean(x):.4f}" for x in zip(*mine)) + " |")
+            cells.append([f"{rate}", way, *(f"{statistics.fmean(x):.4f}" for x in zip(*mine))])
+        lines += tables.markdown(["rate", "way", *map(str, range(depth + 1))], cells, "rlr")
         lines += ["", f"### {tower} tower, all clips, refresh 0: centred cosine by mean age of the unit's keys", ""]
-        lines += [
-            "| rate | " + " | ".join(f"<= {e}" for e in STALENESS[1:]) + " |",
-            "|---:|" + "---:|" * (len(STALENESS) - 1),
-        ]
+        cells = []
         for rate in dict.fromkeys(r["rate"] for r in some):
-            cells = []
+            cells.append([f"{rate}"])
             for edge in STALENESS[1:]:
                 pairs = [
                     r["centred_cosine_by_age"][str(edge)]
@@ -247,8 +242,8 @@ def markdown(content: dict[str, Any]) -> str:
                     if r["rate"] == rate and r["way"] == "reuse/0" and str(edge) in r["centred_cosine_by_age"]
                 ]
                 count = sum(n for _, n in pairs)
-                cells.append(f"{sum(v * n for v, n in pairs) / count:.4f} ({count})" if count else "")
-            lines.append(f"| {rate} | " + " | ".join(cells) + " |")
+                cells[-1].append(f"{sum(v * n for v, n in pairs) / count:.4f} ({count})" if count else "")
+        lines += tables.markdown(["rate", *(f"<= {edge}" for edge in STALENESS[1:])], cells, "r")
     return "\n".join(lines) + "\n"
 
 

@@ -2,11 +2,8 @@
 """Asks a running vLLM server about videos through the OpenAI client, a fixed number of requests in flight."""
 
 import asyncio
-import base64
-import mimetypes
+import json
 import os
-import re
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ import httpx
 import openai
 
 from evs_vllm.errors import EVSError
+from evs_vllm.serving import Answer, is_local, metrics, read_url, video_part
 
 COUNTERS = ("evs:clips_total", "evs:video_tokens_total", "evs:video_tokens_kept_total")
 VIDEO_AS = ("data", "file")
@@ -40,15 +38,6 @@ class Ask:
     @property
     def videos(self) -> int:
         return sum(part["type"] == "video" for turn in self.turns for part in turn["content"])
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the server said, and the tokens it counted."""
-
-    text: str
-    prompt_tokens: int
-    output_tokens: int
 
 
 class Client:
@@ -113,32 +102,21 @@ class Client:
     def counters(self) -> dict[str, float] | None:
         """The plugin's counters in ``/metrics``, or None where nobody shows them."""
         try:
-            response = httpx.get(f"{self.root}/metrics", timeout=30, trust_env=not self._local)
-        except httpx.HTTPError:
+            found = metrics(self.root)
+        except OSError:
             return None
-        if response.status_code != 200:
-            return None
-        return {
-            name: sum(float(v) for v in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", response.text, re.MULTILINE))
-            for name in COUNTERS
-        }
+        return {name: found.get(name, 0.0) for name in COUNTERS}
 
     def server_version(self) -> str | None:
         """vLLM's version, as the server says it."""
         try:
-            content = httpx.get(f"{self.root}/version", timeout=30, trust_env=not self._local).json()
-            return str(content["version"])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return str(json.loads(read_url(f"{self.root}/version"))["version"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    @property
-    def _local(self) -> bool:
-        return urllib.parse.urlsplit(self.root).hostname in ("localhost", "127.0.0.1", "::1")
-
     async def _with_client(self, use: Any) -> Any:
-        # The environment's proxy has no business between this machine and itself.
         http = httpx.AsyncClient(
-            trust_env=not self._local, timeout=self._timeout_s, limits=httpx.Limits(max_connections=None)
+            trust_env=not is_local(self.root), timeout=self._timeout_s, limits=httpx.Limits(max_connections=None)
         )
         key = os.environ.get("OPENAI_API_KEY", "EMPTY")
         async with openai.AsyncOpenAI(
@@ -209,14 +187,8 @@ def _openai_part(part: Mapping[str, Any], video_as: str) -> dict[str, Any]:
             raise EVSError(f"{path} is a folder of frames, not a video file: leave this task out")
         if not path.is_file():
             raise EVSError(f"no such video: {path}")
-        if video_as == "file":
-            url = path.absolute().as_uri()
-        else:
-            # vLLM decides by "video/jpeg" or not; what is in the file, its decoder finds out by itself.
-            kind = mimetypes.guess_type(path.name)[0] or ""
-            kind = kind if kind.startswith("video/") else "video/mp4"
-            url = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    return {"type": "video_url", "video_url": {"url": url}}
+        return video_part(path.absolute().as_uri() if video_as == "file" else path)
+    return video_part(url)
 
 
 def generation_of(asked: Mapping[str, Any], max_tokens: int | None) -> dict[str, Any]:

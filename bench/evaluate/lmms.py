@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.evaluate.client import Answer, Ask, Client, generation_of
+from bench.evaluate.client import Ask, Client, generation_of
 from evs_vllm.errors import EVSError
+from evs_vllm.serving import Answer
 
 # Some tasks read it while they are imported, and each has a default of its own.
 os.environ.setdefault("HF_HOME", str(Path.home() / ".cache" / "huggingface"))

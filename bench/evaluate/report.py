@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.common import tables
+
 HEAD = (
     "task", "variant", "rate", "accuracy", "of rate 0", "answers changed", "prompt tokens", "video tokens", "kept",
 )  # fmt: skip
@@ -112,39 +114,34 @@ def _fill(row: Row, points: Sequence[Point], base: Row | None, at_zero: Sequence
 def markdown(content: Mapping[str, Any]) -> str:
     """Everything as Markdown, from the content of a result file."""
     groups, points = content["groups"], [Point(**point) for point in content["points"]]
-    lines = ["| " + " | ".join(HEAD) + " |", "|---|---" + "|---:" * (len(HEAD) - 2) + "|"]
+    cells = []
     for row in rows_of(groups, points):
-        start = f"| {row.group} | {row.variant} | {row.rate:g} |"
+        start = (row.group, row.variant, f"{row.rate:g}")
         if row.error is not None:
-            words = " ".join(row.error.split()).replace("|", "/")
-            lines.append(f"{start} no figure: {words[:300]} |" + " |" * (len(HEAD) - 4))
+            cells.append((*start, f"no figure: {' '.join(row.error.split())[:300]}"))
             continue
-        cells = [
+        figures = [
             f"{row.accuracy:.4g}", _percent(row.relative), _percent(row.changed), f"{row.prompt_tokens:.0f}",
             "" if row.tokens is None else f"{row.tokens:.0f}", "" if row.kept is None else f"{row.kept:.0f}",
         ]  # fmt: skip
-        lines.append(f"{start} " + " | ".join(cells) + " |")
-    lines += ["", *_parts(groups, points), *_notes(content, groups, points)]
+        cells.append((*start, *figures))
+    lines = [*tables.markdown(HEAD, cells, "llr"), "", *_parts(groups, points), *_notes(content, groups, points)]
     return "\n".join(lines) + "\n"
 
 
 def _parts(groups: Mapping[str, Sequence[str]], points: Sequence[Point]) -> list[str]:
     """The tasks of each group of several, and every further metric."""
-    lines = []
+    rows: list[list[str]] = []
+    head: list[str] = []
     for parts in groups.values():
         for task in parts:
             mine = [point for point in points if point.task == task and point.error is None]
             metrics = list(mine[0].metrics) if mine else []
             for metric in metrics if len(parts) > 1 else metrics[1:]:
                 told = [f"{point.metrics.get(metric, float('nan')):.4g}" for point in mine]
-                lines.append(f"| {task} | {metric} | " + " | ".join(told) + " |")
-                cells = [f"{point.variant} {point.rate:g}".strip() for point in mine]
-                if len(lines) == 1:
-                    lines[:0] = [
-                        "| part | metric | " + " | ".join(cells) + " |",
-                        "|---|---" + "|---:" * len(cells) + "|",
-                    ]
-    return [*lines, ""] if lines else []
+                rows.append([task, metric, *told])
+                head = head or ["part", "metric", *(f"{point.variant} {point.rate:g}".strip() for point in mine)]
+    return [*tables.markdown(head, rows, "llr"), ""] if rows else []
 
 
 def _notes(content: Mapping[str, Any], groups: Mapping[str, Sequence[str]], points: Sequence[Point]) -> list[str]:

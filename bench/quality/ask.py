@@ -2,8 +2,9 @@
 """Asks a trained model of the quality lab (`quality.py`) about clips: ways to choose tokens, ways to compute them."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -11,58 +12,77 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import transformers
-from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-import evs_vllm.families.qwen2_vl
-import evs_vllm.hf.model
-import evs_vllm.hf.tower
+import evs_kernels
 from bench.quality.models import speed_up
 from evs_vllm import hf
+from evs_vllm.config import EVSConfig
+from evs_vllm.core.budget import token_budget
+from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.reuse import ReuseSchedule
-from evs_vllm.core.selection import plan_keeping, token_budget
+from evs_vllm.core.scorers import Scorer, Selection
+from evs_vllm.core.selection import make_plan
+from evs_vllm.families import family_of
+from evs_vllm.families.qwen2_vl import GRID, PIXELS
+from evs_vllm.hf import tower
 from evs_vllm.train.data import ChatCollator, as_item
 from evs_vllm.train.synthetic import Example
 from evs_vllm.train.trainer import answers
 
+FAMILY = family_of("Qwen2_5_VLForConditionalGeneration")
+assert FAMILY is not None
+
 # ---------------------------------------------------------------- other ways to choose, and to compute
 
 
-Chooser = Callable[[torch.Tensor, int], torch.Tensor]
-"""From a clip's (T, P, D) uint8 tokens and a number to the indices of the tokens that stay, sorted."""
-
-
-def choose_random(keep_first: bool, generator: np.random.Generator) -> Chooser:
+class RandomTokens(Selection):
     """As many tokens as EVS keeps, at random; with `keep_first` unit 0 stays whole."""
 
-    def choose(tokens: torch.Tensor, count: int) -> torch.Tensor:
-        units, per_unit, _ = tokens.shape
-        first = per_unit if keep_first else 0
-        others = first + generator.permutation(units * per_unit - first)[: count - first]
+    def __init__(self, keep_first: bool, generator: np.random.Generator) -> None:
+        self.name = "random_unit0" if keep_first else "random"
+        self._keep_first, self._generator = keep_first, generator
+
+    def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
+        count = token_budget(clip.num_units, clip.tokens_per_unit, config)
+        first = clip.tokens_per_unit if self._keep_first else 0
+        others = first + self._generator.permutation(clip.num_units * clip.tokens_per_unit - first)[: count - first]
         return torch.from_numpy(np.sort(np.concatenate([np.arange(first), others])))
 
-    return choose
 
-
-def choose_frames(tokens: torch.Tensor, count: int) -> torch.Tensor:
+class WholeUnits(Selection):
     """As many whole units, evenly spread from the first to the last, as fit the number of tokens that EVS keeps."""
-    units, per_unit, _ = tokens.shape
-    wanted = np.unique(np.linspace(0, units - 1, max(1, count // per_unit)).round().astype(np.int64))
-    return torch.from_numpy((wanted[:, None] * per_unit + np.arange(per_unit)).reshape(-1))
+
+    name = "frames"
+
+    def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
+        units, per_unit = clip.num_units, clip.tokens_per_unit
+        count = max(1, token_budget(units, per_unit, config) // per_unit)
+        wanted = np.unique(np.linspace(0, units - 1, count).round().astype(np.int64))
+        return torch.from_numpy((wanted[:, None] * per_unit + np.arange(per_unit)).reshape(-1))
 
 
-def choose_cosine(embeddings: Iterator[torch.Tensor]) -> Chooser:
-    """The paper's other score: one minus the cosine of a token's embedding to that of its place one unit earlier."""
+class EmbeddingChange(Scorer):
+    """The paper's other score: one minus the cosine of a token's embedding to that of its place one unit earlier.
 
-    def choose(tokens: torch.Tensor, count: int) -> torch.Tensor:
-        units, per_unit, _ = tokens.shape
-        rows = next(embeddings).view(units, per_unit, -1)
-        score = 1 - cosine_similarity(rows[1:], rows[:-1], dim=-1)
-        best = torch.argsort(-score.flatten(), stable=True)[: count - per_unit]
-        return torch.cat([torch.arange(per_unit), per_unit + best]).sort().values
+    Args:
+        embeddings: What the whole tower makes of each clip, (T*P, hidden), in the order in which clips are scored. A
+            server does not have them when it lays out the prompt.
+    """
 
-    return choose
+    name = "cosine"
+
+    def __init__(self, embeddings: Sequence[torch.Tensor]) -> None:
+        self._embeddings = iter(embeddings)
+
+    def score(self, tokens: torch.Tensor) -> torch.Tensor:
+        return evs_kernels.cosine_score(next(self._embeddings).float().view(*tokens.shape[:2], -1).contiguous())
+
+    def level(self, threshold: float, values: int) -> float:
+        """A threshold is a distance, from 0 to 2."""
+        return threshold
 
 
 class SkipSchedule(ReuseSchedule):
@@ -78,77 +98,60 @@ class SkipSchedule(ReuseSchedule):
         return out
 
 
-class Way(NamedTuple):
+class Variant(NamedTuple):
     """How a question is asked: which tokens stay, with which positions, and what the tower computes."""
 
     selection: str = "evs"
     positions: str = "keep"
     tower: str = "full"
 
+    def settings(self, rate: float) -> EVSConfig:
+        """What a user would ask for."""
+        encoder = "full" if self.tower == "full" else "reuse"
+        refresh = {"encoder_refresh": 0} if self.tower == "skip" else {}
+        return EVSConfig(rate=rate, positions=self.positions, encoder=encoder, **refresh)
 
-@contextmanager
-def chosen(model: Any, way: Way, features: Sequence[torch.Tensor], seed: int) -> Iterator[None]:
-    """Lets `model` choose tokens and compute the tower in one of the ways that are compared.
+    def chooses(self, features: Sequence[torch.Tensor], seed: int) -> Selection | None:
+        """How tokens are chosen: None is what users get.
+
+        Args:
+            features: What the whole tower makes of each clip.
+            seed: Of random tokens.
+        """
+        if self.selection.startswith("random"):
+            return RandomTokens(self.selection == "random_unit0", np.random.default_rng([7, seed]))
+        return {"frames": WholeUnits(), "cosine": EmbeddingChange(features), "evs": None}[self.selection]
+
+
+class Towers:
+    """Runs the tower of a transformers model, with reuse or without, for variants that are compared.
 
     Args:
-        model: With EVS enabled.
-        way: The way.
-        features: What the whole tower computes of each clip: it is the same for every way.
-        seed: Of random tokens.
+        share: Whether variants that need the same of the same clip in memory compute it once.
     """
-    chooser: Chooser | None = None
-    if way.selection.startswith("random"):
-        chooser = choose_random(way.selection == "random_unit0", np.random.default_rng([7, seed]))
-    elif way.selection == "frames":
-        chooser = choose_frames
-    elif way.selection == "cosine":
-        chooser = choose_cosine(iter(features))
 
-    def plan(tokens: torch.Tensor, grid: tuple[int, int, int], config: Any) -> RetentionPlan:
-        assert chooser is not None
-        return plan_keeping(chooser(tokens, token_budget(*tokens.shape[:2], config)), tokens, grid, config)
+    def __init__(self, share: bool = True) -> None:
+        self._share = share
+        self._memory: dict[Any, torch.Tensor] = {}
+        self.schedule: type[ReuseSchedule] = ReuseSchedule
 
-    with ExitStack() as stack:
-        if chooser is not None:
-            stack.enter_context(patch.object(evs_vllm.hf.model, "make_plan", plan))
-        if way.tower == "full":
-            stack.enter_context(
-                patch.object(
-                    model.model,
-                    "get_video_features",
-                    lambda *_, **__: BaseModelOutputWithPooling(pooler_output=features),
-                )
-            )
-        if way.tower == "skip":
-            stack.enter_context(patch.object(evs_vllm.hf.tower, "ReuseSchedule", SkipSchedule))
-        yield
+    def forget(self) -> None:
+        """Other clips follow, possibly at the same addresses."""
+        self._memory.clear()
+
+    def encode(self, visual: Any, pixels: torch.Tensor, plan: RetentionPlan) -> torch.Tensor:
+        """As `evs_vllm.hf.tower.encode`."""
+        key = (pixels.data_ptr(), plan.computed.tobytes(), self.schedule)
+        if not self._share or key not in self._memory:
+            self._memory[key] = tower.encode(visual, pixels, plan, self.schedule)
+        return self._memory[key]
 
 
 @contextmanager
-def shared_work() -> Iterator[None]:
-    """Within it, of the same clips in memory, ways that need the same compute it once.
-
-    That is the pixels as bytes, and what a tower makes of a clip of which it leaves the same patches out.
-    """
-    memory: dict[Any, torch.Tensor] = {}
-    to_uint8, encode = evs_vllm.families.qwen2_vl.to_uint8, evs_vllm.hf.model.encode
-
-    def to_uint8_once(rows: torch.Tensor, channels: int, stats: Any) -> torch.Tensor:
-        key = (rows.data_ptr(), rows.shape)
-        if key not in memory:
-            memory[key] = to_uint8(rows, channels, stats)
-        return memory[key]
-
-    def encode_once(visual: Any, clip: torch.Tensor, plan: RetentionPlan) -> torch.Tensor:
-        key = (clip.data_ptr(), plan.computed.tobytes(), evs_vllm.hf.tower.ReuseSchedule)
-        if key not in memory:
-            memory[key] = encode(visual, clip, plan)
-        return memory[key]
-
-    with (
-        patch.object(evs_vllm.families.qwen2_vl, "to_uint8", to_uint8_once),
-        patch.object(evs_vllm.hf.model, "encode", encode_once),
-    ):
+def known_features(model: Any, features: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Within it, transformers' model does not compute again what its whole tower makes of the clips."""
+    known = BaseModelOutputWithPooling(pooler_output=features)
+    with patch.object(model.model, "get_video_features", lambda *_, **__: copy(known)):
         yield
 
 
@@ -172,34 +175,51 @@ def readable(example: Example, kept: np.ndarray, per_unit: int) -> bool:
 
 @torch.no_grad()
 def ask(
-    folder: Path, examples: Sequence[Example], cells: Sequence[tuple[Way, float]], batch: int = 48
+    folder: Path,
+    examples: Sequence[Example],
+    cells: Sequence[tuple[Variant, float]],
+    batch: int = 48,
+    share: bool = True,
 ) -> list[dict[str, Any]]:
-    """Asks a checkpoint all questions in each of several ways, at a rate each.
+    """Asks a checkpoint all questions in each of several variants, at a rate each.
+
+    Args:
+        folder: The checkpoint.
+        examples: The questions.
+        cells: The variants and rates.
+        batch: Questions asked together.
+        share: Whether variants share the work that is the same.
 
     Returns:
         For each cell: accuracy in %, in all and by task; tokens kept, mean; `readable`, the share in % of questions
         that the kept tokens answer; `right`, question by question.
     """
     model = speed_up(transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval())
-    hf.enable(model, 0, served_positions=True)
-    collate = ChatCollator(transformers.AutoProcessor.from_pretrained(folder))
-    told: list[list[tuple[bool, bool, int]]] = [[] for _ in cells]
+    towers = Towers(share)
+    hf.enable(model, 0, served_positions=True, encode=towers.encode)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    adapter = FAMILY.bind(model.config, processor=processor)
+    collate = ChatCollator(processor)
+    results: list[list[tuple[bool, bool, int]]] = [[] for _ in cells]
     for start in range(0, len(examples), batch):
         some = examples[start : start + batch]
         inputs = collate([as_item(example) for example in some])
-        features = model.model.get_video_features(
-            inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
-        ).pooler_output
-        with shared_work():
-            for (way, rate), rows in zip(cells, told, strict=True):
-                encoder: dict[str, Any] = {"evs_encoder": "full" if way.tower == "full" else "reuse"}
-                if way.tower == "skip":
-                    encoder["evs_encoder_refresh"] = 0
-                with chosen(model, way, features, start):
-                    right = answers(model, inputs, rate, evs_positions=way.positions, **encoder)[0].tolist()
-                for answered, example, plan in zip(right, some, hf.last_plans(model), strict=True):
-                    rows.append((answered, readable(example, plan.kept, plan.tokens_per_unit), plan.num_kept))
-    return [summary(examples, *zip(*rows, strict=True)) for rows in told]
+        pixels, grids = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+        features = model.model.get_video_features(pixels, grids, return_dict=True).pooler_output
+        rows = pixels.split(grids.prod(-1).tolist())
+        clips = [adapter.clip({PIXELS: own, GRID: grid}) for own, grid in zip(rows, grids, strict=True)]
+        towers.forget()
+        for (variant, rate), found in zip(cells, results, strict=True):
+            given: dict[str, Any] = {}
+            if rate:
+                selection, settings = variant.chooses(features, start), variant.settings(rate)
+                given["evs_plans"] = [make_plan(clip, settings, selection) for clip in clips]
+            towers.schedule = SkipSchedule if variant.tower == "skip" else ReuseSchedule
+            with known_features(model, features) if variant.tower == "full" else nullcontext():
+                right = answers(model, inputs, rate, evs_positions=variant.positions, **given)[0].tolist()
+            for answered, example, plan in zip(right, some, hf.last_plans(model), strict=True):
+                found.append((answered, readable(example, plan.kept, plan.tokens_per_unit), plan.num_kept))
+    return [summary(examples, *zip(*rows, strict=True)) for rows in results]
 
 
 def summary(

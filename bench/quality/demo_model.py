@@ -2,7 +2,7 @@
 """Makes the small model whose answers ``evs-vllm demo`` shows, and asks it about clips that it has not seen.
 
 A base as in the quality lab (bench/quality), then uptrained at random rates on clips that went through H.264, as the
-server gets them. ``python -m bench.quality.demo_model`` writes the checkpoint to evs_vllm/demo_model, from where it is
+server gets them. ``python -m bench.quality.demo_model`` writes the checkpoint to evs_vllm/demo/model, from where it is
 installed with the package, and its accuracy to bench/results/cpu/demo-model.json. With ``--no-train`` it only asks.
 """
 
@@ -16,11 +16,11 @@ from pathlib import Path
 import transformers
 
 from bench.common.harness import ROOT
-from bench.quality.ask import Way, ask
+from bench.quality.ask import Variant, ask
 from bench.quality.models import Settings, claim, train_further
 from evs_vllm.train.synthetic import make_example
 
-MODEL = ROOT / "evs_vllm" / "demo_model"
+MODEL = ROOT / "evs_vllm" / "demo" / "model"
 RATES = (0.0, 0.5, 0.75, 0.9)
 UNSEEN = 9
 """Seed of the clips that are asked about; those of training have others."""
@@ -47,7 +47,7 @@ def main() -> None:
     scene = replace(settings.scenes, h264=settings.training(*settings.further[-1][1:]).h264)
     examples = [make_example(scene, [UNSEEN, number]) for number in range(settings.clips)]
     points = []
-    for rate, point in zip(RATES, ask(MODEL, examples, [(Way(), rate) for rate in RATES]), strict=True):
+    for rate, point in zip(RATES, ask(MODEL, examples, [(Variant(), rate) for rate in RATES]), strict=True):
         points.append({"rate": rate, **{k: point[k] for k in ("accuracy", "tokens", "readable", "tasks")}})
         print(f"rate {rate:g}: {point['accuracy']:.1f} % of {len(examples)}, {point['tokens']:.0f} tokens", flush=True)
     versions = {"torch": transformers.utils.import_utils.get_torch_version(), "transformers": transformers.__version__}

@@ -151,7 +151,7 @@ def speed_up(model: Any) -> Any:
         rows, units = len(hidden_states), len(cu_seqlens) - 1
         query, key, value = self.qkv(hidden_states).view(rows, 3, self.num_heads, -1).unbind(1)
         cos, sin = (x[:, None] for x in position_embeddings)
-        query, key = (evs_vllm.hf.tower._rotate(x, cos, sin) for x in (query, key))
+        query, key = (evs_vllm.hf.tower.rotate(x, cos, sin) for x in (query, key))
         query, key, value = (x.reshape(units, rows // units, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
         return self.proj(scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows, -1))
 
@@ -215,12 +215,9 @@ def train(
             },
         }
     )
-    load = recipe.load_model
-    with (
-        patch.object(recipe, "load_model", lambda r: speed_up(load(r))),
-        patch.object(Qwen2VLVideoProcessor, "_preprocess", _clip_by_clip(Qwen2VLVideoProcessor._preprocess)),
-    ):
-        recipe.run(described)
+    # Of transformers' own: no argument reaches it.
+    with patch.object(Qwen2VLVideoProcessor, "_preprocess", _clip_by_clip(Qwen2VLVideoProcessor._preprocess)):
+        recipe.run(described, prepare=speed_up)
     return out
 
 

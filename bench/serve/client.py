@@ -2,7 +2,6 @@
 """The client: streamed chat completions with a video against an OpenAI endpoint, a fixed number of them in flight."""
 
 import asyncio
-import base64
 import json
 import time
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+from evs_vllm.serving import event_of, video_part
 
 TIMEOUT_S = 1800.0
 
@@ -38,8 +39,7 @@ class Sample:
 
 def messages(video: Path, question: str) -> list[dict[str, Any]]:
     """One user turn: a video, in the request itself, then a question."""
-    url = f"data:video/mp4;base64,{base64.b64encode(video.read_bytes()).decode()}"
-    content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": question}]
+    content = [video_part(video), {"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
 
 
@@ -110,9 +110,7 @@ async def _ask(session: aiohttp.ClientSession, url: str, content: bytes) -> Samp
                 sample.error = f"HTTP {answer.status}: {(await answer.text())[:300]}"
                 return sample
             async for line in answer.content:
-                if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-                    continue
-                chunk = json.loads(line[6:])
+                chunk = event_of(line) or {}
                 if "error" in chunk:
                     sample.error = str(chunk["error"])[:300]
                     return sample

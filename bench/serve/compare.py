@@ -13,10 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.common import tables
 from bench.serve.measurements import Cell
 
 # Figure, its spread, whether less is better.
 FIGURES = (("ttft_p50_s", "ttft_spread_s", True), ("requests_per_s", "requests_per_s_spread", False))
+HEAD = ("cell", "row", "TTFT A s", "TTFT B s", "B/A", "requests/s A", "requests/s B", "B/A", "")
+NO_FIGURES = ("",) * 6
 
 
 def main() -> int:
@@ -41,32 +44,28 @@ def compare(a: dict[str, Any], b: dict[str, Any], tolerance: float = 0.1) -> tup
         if a[key] != b[key]:
             raise ValueError(f"{key} differs: {a[key]!r} and {b[key]!r}")
     lines = [f"B differs from A in {what}.\n" for what in _differences(a, b)]
-    lines += ["| cell | row | TTFT A s | TTFT B s | B/A | requests/s A | requests/s B | B/A | |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|---:|---|"]
+    rows = []
     points = {_key(point): point for point in a["results"]}
     worse = 0
     for point in b["results"]:
         other = points.pop(_key(point), None)
-        name = f"| {Cell(**point['cell']).label} | {point['row']} |"
+        name = (Cell(**point["cell"]).label, point["row"])
         if other is None:
-            lines.append(f"{name} | | | | | | only in B |")
+            rows.append((*name, *NO_FIGURES, "only in B"))
         elif point["error"] or other["error"]:
             worse += bool(point["error"]) and not other["error"]
             which = " and ".join(side for side, p in (("A", other), ("B", point)) if p["error"])
-            lines.append(f"{name} | | | | | | no figure in {which} |")
+            rows.append((*name, *NO_FIGURES, f"no figure in {which}"))
         else:
             verdicts = [_verdict(other, point, *figure, tolerance) for figure in FIGURES]
             verdict = "worse" if "worse" in verdicts else "better" if "better" in verdicts else "same"
             worse += verdict == "worse"
-            values = [
-                f"{other[figure]:.3f} | {point[figure]:.3f} | {point[figure] / other[figure]:.2f}"
-                for figure, _, _ in FIGURES
-            ]
-            lines.append(f"{name} {' | '.join(values)} | {verdict} |")
-    lines += [
-        f"| {Cell(**point['cell']).label} | {point['row']} | | | | | | | only in A |" for point in points.values()
-    ]
-    return lines, worse
+            values = [(other[figure], point[figure], point[figure] / other[figure]) for figure, _, _ in FIGURES]
+            shown = [text for a, b, ratio in values for text in (f"{a:.3f}", f"{b:.3f}", f"{ratio:.2f}")]
+            rows.append((*name, *shown, verdict))
+    for point in points.values():
+        rows.append((Cell(**point["cell"]).label, point["row"], *NO_FIGURES, "only in A"))
+    return [*lines, *tables.markdown(HEAD, rows, "llrrrrrrl")], worse
 
 
 def _key(point: dict[str, Any]) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from bench.common import tables
 from bench.serve.client import Sample
 
 UNIT = 2
@@ -168,21 +169,19 @@ def table(points: Sequence[dict[str, Any]]) -> str:
         rows = [point for point in points if tuple(point["cell"].items()) == cell]
         samples = max(point["samples"] for point in rows)
         lines += [f"\n**{Cell(**dict(cell)).label}** ({samples} requests a row)\n"]
-        lines += ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-        lines += [_line(point, len(head)) for point in rows]
+        lines += tables.markdown(head, [_cells(point) for point in rows], "lr")
     notes = dict.fromkeys(f"{point['row']}: {point['note']}" for point in points if point["note"])
     return "\n".join([*lines, *(f"\n{note}." for note in notes)]).strip()
 
 
-def _line(point: dict[str, Any], columns: int) -> str:
+def _cells(point: dict[str, Any]) -> list[str]:
     if point["error"]:
-        return f"| {point['row']} | no figure: {point['error'][:160]} |" + " |" * (columns - 2)
+        return [point["row"], f"no figure: {point['error'][:160]}"]
     low, high = point["ttft_spread_s"]
     vanilla = point["row"] == "vanilla"
-    figures = [
+    return [
         point["row"], f"{point['prompt_tokens']}", f"{point['ttft_p50_s']:.2f}", f"{low:.2f}-{high:.2f}",
         f"{point['ttft_p99_s']:.2f}", "1" if vanilla else f"{point['ttft_speedup']:.2f}x",
         f"{point['requests_per_s']:.3f}", "1" if vanilla else f"{point['requests_speedup']:.2f}x",
         f"{point['memory_mb']:.0f}" if point["memory_mb"] else "",
     ]  # fmt: skip
-    return "| " + " | ".join(figures) + " |"

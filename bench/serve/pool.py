@@ -8,19 +8,16 @@ and a drift of the machine meets all of them alike.
 import contextlib
 import json
 import os
-import random
 import re
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evs_vllm.cli._servers import read_url, running, tail
 from evs_vllm.errors import EVSError
+from evs_vllm.serving import metrics, starting, tail, vllm_serve, wait_until_healthy
 
 HERE = Path(__file__).resolve().parent
 ROWS = ("vanilla", "stock", "evs-full", "evs-reuse", "evs-off")
@@ -97,10 +94,10 @@ class Live:
     def planning(self) -> tuple[float, float]:
         """Seconds spent planning and clips planned, by the plugin's own metric; zeros without the plugin."""
         try:
-            text = read_url(f"{self.url}/metrics")
+            found = metrics(self.url)
         except OSError:  # it just died: the requests tell
             return 0.0, 0.0
-        return _total(text, "evs:planning_time_seconds_sum"), _total(text, "evs:planning_time_seconds_count")
+        return found.get("evs:planning_time_seconds_sum", 0.0), found.get("evs:planning_time_seconds_count", 0.0)
 
     def reset_peak_memory(self) -> bool:
         """Starts the peak of every process anew; False where the system does not allow it."""
@@ -174,7 +171,10 @@ class Pool:
             for server in batch:
                 self._start(server)
             for server in batch:
-                if not self._healthy_in_time(server):
+                live = self[server.name]
+                try:
+                    wait_until_healthy(live.url, live.process, START_S)
+                except EVSError:
                     print(f"the end of {self.log(server)}:", *tail(self.log(server)), sep="\n  | ", file=sys.stderr)
                     self.failed[server.name] = f"the server {server.name!r} did not start"
                     self._live.pop(server.name).stack.close()
@@ -197,47 +197,13 @@ class Pool:
         return [self._model, *self._arguments, *server.arguments]
 
     def _start(self, server: Server) -> None:
-        port = _free_port()
         own = {"VLLM_PLUGINS": ",".join(server.plugins), "EVS_BENCH_STAGES": str(self.stages_file(server))}
         paths = [str(self._folder / "plugins"), str(HERE / "serverside"), self._env.get("PYTHONPATH", "")]
         # The installed packages are measured, not what happens to lie in the current folder.
         env = self._env | own | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *self.command(server)]
-        where = ["--host", "127.0.0.1", "--port", str(port)]
         stack = contextlib.ExitStack()
-        process = stack.enter_context(running([*command, *where], self.log(server), env))
-        self._live[server.name] = Live(server, f"http://127.0.0.1:{port}", process, stack)
-
-    def _healthy_in_time(self, server: Server) -> bool:
-        live, started = self[server.name], time.monotonic()
-        while not _healthy(live.url):
-            if live.process.poll() is not None or time.monotonic() - started > START_S:
-                return False
-            time.sleep(0.5)
-        return True
-
-
-def _free_port() -> int:
-    # Below the range that systems hand out by themselves: a server binds its port only after it has imported vLLM, and
-    # by then anybody's connection may have been given one of those.
-    while True:
-        port = random.randrange(15000, 30000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
-def _total(metrics: str, name: str) -> float:
-    found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", metrics, re.MULTILINE)
-    return sum(map(float, found))
-
-
-def _healthy(url: str) -> bool:
-    try:
-        read_url(f"{url}/health")
-        return True
-    except OSError:
-        return False
+        url, process = stack.enter_context(starting(vllm_serve(self.command(server)), self.log(server), env))
+        self._live[server.name] = Live(server, url, process, stack)
 
 
 def _processes(group: int) -> Iterator[Path]:

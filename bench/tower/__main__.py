@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from bench.common import harness
+from bench.common import harness, tables
 from bench.tower.attention import VARIANTS, one_by_one, sequences
 from evs_vllm.core.reuse import ReuseSchedule
 
@@ -283,16 +283,18 @@ def state_bytes(tower: Tower, rate: float) -> dict[str, int]:
 
 
 def side_tables(content: dict[str, Any]) -> str:
-    lines = ["| row | median CPU ms, all threads |", "|---|---:|"]
-    lines += [f"| {name} | {ms:.1f} |" for name, ms in content["cpu_ms"].items() if ms is not None]
-    lines.append("")
+    times = [(name, f"{ms:.1f}") for name, ms in content["cpu_ms"].items() if ms is not None]
+    lines = [*tables.markdown(("row", "median CPU ms, all threads"), times, "lr"), ""]
     if memory := content["peak_bytes_of_the_call"]:
-        lines += ["| tower call | peak MB above before | pixels MB |", "|---|---:|---:|"]
-        lines += [f"| {k} | {v['peak'] / 1e6:.1f} | {v['pixels_travelled'] / 1e6:.1f} |" for k, v in memory.items()]
-        lines.append("")
-    lines += ["| rate | keys and values written per layer | MB |", "|---:|---|---:|"]
-    for rate, found in content["bytes_per_layer"].items():
-        lines += [f"| {rate} | {name} | {count / 1e6:.1f} |" for name, count in found.items()]
+        head = ("tower call", "peak MB above before", "pixels MB")
+        sizes = [(k, f"{v['peak'] / 1e6:.1f}", f"{v['pixels_travelled'] / 1e6:.1f}") for k, v in memory.items()]
+        lines += [*tables.markdown(head, sizes, "lr"), ""]
+    written = [
+        (f"{rate}", name, f"{count / 1e6:.1f}")
+        for rate, found in content["bytes_per_layer"].items()
+        for name, count in found.items()
+    ]
+    lines += tables.markdown(("rate", "keys and values written per layer", "MB"), written, "rlr")
     return "\n".join(lines) + "\n"
 
 

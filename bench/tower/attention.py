@@ -21,11 +21,11 @@ def sequences(schedule: ReuseSchedule) -> list[tuple[np.ndarray, np.ndarray]]:
     """(query rows, key rows) of every sequence of a schedule, in patches."""
     m, start, found = schedule.patches, 0, []
     for clip in schedule.clips:
-        for unit, rows, places in clip.sequences():
-            keys = start + clip.sources[unit, places]
+        for unit, rows, slots in clip.sequences():
+            keys = start + clip.sources[unit, slots]
             queries = np.arange(start + rows.start, start + rows.stop)
             found.append(tuple((x[:, None] * m + np.arange(m)).reshape(-1) for x in (queries, keys)))
-        start += len(clip.places)
+        start += len(clip.slots)
     return found
 
 
@@ -79,19 +79,19 @@ def row_state(schedule: ReuseSchedule, query: Any, key: Any, value: Any, scale: 
         state = key.new_empty(2, clip.tokens_per_unit * m, *key.shape[1:])
         rows_at = start + clip.units * m
         filled = -1
-        place = torch.from_numpy(clip.places[:, None] * m + np.arange(m)).reshape(-1)
-        for unit, rows, places in clip.sequences():
+        slot = torch.from_numpy(clip.slots[:, None] * m + np.arange(m)).reshape(-1)
+        for unit, rows, slots in clip.sequences():
             if unit != filled:
                 first, last = int(rows_at[unit]), int(rows_at[unit + 1])
-                where = place[first - start : last - start]
+                where = slot[first - start : last - start]
                 state[0].index_copy_(0, where, key[first:last])
                 state[1].index_copy_(0, where, value[first:last])
                 filled = unit
             r = slice(start + rows.start * m, start + rows.stop * m)
-            p = slice(places.start * m, places.stop * m)
+            p = slice(slots.start * m, slots.stop * m)
             q_, k_, v_ = (x.transpose(0, 1)[None] for x in (query[r], state[0, p], state[1, p]))
             out[r] = scaled_dot_product_attention(q_, k_, v_, scale=scale)[0].transpose(0, 1)
-        start += len(clip.places) * m
+        start += len(clip.slots) * m
     return out
 
 
@@ -100,8 +100,8 @@ def unit_windows(schedule: ReuseSchedule, query: Any, key: Any, value: Any, scal
 
     def steps(clip: ClipRows, m: int) -> list[Any]:
         by_unit: dict[int, dict[int, list[tuple[np.ndarray, np.ndarray]]]] = defaultdict(lambda: defaultdict(list))
-        for unit, rows, places in clip.sequences():
-            q, p = (np.arange(s.start * m, s.stop * m) for s in (rows, places))
+        for unit, rows, slots in clip.sequences():
+            q, p = (np.arange(s.start * m, s.stop * m) for s in (rows, slots))
             by_unit[unit][len(p)].append((q, p))
         made = []
         for unit, sizes in by_unit.items():
@@ -117,19 +117,19 @@ def unit_windows(schedule: ReuseSchedule, query: Any, key: Any, value: Any, scal
     out, start, m = torch.empty_like(query), 0, schedule.patches
     plans = once(schedule, "_steps", lambda: [steps(clip, m) for clip in schedule.clips])
     for clip, plan in zip(schedule.clips, plans, strict=True):
-        q, k, v = (x[start : start + len(clip.places) * m] for x in (query, key, value))
-        o = out[start : start + len(clip.places) * m]
+        q, k, v = (x[start : start + len(clip.slots) * m] for x in (query, key, value))
+        o = out[start : start + len(clip.slots) * m]
         state = key.new_empty(2, clip.tokens_per_unit * m, *key.shape[1:])
-        place = torch.from_numpy(clip.places[:, None] * m + np.arange(m)).reshape(-1)
+        slot = torch.from_numpy(clip.slots[:, None] * m + np.arange(m)).reshape(-1)
         for unit, calls in plan:
             new = slice(int(clip.units[unit]) * m, int(clip.units[unit + 1]) * m)
-            state[0].index_copy_(0, place[new], k[new])
-            state[1].index_copy_(0, place[new], v[new])
-            for queries, places, real in calls:
-                q_, k_, v_ = (x.transpose(1, 2) for x in (q[queries], state[0][places], state[1][places]))
+            state[0].index_copy_(0, slot[new], k[new])
+            state[1].index_copy_(0, slot[new], v[new])
+            for queries, slots, real in calls:
+                q_, k_, v_ = (x.transpose(1, 2) for x in (q[queries], state[0][slots], state[1][slots]))
                 attended = scaled_dot_product_attention(q_, k_, v_, scale=scale).transpose(1, 2)
                 o[queries[real]] = attended[real]
-        start += len(clip.places) * m
+        start += len(clip.slots) * m
     return out
 
 

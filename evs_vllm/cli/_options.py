@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from evs_vllm.config import EVSConfig
-from evs_vllm.errors import ConfigError, EVSError
-from evs_vllm.options import OPTIONS, Option
+from evs_vllm.errors import EVSError
+from evs_vllm.options import OPTIONS
 
 DEFAULT_RATE = 0.75
 """Used where neither a rate, a threshold nor a cap is given."""
@@ -25,28 +25,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _reader(option: Option, flag: str) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            return option.parse(text)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{option.flag} ")) from None
-
-    return read
-
-
 def add_evs_options(parser: argparse.ArgumentParser) -> None:
     """Adds ``--rate``, ``--threshold``...: the ``--evs-*`` options of ``vllm serve`` without their prefix."""
     group = parser.add_argument_group("EVS", f"As the --evs-* options of vllm serve; --rate {DEFAULT_RATE} by default.")
     for option in CLIP_OPTIONS:
-        flag = "--" + option.name.replace("_", "-")
-        group.add_argument(
-            flag,
-            dest=option.request_key,
-            type=_reader(option, flag),
-            metavar=option.metavar,
-            help=option.help.replace("%", "%%"),
-        )
+        option.add_to(group, "--" + option.name.replace("_", "-"))
 
 
 def evs_config(args: argparse.Namespace) -> EVSConfig:

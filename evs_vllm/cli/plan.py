@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from evs_vllm.cli._options import add_clip_arguments, add_evs_options, check_paths, evs_config, media_io_kwargs, summary
-from evs_vllm.cli._text import bar, percent, seconds, table
 from evs_vllm.core.inspection import STAGES, Inspection
+from evs_vllm.text import bar, percent, seconds, table
 
 BAR_WIDTH = 32
 

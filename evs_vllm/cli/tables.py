@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the README, from the tables of the code. ``python -m evs_vllm.cli.tables README.md`` rewrites them."""
+"""The tables of the documentation, from the tables of the code.
+
+``python -m evs_vllm.cli.tables README.md docs/*.md`` rewrites them where they stand, between two comments.
+"""
 
 import re
 import sys
@@ -65,6 +68,12 @@ def families() -> str:
     return markdown(*family_rows("`{}`"))
 
 
+def family_names() -> str:
+    """The names of the supported families, as one sentence."""
+    *names, last = (family.name for family in FAMILIES)
+    return f"Supported: {', '.join(names)} and {last}."
+
+
 def refused_rows(architecture: str = "{}") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and one row per family that is refused; `architecture` is the format of an architecture's name."""
     rows: list[tuple[str, ...]] = [
@@ -84,7 +93,8 @@ def refused() -> str:
     return markdown(*refused_rows("`{}`"))
 
 
-TABLES = {"options": options, "families": families, "refused": refused}
+TABLES = {"options": options, "family_names": family_names, "families": families, "refused": refused}
+"""What stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``."""
 
 
 def rewrite(text: str) -> str:

@@ -6,7 +6,8 @@ The rule for a rate equals that of vLLM's ``--video-pruning-rate``, with the rat
 
 import math
 
-from evs_vllm.config import EVSConfig, exact
+from evs_vllm.config import EVSConfig
+from evs_vllm.options import exact
 
 
 def token_floor(num_units: int, tokens_per_unit: int, min_tokens_per_unit: int, continues: bool = False) -> int:

@@ -46,7 +46,7 @@ def pruned_positions(
         stock: The model's own method: (token ids, features) -> (positions (axes, L) int64, delta).
 
     Returns:
-        positions (axes, L') int64, and the delta that, added to a later index of the pruned sequence, gives its position ID.
+        positions (axes, L') int64, and the delta that, added to a later index of the pruned sequence, gives its ID.
     """
     # A sequential clip is text to the stock method: its item is left out and its placeholders are not expanded.
     kept = [item for item in items if item.clip is None or item.clip.plan.positions == "keep"]

@@ -2,18 +2,20 @@
 """K/V reuse in the vision tower: compute some patches of a clip, let the others lend their last keys and values.
 
 The rule, layer by layer: queries, keys, values, attention output and MLP are computed for the computed tokens only; in
-unit t the keys and values of place p are those of the latest computed (t', p) with t' <= t, which exists because unit 0
-is whole. Attention stays within a unit (or a window of it), so a unit or window without computed tokens costs nothing.
-Rotary phases depend on the place alone, so rotated keys are reused as they are.
+unit t the keys and values of slot p are those of the latest computed (t', p) with t' <= t, which exists because unit 0
+is whole. A slot is a token's index within its unit. Attention stays within a unit (or a window of it), so a unit or
+window without computed tokens costs nothing. Rotary phases depend on the slot alone, so rotated keys are reused as they
+are.
 
 Everything here is independent of vLLM and of the family: a family's tower calls it with (rows, heads, head size)
-queries, keys and values, and passes a `ReuseSchedule` where it would pass sequence boundaries.
+queries, keys and values. `scheduled` hands a `ReuseSchedule` to each of the tower's attention modules.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,16 +23,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from evs_vllm.core.plan import IntArray, RetentionPlan
 
+SCHEDULE = "evs_schedule"
+"""Attribute of an attention module that holds the schedule of its layer while a tower runs on computed patches."""
+
 
 def window_order(height: int, width: int, window: int | None) -> tuple[IntArray, IntArray]:
-    """The places of a unit, window by window.
+    """The slots of a unit, window by window.
 
     Args:
         height, width: The unit's grid in tokens.
         window: Side of a square window in tokens; windows at the right and lower edge may be smaller. None: no windows.
 
     Returns:
-        order: (P,) the places ``row*width + column`` sorted by window, then by place.
+        order: (P,) the slots ``row*width + column`` sorted by window, then by slot.
         starts: (number of windows + 1,) where each window begins in `order`.
     """
     row, column = np.divmod(np.arange(height * width), width)
@@ -45,12 +50,12 @@ class ClipRows:
     """The computed tokens of one clip in the order in which the tower holds them: by unit, then by window.
 
     Attributes:
-        places: (C,) for each row its place within the unit, counted in window order.
+        slots: (C,) for each row its slot, counted in window order.
         units: (U+1,) row boundaries of the units that have rows.
-        windows: (number of windows + 1,) place boundaries of the windows; (0, P) without windows.
+        windows: (number of windows + 1,) slot boundaries of the windows; (0, P) without windows.
     """
 
-    places: IntArray
+    slots: IntArray
     units: IntArray
     windows: IntArray
 
@@ -60,18 +65,18 @@ class ClipRows:
 
     @cached_property
     def sources(self) -> IntArray:
-        """(U, P) the row whose keys and values serve each place in each unit that has rows."""
+        """(U, P) the row whose keys and values serve each slot in each unit that has rows."""
         out = np.empty((len(self.units) - 1, self.tokens_per_unit), dtype=np.int64)
         latest = np.full(self.tokens_per_unit, -1, dtype=np.int64)
         for unit, (start, stop) in enumerate(zip(self.units, self.units[1:], strict=False)):
-            latest[self.places[start:stop]] = np.arange(start, stop)
+            latest[self.slots[start:stop]] = np.arange(start, stop)
             out[unit] = latest
         return out
 
     def sequences(self) -> Iterator[tuple[int, slice, slice]]:
-        """(unit, its rows in a window, the window's places) of each window that has rows."""
+        """(unit, its rows in a window, the window's slots) of each window that has rows."""
         for unit, (start, stop) in enumerate(zip(self.units, self.units[1:], strict=False)):
-            cuts = start + np.searchsorted(self.places[start:stop], self.windows)
+            cuts = start + np.searchsorted(self.slots[start:stop], self.windows)
             for window, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
                 if first < last:
                     yield (
@@ -91,17 +96,17 @@ def clip_rows(plan: RetentionPlan, window: int | None) -> tuple[ClipRows, IntArr
     order, starts = window_order(height, width, window)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    unit, place = np.divmod(plan.computed, plan.tokens_per_unit)
-    row_order = np.lexsort((rank[place], unit))
+    unit, slot = np.divmod(plan.computed, plan.tokens_per_unit)
+    row_order = np.lexsort((rank[slot], unit))
     counts = np.bincount(unit, minlength=units)
-    return ClipRows(rank[place][row_order], np.concatenate([[0], np.cumsum(counts[counts > 0])]), starts), row_order
+    return ClipRows(rank[slot][row_order], np.concatenate([[0], np.cumsum(counts[counts > 0])]), starts), row_order
 
 
 class Varlen(NamedTuple):
     """A schedule in the form that variable-length attention kernels take.
 
     Attributes:
-        key_rows: (sum of key lengths,) int64, the row whose key and value stands at each place.
+        key_rows: (sum of key lengths,) int64, for each key of each sequence the row that lends it.
         query_starts: (sequences + 1,) int32, cumulative query lengths; queries are all rows in order.
         key_starts: (sequences + 1,) int32, cumulative key lengths.
         longest_query: Largest number of queries of a sequence.
@@ -117,8 +122,6 @@ class Varlen(NamedTuple):
 
 class ReuseSchedule:
     """Who attends to what, for a batch of clips in one kind of layer (whole units, or windows).
-
-    It stands where a tower passes ``cu_seqlens`` to its attention, and nothing between reads it.
 
     Args:
         clips: The clips in the order of their rows.
@@ -137,11 +140,11 @@ class ReuseSchedule:
             tokens, queries, keys = [], [], []
             start = 0
             for clip in self.clips:
-                for unit, rows, places in clip.sequences():
-                    tokens.append(start + clip.sources[unit, places])
+                for unit, rows, slots in clip.sequences():
+                    tokens.append(start + clip.sources[unit, slots])
                     queries.append((rows.stop - rows.start) * m)
-                    keys.append((places.stop - places.start) * m)
-                start += len(clip.places)
+                    keys.append((slots.stop - slots.start) * m)
+                start += len(clip.slots)
             key_rows = (np.concatenate(tokens)[:, None] * m + np.arange(m)).reshape(-1)
             query_starts, key_starts = (np.cumsum([0, *lengths], dtype=np.int32) for lengths in (queries, keys))
             self._varlen = Varlen(
@@ -166,7 +169,7 @@ class ReuseSchedule:
         out = torch.empty_like(query)
         start = 0
         for clip in self.clips:
-            rows = slice(start, start + len(clip.places) * self.patches)
+            rows = slice(start, start + len(clip.slots) * self.patches)
             self._attend_clip(clip, query[rows], key[rows], value[rows], out[rows], scale)
             start = rows.stop
         return out
@@ -184,16 +187,34 @@ class ReuseSchedule:
         m = self.patches
         heads, size = query.shape[1:]
         state = key.new_empty(2, heads, clip.tokens_per_unit * m, size)
-        place = torch.from_numpy(clip.places[:, None] * m + np.arange(m)).reshape(-1).to(key.device)
+        patch_slots = torch.from_numpy(clip.slots[:, None] * m + np.arange(m)).reshape(-1).to(key.device)
         filled = -1
-        for unit, rows, places in clip.sequences():
+        for unit, rows, slots in clip.sequences():
             if unit != filled:
                 new = slice(int(clip.units[unit]) * m, int(clip.units[unit + 1]) * m)
-                state[0].index_copy_(1, place[new], key[new].transpose(0, 1))
-                state[1].index_copy_(1, place[new], value[new].transpose(0, 1))
+                state[0].index_copy_(1, patch_slots[new], key[new].transpose(0, 1))
+                state[1].index_copy_(1, patch_slots[new], value[new].transpose(0, 1))
                 filled = unit
-            r, p = slice(rows.start * m, rows.stop * m), slice(places.start * m, places.stop * m)
+            r, p = slice(rows.start * m, rows.stop * m), slice(slots.start * m, slots.stop * m)
             attended = scaled_dot_product_attention(
                 query[r].transpose(0, 1)[None], state[0][None, :, p], state[1][None, :, p], scale=scale
             )
             out[r] = attended[0].transpose(0, 1)
+
+
+@contextmanager
+def scheduled(attentions: Iterable[Any], schedules: Iterable[ReuseSchedule]) -> Iterator[None]:
+    """Hands each attention module the schedule of its layer, for as long as the block runs.
+
+    Args:
+        attentions: The tower's attention modules, one for each layer.
+        schedules: The schedule of each layer.
+    """
+    modules = list(attentions)
+    try:
+        for module, schedule in zip(modules, schedules, strict=True):
+            setattr(module, SCHEDULE, schedule)
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop(SCHEDULE, None)

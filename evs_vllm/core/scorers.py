@@ -12,9 +12,11 @@ from abc import ABC, abstractmethod
 import torch
 
 import evs_kernels
-from evs_vllm.config import EVSConfig, exact
+from evs_vllm.config import EVSConfig
 from evs_vllm.core.budget import token_budget
 from evs_vllm.core.clip import Clip
+from evs_vllm.errors import ConfigError
+from evs_vllm.options import exact
 
 
 class Selection(ABC):
@@ -104,6 +106,17 @@ class PixelChange(Scorer):
     def top(self, tokens: torch.Tensor, budget: int, min_per_unit: int) -> torch.Tensor:
         # Scores and selects in one pass over the pixels, to the same indices.
         return evs_kernels.prune_topk(tokens, budget, min_per_unit=min_per_unit).indices
+
+
+def named_selection(name: str) -> Selection:
+    """The selection of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in SELECTIONS:
+        raise ConfigError(f"selection got {name!r}; allowed: {' or '.join(SELECTIONS)}.")
+    return SELECTIONS[name]
 
 
 SELECTIONS: dict[str, Selection] = {selection.name: selection for selection in (PixelChange(),)}

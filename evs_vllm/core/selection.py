@@ -8,7 +8,7 @@ import evs_kernels
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.scorers import SELECTIONS, Selection
+from evs_vllm.core.scorers import Selection, named_selection
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ def make_plan(clip: Clip, config: EVSConfig, selection: Selection | None = None)
     Returns:
         The plan, without a layout.
     """
-    chosen = SELECTIONS[config.selection] if selection is None else selection
+    chosen = named_selection(config.selection) if selection is None else selection
     return plan_keeping(chosen.select(clip, config), clip, config)
 
 

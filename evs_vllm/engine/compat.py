@@ -3,17 +3,17 @@
 
 Ledger (reason; when it can go):
 
-- `add_cli_options`, `on_cli_args`: ``vllm serve`` has no hook for a plugin's flags. vLLM loads general plugins just
-  before ``EngineArgs.add_cli_args``, so wrapping it is enough. Can go when vLLM lets plugins add arguments.
-- `on_model_config`: processors see only ``ModelConfig``, ``additional_config`` lives in ``VllmConfig``; so our settings
-  are stamped on the former. Can go when processors can read ``additional_config``.
-- `on_request_kwargs`: vLLM refuses all request-level ``mm_processor_kwargs`` unless all are trusted. Can go when vLLM
+- `add_cli_options`, `wrap_from_cli_args`: ``vllm serve`` has no hook for a plugin's flags. vLLM loads general plugins
+  just before ``EngineArgs.add_cli_args``, so wrapping it is enough. Can go when vLLM lets plugins add arguments.
+- `wrap_create_model_config`: processors see only ``ModelConfig``, ``additional_config`` lives in ``VllmConfig``; so our
+  settings are attached to the former. Can go when processors can read ``additional_config``.
+- `wrap_request_check`: vLLM refuses all request-level ``mm_processor_kwargs`` unless all are trusted. Can go when vLLM
   lets a processor name keys that are safe for untrusted requests.
-- `on_scheduled_request`: the scheduler ends an answer by its tokens, while the position IDs of a pruned prompt are
+- `wrap_add_request`: the scheduler ends an answer by its tokens, while the position IDs of a pruned prompt are
   further along. Can go when vLLM lets a model bound the positions of a request.
-- `give_positions`: vLLM asks a model for the position IDs of a prompt only if its config has M-RoPE sections. Can go
-  when any model may number its prompt.
-- `shield_llvmlite`: vLLM's CPU worker inspects every object of every loaded module (triton_utils/dispatcher.py,
+- `force_position_ids`: vLLM asks a model for the position IDs of a prompt only if its config has M-RoPE sections. Can
+  go when any model may number its prompt.
+- `guard_llvmlite_getattr`: vLLM's CPU worker inspects every object of every loaded module (triton_utils/dispatcher.py,
   ``_rebind_kernels``) and dies on llvmlite's library wrapper, which answers to any attribute name. Happens without this
   package too, when numba is loaded before an in-process engine. Can go when vLLM skips such objects.
 - `widen_rotary_caches`: Qwen3-VL and its kin make their cos/sin cache no longer than the context unless vLLM's own
@@ -30,21 +30,17 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import vllm
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
 
-from evs_vllm.core.positions import MROPE_CACHE_FACTOR
 from evs_vllm.errors import UnsupportedError
+from evs_vllm.families.rotary import MROPE_CACHE_FACTOR
+from evs_vllm.options import REQUEST_PREFIX
 
-if TYPE_CHECKING:
-    import torch
-
-    from evs_vllm.core.reuse import Varlen
-
-_STAMP = "_evs_config"
+_SETTINGS = "_evs_config"
 _WRAPPED = "__evs_wrapped__"
 
 _REQUEST_CHECK = "validate_request_mm_kwargs"
@@ -85,7 +81,7 @@ def add_cli_options(add: Callable[[argparse.ArgumentParser], None]) -> None:
     _wrap(EngineArgs, "add_cli_args", make)
 
 
-def on_cli_args(read: Callable[[argparse.Namespace], None]) -> None:
+def wrap_from_cli_args(read: Callable[[argparse.Namespace], None]) -> None:
     """Calls `read(namespace)` before vLLM turns a parsed command line into engine arguments.
 
     The namespace itself is what vLLM pickles to further API servers, so changing it in place reaches them too.
@@ -101,7 +97,7 @@ def on_cli_args(read: Callable[[argparse.Namespace], None]) -> None:
     _wrap(EngineArgs, "from_cli_args", make)
 
 
-def on_model_config(check: Callable[[Any, Any], None]) -> None:
+def wrap_create_model_config(check: Callable[[Any, Any], None]) -> None:
     """Calls `check(engine_args, model_config)` on every new target model config."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +111,7 @@ def on_model_config(check: Callable[[Any, Any], None]) -> None:
     _wrap(EngineArgs, "create_model_config", make)
 
 
-def on_request_kwargs(check: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def wrap_request_check(check: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Passes a request's ``mm_processor_kwargs`` through `check` before vLLM's own rule sees what is left of them."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +144,7 @@ def widen_rotary_caches() -> None:
             speculative = vllm_config.speculative_config
             target = (speculative and speculative.target_model_config) or vllm_config.model_config
             stock: int = original(vllm_config)
-            return stock if stamped(target) is None else max(stock, MROPE_CACHE_FACTOR)
+            return stock if settings_of(target) is None else max(stock, MROPE_CACHE_FACTOR)
 
         return factor
 
@@ -158,15 +154,15 @@ def widen_rotary_caches() -> None:
             setattr(module, _ROTARY_FACTOR, getattr(home, _ROTARY_FACTOR))
 
 
-def on_scheduled_request(check: Callable[[Any, Any], None]) -> None:
-    """Calls `check(model_config, request)` on each new request of an engine core whose model config is stamped.
+def wrap_add_request(check: Callable[[Any, Any], None]) -> None:
+    """Calls `check(model_config, request)` on each new request of an engine core whose model config has our settings.
 
     Imports the scheduler, so call it where that will be needed anyway or EVS is on.
     """
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def add_request(self: Any, request: Any) -> None:
-            if stamped(self.vllm_config.model_config) is not None:
+            if settings_of(self.vllm_config.model_config) is not None:
                 check(self.vllm_config.model_config, request)
             original(self, request)
 
@@ -183,7 +179,7 @@ def may_run_engine_core() -> bool:
     return _ENGINE_CORE_HOME in sys.modules
 
 
-def give_positions(model_config: Any) -> None:
+def force_position_ids(model_config: Any) -> None:
     """Makes vLLM ask the model class for the position IDs of each prompt, if it does not do so already.
 
     The attribute of the outer config switches that on and nothing else: in ``rope_parameters`` it would choose another
@@ -193,7 +189,7 @@ def give_positions(model_config: Any) -> None:
         model_config.hf_config.mrope_section = [model_config.get_head_size() // 2, 0, 0]
 
 
-def shield_llvmlite() -> None:
+def guard_llvmlite_getattr() -> None:
     """Makes llvmlite's library wrapper deny special attributes such as ``__dict__``, as other objects do."""
     wrapper: Any = importlib.import_module("llvmlite.binding.ffi")._lib_wrapper
     if getattr(wrapper.__getattr__, _WRAPPED, False):
@@ -209,16 +205,16 @@ def shield_llvmlite() -> None:
     wrapper.__getattr__ = get
 
 
-def stamp(model_config: Any, config: object) -> None:
+def attach_settings(model_config: Any, config: object) -> None:
     """Attaches our settings to a ``ModelConfig``. They survive copying and pickling, and are part of no vLLM hash."""
     for target in (model_config, model_config.multimodal_config):
-        object.__setattr__(target, _STAMP, config)
+        object.__setattr__(target, _SETTINGS, config)
 
 
-def stamped(model_config: Any) -> Any | None:
-    """The settings that `stamp` attached, if any."""
+def settings_of(model_config: Any) -> Any | None:
+    """The settings that `attach_settings` attached, if any."""
     for target in (model_config, getattr(model_config, "multimodal_config", None)):
-        if (config := getattr(target, _STAMP, None)) is not None:
+        if (config := getattr(target, _SETTINGS, None)) is not None:
             return config
     return None
 
@@ -277,7 +273,7 @@ def refuse_conflicts(engine_args: Any, model_config: Any) -> None:
             "With --enable-tower-connector-lora and EVS, clips could be encoded with another request's adapter. Drop "
             "one of them; LoRA adapters of the language model work."
         )
-    ours = sorted(key for key in mm_config.mm_processor_kwargs or {} if str(key).startswith("evs_"))
+    ours = sorted(key for key in mm_config.mm_processor_kwargs or {} if str(key).startswith(REQUEST_PREFIX))
     if ours:
         raise UnsupportedError(
             f"--mm-processor-kwargs holds {', '.join(ours)}, which are keys for requests. "
@@ -285,7 +281,7 @@ def refuse_conflicts(engine_args: Any, model_config: Any) -> None:
         )
 
 
-def reuse_obstacle(engine_args: Any, model_config: Any) -> str:
+def why_not_reuse(engine_args: Any, model_config: Any) -> str:
     """Why the vision tower cannot reuse keys and values under these vLLM options, or ""."""
     mm_config = model_config.multimodal_config
     if mm_config.mm_encoder_tp_mode == "data":
@@ -295,34 +291,3 @@ def reuse_obstacle(engine_args: Any, model_config: Any) -> str:
     if getattr(engine_args.compilation_config, "compile_mm_encoder", False):
         return "compile_mm_encoder compiles the tower's stock attention."
     return ""
-
-
-def flash_attention(
-    attention: Any, varlen: "Varlen", query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor"
-) -> "torch.Tensor":
-    """vLLM's FlashAttention with different query and key lengths. Written from its signature; not run on a GPU.
-
-    Args:
-        attention: The stock vision attention module.
-        varlen: Sequence boundaries and the rows to gather.
-        query, key, value: (rows, heads, head size) on CUDA.
-
-    Returns:
-        (rows, heads, head size).
-    """
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-
-    version = {} if attention._fa_version is None else {"fa_version": attention._fa_version}
-    out: torch.Tensor = flash_attn_varlen_func(
-        query.contiguous(),
-        key[varlen.key_rows],
-        value[varlen.key_rows],
-        cu_seqlens_q=varlen.query_starts,
-        cu_seqlens_k=varlen.key_starts,
-        max_seqlen_q=varlen.longest_query,
-        max_seqlen_k=varlen.longest_key,
-        softmax_scale=attention.scale,
-        causal=False,
-        **version,
-    )
-    return out

@@ -21,10 +21,10 @@ from evs_vllm.core.clip import Clip
 from evs_vllm.core.inspection import Inspection
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.prompt import pruned_clip
-from evs_vllm.core.scorers import pixel_change
+from evs_vllm.core.scorers import SELECTIONS, Scorer
 from evs_vllm.core.selection import make_plan
 from evs_vllm.engine import plugin
-from evs_vllm.engine.processor import MODALITY, plan_of
+from evs_vllm.engine.plan_field import MODALITY, plan_of
 from evs_vllm.errors import EVSError, UnsupportedError
 from evs_vllm.families import family_of
 from evs_vllm.options import CONFIG_KEY
@@ -71,13 +71,12 @@ def inspect_clip(
         item = processor.apply(inputs, timing)["mm_kwargs"].require_data()[MODALITY][0]
     family = family_of(model_config.architecture)
     assert family is not None  # checked when the model config was made
-    adapter, hf_config = family.load_adapter(), processor.info.get_hf_config()
-    stats = adapter.pixel_stats(processor.info.get_hf_processor())
+    adapter = family.bind(processor.info.get_hf_config(), processor=processor.info.get_hf_processor())
     fields = {key: elem.data for key, elem in item.items()}
-    clip = adapter.clip(fields, hf_config, stats)
+    clip = adapter.clip(fields)
     if clip is None:
         raise UnsupportedError(f"The processor made no pixels of {video}.")
-    frames = adapter.frames(fields, hf_config, stats)
+    frames = adapter.frames(fields)
     plan = plan_of(item) or RetentionPlan(clip.grid, np.arange(np.prod(clip.grid)), config.positions)
     layout = plan.layout
     after = plan.num_kept if layout is None else len(plan.prompt_index)
@@ -88,7 +87,7 @@ def inspect_clip(
         family=family.name,
         config=config,
         plan=plan,
-        scores=pixel_change(clip.tokens).cpu().numpy(),
+        scores=_scorer(config).score(clip.tokens).cpu().numpy(),
         values_per_token=clip.tokens.shape[-1],
         frames=frames,
         unit_seconds=_unit_seconds(media, plan.num_units, len(frames) // plan.num_units),
@@ -131,6 +130,12 @@ def _unit_seconds(media: Any, units: int, per_unit: int) -> tuple[float, ...] | 
     return tuple(float(indices[unit * per_unit]) / fps for unit in range(units))
 
 
+def _scorer(config: EVSConfig) -> Scorer:
+    scorer = SELECTIONS[config.selection]
+    assert isinstance(scorer, Scorer)  # what is served chooses by scores, and pictures show them
+    return scorer
+
+
 def _planning_seconds(clip: Clip, plan: RetentionPlan, config: EVSConfig, adapter: Any) -> dict[str, float]:
     """Medians of the stages that the processor runs in one go."""
 
@@ -145,14 +150,14 @@ def _planning_seconds(clip: Clip, plan: RetentionPlan, config: EVSConfig, adapte
     def lay_out() -> None:
         whole = plan.layout
         if whole is not None:
-            laid = plan.with_layout(adapter.layout(whole.token_ids.tolist(), whole.is_embed, clip))
+            laid = plan.with_layout(adapter.layout(whole.token_ids.tolist(), whole.is_embed, clip), plan.position_span)
             pruned_clip(laid)
             laid.to_array()
 
     if not config.active:
         return {"score": 0.0, "select": 0.0, "layout": 0.0}
-    score = median(lambda: pixel_change(clip.tokens))
-    both = median(lambda: make_plan(clip.tokens, clip.grid, config))
+    score = median(lambda: _scorer(config).score(clip.tokens))
+    both = median(lambda: make_plan(clip, config))
     return {"score": score, "select": max(0.0, both - score), "layout": median(lay_out)}
 
 

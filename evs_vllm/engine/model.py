@@ -16,26 +16,25 @@ from evs_vllm.config import EVSConfig
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.positions import PositionRequest, pruned_positions
 from evs_vllm.core.prompt import ClipSpan
-from evs_vllm.core.reuse import ReuseSchedule
 from evs_vllm.core.rows import encoder_batches, keep_rows
-from evs_vllm.engine.compat import flash_attention, stamped, stock_model_class, widen_rotary_caches
-from evs_vllm.engine.processor import MODALITY, PLAN_FIELD, ProcessorFactory, plan_of
+from evs_vllm.engine.attention import wrap_attention
+from evs_vllm.engine.compat import settings_of, stock_model_class, widen_rotary_caches
+from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD, plan_of
+from evs_vllm.engine.processor import ProcessorFactory
 from evs_vllm.errors import UnsupportedError
 from evs_vllm.families import Family, family_of
-from evs_vllm.families.base import FamilyAdapter
-from evs_vllm.families.plain_vit import SCHEDULE
 from evs_vllm.options import CONFIG_KEY
 
 
 class EVSModelMixin:
     """Goes before a family's model class. What carries no plan takes the stock path."""
 
-    _evs: FamilyAdapter
+    _evs_family: Family
     _evs_stock: type
 
     def __new__(cls, *args: Any, vllm_config: Any, **kwargs: Any) -> Any:
         wanted = CONFIG_KEY in (vllm_config.additional_config or {})
-        if wanted and stamped(vllm_config.model_config) is None:
+        if wanted and settings_of(vllm_config.model_config) is None:
             raise UnsupportedError(
                 "EVS is on, but its settings did not reach the model config, so clips would be served unpruned. "
                 "Please report how this engine was started."
@@ -49,11 +48,12 @@ class EVSModelMixin:
         widen_rotary_caches()
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._evs_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        config: EVSConfig = stamped(vllm_config.model_config) or EVSConfig()
-        self._evs_tower = None if config.reuse_obstacle else self._evs.reuse_tower(self)
+        config: EVSConfig = settings_of(vllm_config.model_config) or EVSConfig()
+        self._evs = self._evs_family.bind(vllm_config.model_config.hf_config)
+        self._evs_tower = None if config.why_not_reuse else self._evs.reuse_tower(self)
         if self._evs_tower is not None:
             for attention in self._evs_tower.attentions():
-                accept_schedules(attention)
+                wrap_attention(attention)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         stock = super().embed_multimodal  # type: ignore[misc]
@@ -93,8 +93,8 @@ class EVSModelMixin:
 class OneAxisMixin:
     """Goes between the mixin and a model class with ordinary, 1-D RoPE, which vLLM does not ask for position IDs.
 
-    With `compat.give_positions` it does, and hands them to the model as three equal rows. The language model gets one
-    of them, as ever: its rotary embedding and the scaling of that are vLLM's own.
+    With `compat.force_position_ids` it does, and hands them to the model as three equal rows. The language model gets
+    one of them, as ever: its rotary embedding and the scaling of that are vLLM's own.
     """
 
     supports_mrope: ClassVar[Literal[True]] = True
@@ -106,28 +106,6 @@ class OneAxisMixin:
         if positions.ndim == 2:
             positions = positions[0]
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
-
-
-def accept_schedules(attention: Any) -> None:
-    """Lets a vision attention module take a `ReuseSchedule` for ``cu_seqlens``; otherwise it runs as before."""
-    stock = attention.forward
-    scale: float = attention.scale
-
-    def forward(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: Any = None, **others: Any
-    ) -> Any:
-        schedule = cu_seqlens if isinstance(cu_seqlens, ReuseSchedule) else getattr(attention, SCHEDULE, None)
-        if schedule is not None:
-            heads = (query.shape[1], attention.num_heads, attention.head_size)
-            q, k, v = (x.reshape(heads) for x in (query, key, value))
-            if query.is_cuda and getattr(attention, "is_flash_attn_backend", False):
-                out = flash_attention(attention, schedule.varlen(query.device), q, k, v)
-            else:
-                out = schedule.attend(q, k, v, scale)
-            return out.reshape(query.shape)
-        return stock(query=query, key=key, value=value, cu_seqlens=cu_seqlens, **others)
-
-    attention.forward = forward
 
 
 def _moved(item: PositionRequest, offset: int) -> Any:
@@ -147,7 +125,7 @@ def model_class(stock: type, family: Family) -> type:
         "__module__": __name__,
         "__qualname__": stock.__name__,
         "__doc__": stock.__doc__,
-        "_evs": family.load_adapter(),
+        "_evs_family": family,
         "_evs_stock": stock,
     }
     mixins = (EVSModelMixin,) if supports_mrope(stock) else (EVSModelMixin, OneAxisMixin)

@@ -11,17 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from evs_vllm import envs
-from evs_vllm.config import EVSConfig, refuse_keys, split_request_kwargs
+from evs_vllm.config import EVSConfig
 from evs_vllm.errors import ConfigError, UnsupportedError
-from evs_vllm.families import Family, family_of, supported_architectures
+from evs_vllm.families import family_of, supported_architectures
 from evs_vllm.families.refused import refusal_of
 from evs_vllm.options import CONFIG_KEY, OPTIONS
+from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
 from evs_vllm.versions import tested_range, version_is_tested
 
 # A child of vLLM's logger, so that its handler and level apply.
 logger = logging.getLogger("vllm.evs_vllm")
-
-_NO_TOWER = "this model family's vision tower is not supported."
 
 # The settings of the engine that this API server process serves; the request check has no other way to them.
 _server_config: EVSConfig | None = None
@@ -32,10 +31,10 @@ def register() -> None:
     from evs_vllm.engine import compat
 
     compat.add_cli_options(_add_cli_options)
-    compat.on_cli_args(_read_cli_options)
-    compat.on_model_config(_start)
+    compat.wrap_from_cli_args(_read_cli_options)
+    compat.wrap_create_model_config(_start)
     if compat.may_run_engine_core():
-        compat.on_scheduled_request(_end_in_time)
+        compat.wrap_add_request(_cap_answer_length)
     for architecture in supported_architectures():
         compat.replace_model_class(architecture, "evs_vllm.engine.model")
 
@@ -43,30 +42,14 @@ def register() -> None:
 def _add_cli_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("EVS", "Efficient Video Sampling: drop video tokens that did not change.")
 
-    def reader(option: Any) -> Any:
-        def read(text: str) -> Any:
-            try:
-                return option.parse(text)
-            except ConfigError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        return read
-
     for option in OPTIONS:
-        group.add_argument(
-            option.flag,
-            dest=option.request_key,
-            type=reader(option),
-            default=None,
-            metavar=option.metavar,
-            help=option.help.replace("%", "%%"),
-        )
+        option.add_to(group)
 
 
 def _read_cli_options(args: argparse.Namespace) -> None:
     from evs_vllm.engine import compat
 
-    compat.on_request_kwargs(_check_request)
+    compat.wrap_request_check(_check_request)
     given = {o.name: value for o in OPTIONS if (value := getattr(args, o.request_key, None)) is not None}
     if not given:
         return
@@ -82,7 +65,7 @@ def _start(engine_args: Any, model_config: Any) -> None:
     global _server_config
     from evs_vllm.engine import compat
 
-    compat.on_request_kwargs(_check_request)
+    compat.wrap_request_check(_check_request)
     extra = engine_args.additional_config
     if not isinstance(extra, Mapping) or CONFIG_KEY not in extra:
         _server_config = None
@@ -103,16 +86,16 @@ def _start(engine_args: Any, model_config: Any) -> None:
             f"{', '.join(supported_architectures())}. Drop the --evs-* options to serve it unpruned."
         )
     compat.refuse_conflicts(engine_args, model_config)
-    adapter = family.load_adapter()
-    if why := adapter.kwargs_obstacle(model_config.multimodal_config.mm_processor_kwargs or {}):
+    adapter = family.bind(model_config.hf_config)
+    if why := adapter.unsupported_kwargs(model_config.multimodal_config.mm_processor_kwargs or {}):
         raise UnsupportedError(
             f"EVS cannot prune video with these --mm-processor-kwargs: {why}. Leave that out, or drop the "
             "--evs-* options."
         )
-    config = config.resolve_encoder(_reuse_obstacle(family, engine_args, model_config))
-    compat.stamp(model_config, config)
-    compat.give_positions(model_config)
-    compat.on_scheduled_request(_end_in_time)
+    config = config.resolve_encoder(adapter.why_not_reuse() or compat.why_not_reuse(engine_args, model_config))
+    compat.attach_settings(model_config, config)
+    compat.force_position_ids(model_config)
+    compat.wrap_add_request(_cap_answer_length)
     _server_config = config
     _compile_kernels()
     logger.info(
@@ -123,20 +106,10 @@ def _start(engine_args: Any, model_config: Any) -> None:
     )
 
 
-def _reuse_obstacle(family: Family, engine_args: Any, model_config: Any) -> str:
-    from evs_vllm.engine import compat
+def _cap_answer_length(model_config: Any, request: Any) -> None:
+    from evs_vllm.engine.limits import cap_answer_length
 
-    if not family.reuse:
-        return _NO_TOWER
-    adapter = family.load_adapter()
-    own = adapter.reuse_obstacle(adapter.media_config(model_config.hf_config))
-    return compat.reuse_obstacle(engine_args, model_config) or own
-
-
-def _end_in_time(model_config: Any, request: Any) -> None:
-    from evs_vllm.engine.processor import end_in_time
-
-    end_in_time(model_config, request)
+    cap_answer_length(model_config, request)
 
 
 def _compile_kernels() -> None:
@@ -145,7 +118,7 @@ def _compile_kernels() -> None:
     from evs_vllm.engine import compat
 
     evs_kernels.warmup()
-    compat.shield_llvmlite()
+    compat.guard_llvmlite_getattr()
 
 
 def _check_request(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -156,5 +129,5 @@ def _check_request(kwargs: dict[str, Any]) -> dict[str, Any]:
     if _server_config is None:
         refuse_keys(ours)
     else:
-        _server_config.for_request(ours)
+        admit(_server_config, ours)
     return rest

@@ -3,11 +3,11 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -15,24 +15,21 @@ from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PromptUpdateDetails
 
-from evs_vllm.config import EVSConfig, refuse_keys, split_request_kwargs
+from evs_vllm.config import EVSConfig
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import BoolArray, RetentionPlan
-from evs_vllm.core.positions import room_to_answer
 from evs_vllm.core.prompt import pruned_clip
 from evs_vllm.core.selection import make_plan
-from evs_vllm.engine.compat import stamped
+from evs_vllm.engine.compat import settings_of
+from evs_vllm.engine.limits import check_positions
 from evs_vllm.engine.metrics import metrics
+from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD
 from evs_vllm.errors import RequestError, UnsupportedError
-from evs_vllm.families import Family, family_of
+from evs_vllm.families import Family
 from evs_vllm.families.base import FamilyAdapter
+from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
 
 logger = init_logger("vllm.evs_vllm")
-
-PLAN_FIELD = "evs_plan"
-"""Name of the plan among a clip's multimodal fields."""
-
-MODALITY = "video"
 
 _OFF = EVSConfig()
 # The settings of the request that this thread is processing. vLLM calls `apply` and all it calls synchronously.
@@ -57,11 +54,9 @@ class PrunedUpdateDetails(PromptUpdateDetails):
 
     Attributes:
         plan: The clip's plan.
-        position_span: Position IDs that the clip takes up.
     """
 
-    plan: RetentionPlan | None = None
-    position_span: int = 0
+    plan: RetentionPlan = field(kw_only=True)
 
 
 class _FixedMask:
@@ -75,21 +70,25 @@ class _FixedMask:
 
 
 class EVSProcessorMixin(BaseMultiModalProcessor):
-    """Goes before a family's processor class; `_evs` is set by `processor_class`."""
+    """Goes before a family's processor class; `_evs_family` is set by `processor_class`."""
 
-    _evs: FamilyAdapter
+    _evs_family: Family
+
+    @cached_property
+    def _evs(self) -> FamilyAdapter:
+        return self._evs_family.bind(self.info.get_hf_config(), processor=self.info.get_hf_processor())
 
     @property
     def _evs_config(self) -> EVSConfig:
-        config: EVSConfig = stamped(self.info.ctx.model_config) or _OFF
+        config: EVSConfig = settings_of(self.info.ctx.model_config) or _OFF
         return config
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         ours, rest = split_request_kwargs(inputs.hf_processor_mm_kwargs)
-        settings = _OFF if _profiling.get() else self._evs_config.for_request(ours)
+        settings = _OFF if _profiling.get() else admit(self._evs_config, ours)
         if ours:
             inputs = replace(inputs, hf_processor_mm_kwargs=rest)
-        if settings.active and MODALITY in inputs.mm_data_items and (why := self._evs.kwargs_obstacle(rest)):
+        if settings.active and MODALITY in inputs.mm_data_items and (why := self._evs.unsupported_kwargs(rest)):
             raise RequestError(
                 f"EVS cannot prune this request's video: {why}. Leave that out, or set evs_rate to 0 where the server "
                 "admits it."
@@ -124,13 +123,12 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         """Plans one clip, puts the plan among its fields and returns its prompt updates, shortened."""
         started = time.perf_counter()
         fields = {key: elem.data for key, elem in item.items()}
-        stats = self._evs.pixel_stats(self.info.get_hf_processor())
-        clip = self._evs.clip(fields, self.info.get_hf_config(), stats)
+        clip = self._evs.clip(fields)
         if clip is None:
             logger.warning_once("EVS: precomputed video embeddings have no pixels to compare; they are not pruned.")
             return updates
-        plan = make_plan(clip.tokens, clip.grid, settings)
-        span = self._evs.position_span(fields, clip.grid, self.info.get_hf_config())
+        plan = make_plan(clip, settings)
+        span = self._evs.position_span(fields, clip.grid)
         pruned = [replace(u, content=self._pruned_details(u.content, clip, plan, span)) for u in updates]
         array = pruned[0].content.plan.to_array()
         if any((update.content.plan.to_array() != array).any() for update in pruned[1:]):
@@ -148,47 +146,28 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
     ) -> PrunedUpdateDetails:
         # Evaluated once, on the unpruned sequence: some families' masks are precomputed and ignore their argument.
         mask = None if stock.is_embed is None else stock.is_embed(stock.full).numpy()
-        plan = plan.with_layout(self._evs.layout(stock.full, mask, clip))
+        plan = plan.with_layout(self._evs.layout(stock.full, mask, clip), span)
         ids, embeds = pruned_clip(plan)
-        span = span if plan.positions == "keep" else plan.num_kept
-        return PrunedUpdateDetails(ids, None if mask is None else _FixedMask(embeds), plan, span)
+        return PrunedUpdateDetails(ids, None if mask is None else _FixedMask(embeds), plan=plan)
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         result = super()._maybe_apply_prompt_updates(mm_items, mm_res)
         updates = mm_res.prompt_updates.get(MODALITY, ())
         contents = [item_updates[0].content for item_updates in updates if item_updates]
-        clips = [c for c in contents if isinstance(c, PrunedUpdateDetails) and c.plan is not None]
-        if clips:
-            self._check_positions(len(result[0]), clips)
+        plans = [content.plan for content in contents if isinstance(content, PrunedUpdateDetails)]
+        if plans:
+            check_positions(self._evs, self.info.ctx.model_config, len(result[0]), plans)
             count = metrics()
-            count.clips.inc(len(clips))
-            count.tokens.inc(sum(clip.plan.num_tokens for clip in clips if clip.plan))
-            count.tokens_kept.inc(sum(clip.plan.num_kept for clip in clips if clip.plan))
+            count.clips.inc(len(plans))
+            count.tokens.inc(sum(plan.num_tokens for plan in plans))
+            count.tokens_kept.inc(sum(plan.num_kept for plan in plans))
         return result
-
-    def _check_positions(self, prompt_tokens: int, clips: list[PrunedUpdateDetails]) -> None:
-        """Kept positions run as far as the unpruned prompt did, possibly past the end of the model's rotary cache."""
-        if not any(clip.plan and clip.plan.positions == "keep" for clip in clips):
-            return
-        model_config = self.info.ctx.model_config
-        extra = sum(clip.position_span - clip.plan.num_kept for clip in clips if clip.plan)
-        # Where the scheduler cannot see the plan it cannot end the answer in time, so the whole context has to fit.
-        whole_context = model_config.multimodal_config.mm_processor_cache_type == "shm"
-        length = max(prompt_tokens, model_config.max_model_len) if whole_context else prompt_tokens
-        limit = self._evs.max_position(self.info.get_hf_config(), model_config.max_model_len)
-        if room_to_answer(length, extra, limit) < 1:
-            way_out = " or serve with a lower --max-model-len" if whole_context else ""
-            raise RequestError(
-                f"The video(s) of this request take up {sum(clip.position_span for clip in clips)} position IDs before "
-                f"pruning, and the prompt with them {length + extra}; the model has {limit}. Send fewer frames or a "
-                f"shorter video, set evs_positions to 'sequential'{way_out}."
-            )
 
 
 @cache
 def processor_class(stock: type, family: Family) -> type:
     """`stock` with the mixin before it."""
-    return type(f"EVS{stock.__name__}", (EVSProcessorMixin, stock), {"_evs": family.load_adapter()})
+    return type(f"EVS{stock.__name__}", (EVSProcessorMixin, stock), {"_evs_family": family})
 
 
 def _refusing(apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,35 +188,8 @@ class ProcessorFactory:
     family: Family
 
     def __call__(self, info: Any, dummy_inputs: Any, **kwargs: Any) -> Any:
-        if stamped(info.ctx.model_config) is None:
+        if settings_of(info.ctx.model_config) is None:
             processor = self.stock(info, dummy_inputs, **kwargs)
             processor.apply = _refusing(processor.apply)
             return processor
         return processor_class(self.stock, self.family)(info, dummy_inputs, **kwargs)
-
-
-def end_in_time(model_config: Any, request: Any) -> None:
-    """Shortens the answer to a scheduled request whose position IDs would otherwise leave the rotary cache.
-
-    vLLM ends an answer at the context length, counted in tokens; pruned prompts are further along in positions.
-    """
-    plans = [(feature, plan_of(feature.data)) for feature in request.mm_features or ()]
-    family = family_of(model_config.architecture)
-    if family is None or all(plan is None or plan.positions != "keep" for _, plan in plans):
-        return
-    adapter = family.load_adapter()
-    hf_config = adapter.media_config(model_config.hf_config)
-    extra = 0
-    for feature, plan in plans:
-        if plan is not None and plan.positions == "keep":
-            fields = {key: elem.data for key, elem in feature.data.items()}
-            extra += adapter.position_span(fields, plan.grid, hf_config) - plan.num_kept
-    limit = adapter.max_position(hf_config, model_config.max_model_len)
-    room = room_to_answer(request.num_prompt_tokens, extra, limit)
-    request.max_tokens = min(request.max_tokens, max(1, room))
-
-
-def plan_of(item: Mapping[str, Any] | None) -> RetentionPlan | None:
-    """The plan among a clip's fields, if it has one."""
-    elem = (item or {}).get(PLAN_FIELD)
-    return None if elem is None else RetentionPlan.from_array(elem.data.numpy())

@@ -130,9 +130,10 @@ class ReuseTower(ABC):
 
     @abstractmethod
     def attentions(self) -> Iterable[torch.nn.Module]:
-        """Its attention modules, called with query, key, value of (1, rows, heads, head size) and ``cu_seqlens``.
+        """Its attention modules, one for each layer.
 
-        Or of (1, rows, heads * head size), with the schedule on the module (`evs_vllm.families.plain_vit.SCHEDULE`).
+        They are called with query, key, value of (1, rows, heads, head size) or (1, rows, heads * head size). During
+        `encode` each has the schedule of its layer on itself (`evs_vllm.core.reuse.scheduled`).
         """
 
     @abstractmethod

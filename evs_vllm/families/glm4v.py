@@ -22,9 +22,9 @@ class GLM4V(Qwen3VL):
 
 
 class GLM4VTower(Qwen2VLTower):
-    """Attention within a frame; a learned embedding of the place; a convolution over the patches of one token."""
+    """Attention within a frame; a learned embedding of the slot; a convolution over the patches of one token."""
 
-    def _per_place(self, height: int, width: int) -> dict[str, torch.Tensor]:
+    def _per_slot(self, height: int, width: int) -> dict[str, torch.Tensor]:
         grid = [[1, height, width]]
         cos, sin, _ = self._visual.rot_pos_emb(grid)
         values = {

@@ -43,12 +43,12 @@ class InternVLNative(FrameBlocks):
     def reuse_tower(self, model: Any) -> ReuseTower:
         vision, shuffle = model.vision_tower, partial(model.pixel_shuffle, scale_factor=model.downsample_ratio)
         return PlainTower(
-            self.pixels,
-            vision.encoder.layer,
-            lambda layer: layer.attention.attn,
-            vision.embeddings.patch_embeddings.projection,
-            lambda: with_class(vision.embeddings.cls_token, vision.embeddings.position_embeddings),
-            lambda patches: model.multi_modal_projector(shuffle(vision.layernorm(patches)).flatten(1)),
+            pixels=self.pixels,
+            patch_embed=vision.embeddings.patch_embeddings.projection,
+            pos_embed=lambda: with_class(vision.embeddings.cls_token, vision.embeddings.position_embeddings),
+            layers=vision.encoder.layer,
+            attention_of=lambda layer: layer.attention.attn,
+            project=lambda patches: model.multi_modal_projector(shuffle(vision.layernorm(patches)).flatten(1)),
         )
 
 
@@ -74,10 +74,10 @@ class InternVLChat(InternVLNative):
     def reuse_tower(self, model: Any) -> ReuseTower:
         vision, shuffle = model.vision_model, partial(model.pixel_shuffle, scale_factor=model.downsample_ratio)
         return PlainTower(
-            self.pixels,
-            vision.encoder.layers,
-            lambda layer: layer.attn.attn,
-            vision.embeddings.patch_embedding,
-            lambda: with_class(vision.embeddings.class_embedding, vision.embeddings.position_embedding),
-            lambda patches: model.mlp1(shuffle(patches).flatten(1)),
+            pixels=self.pixels,
+            patch_embed=vision.embeddings.patch_embedding,
+            pos_embed=lambda: with_class(vision.embeddings.class_embedding, vision.embeddings.position_embedding),
+            layers=vision.encoder.layers,
+            attention_of=lambda layer: layer.attn.attn,
+            project=lambda patches: model.mlp1(shuffle(patches).flatten(1)),
         )

@@ -38,18 +38,20 @@ class LlavaNextVideo(FrameBlocks):
         vision, pool = model.vision_tower.vision_model, model.vision_resampler.pool
         embeddings = vision.embeddings
 
-        def finish(patches: torch.Tensor) -> torch.Tensor:
+        def project(patches: torch.Tensor) -> torch.Tensor:
             projected: torch.Tensor = model.multi_modal_projector(pool(patches.permute(0, 3, 1, 2)).flatten(1))
             return projected
 
         return PlainTower(
-            self.pixels,
-            vision.encoder.layers,
-            lambda layer: layer.self_attn.attn,
-            embeddings.patch_embedding,
-            lambda: with_class(embeddings.class_embedding[None, None], embeddings.position_embedding.weight[None]),
-            finish,
-            vision.pre_layrnorm,
+            pixels=self.pixels,
+            patch_embed=embeddings.patch_embedding,
+            pos_embed=lambda: with_class(
+                embeddings.class_embedding[None, None], embeddings.position_embedding.weight[None]
+            ),
+            pre_norm=vision.pre_layrnorm,
+            layers=vision.encoder.layers,
+            attention_of=lambda layer: layer.self_attn.attn,
+            project=project,
         )
 
 

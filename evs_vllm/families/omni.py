@@ -62,7 +62,7 @@ class Qwen3Omni(Qwen2_5Omni):
 class Qwen3OmniTower(Qwen2VLTower):
     """Qwen3-VL's tower with a forward of its own that takes whole clips only, so its parts run here in their order."""
 
-    def _per_place(self, height: int, width: int) -> dict[str, torch.Tensor]:
+    def _per_slot(self, height: int, width: int) -> dict[str, torch.Tensor]:
         visual = self._visual
         cos, sin = visual.rot_pos_emb(torch.tensor([[1, height, width]]))
         values = {"rotary_pos_emb_cos": cos, "rotary_pos_emb_sin": sin}

@@ -14,11 +14,8 @@ import numpy as np
 import torch
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ClipRows, ReuseSchedule
+from evs_vllm.core.reuse import ClipRows, ReuseSchedule, scheduled
 from evs_vllm.families.base import ReuseTower
-
-SCHEDULE = "evs_schedule"
-"""Attribute of an attention module that holds the schedule of the call."""
 
 
 def with_class(token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -59,54 +56,57 @@ def frame_rows(plan: RetentionPlan, patches: int) -> tuple[ClipRows, np.ndarray]
         patches: Patches per token.
 
     Returns:
-        The rows, one place each (0 is the class token's), and (R,) which of them are patches.
+        The rows, one slot each (0 is the class token's), and (R,) which of them are patches.
     """
     unit, token = np.divmod(plan.computed, plan.tokens_per_unit)
     units, counts = np.unique(unit, return_counts=True)
     unit_of_row = np.concatenate([units, np.repeat(unit, patches)])
-    place_of_row = np.concatenate(
+    slot_of_row = np.concatenate(
         [np.zeros_like(units), (1 + token[:, None] * patches + np.arange(patches)).reshape(-1)]
     )
     order = np.argsort(unit_of_row, kind="stable")
     bounds = np.concatenate([[0], np.cumsum(1 + counts * patches)])
     whole = np.array([0, 1 + plan.tokens_per_unit * patches])
-    return ClipRows(place_of_row[order], bounds, whole), order >= len(units)
+    return ClipRows(slot_of_row[order], bounds, whole), order >= len(units)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PlainTower(ReuseTower):
-    """Attributes:
-    pixels: Name of the pixel field, which holds what `packed_blocks` made: one tensor, or one of each clip.
-    layers: The tower's layers, (1, rows, width) to the same.
-    attention: From a layer to its attention module.
-    conv: The patch embedding, (n, 3, S, S) pixels to (n, width, patches, patches).
-    places: The (1 + patches per frame, width) rows to add: first the class token with its position, then the positions.
-    finish: (tokens, r, r, width), the r x r patches of each token, to (tokens, hidden).
-    start: What comes before the first layer, (rows, width) to the same, each row by itself.
+    """A plain ViT from the parts of vLLM's module, each named as in most ViT code.
+
+    Attributes:
+        pixels: Name of the pixel field, which holds what `packed_blocks` made: one tensor, or one of each clip.
+        patch_embed: The convolution that embeds patches, (n, 3, S, S) pixels to (n, width, patches, patches).
+        pos_embed: The (1 + patches per frame, width) rows to add: first the class token with its position, then the
+            positions of the patches. Called for each batch, when the weights are loaded.
+        pre_norm: What comes before the first layer, (rows, width) to the same, each row by itself. Default: nothing.
+        layers: The tower's layers, (1, rows, width) to the same.
+        attention_of: From a layer to its attention module.
+        project: (tokens, r, r, width), the r x r patches of each token, to (tokens, hidden).
     """
 
     pixels: str
+    patch_embed: Any
+    pos_embed: Callable[[], torch.Tensor]
+    pre_norm: Callable[[torch.Tensor], torch.Tensor] = field(default_factory=torch.nn.Identity)
     layers: Sequence[torch.nn.Module]
-    attention: Callable[[Any], torch.nn.Module]
-    conv: Any
-    places: Callable[[], torch.Tensor]
-    finish: Callable[[torch.Tensor], torch.Tensor]
-    start: Callable[[torch.Tensor], torch.Tensor] = field(default_factory=torch.nn.Identity)
+    attention_of: Callable[[Any], torch.nn.Module]
+    project: Callable[[torch.Tensor], torch.Tensor]
 
     def attentions(self) -> Iterable[torch.nn.Module]:
-        return [self.attention(layer) for layer in self.layers]
+        return [self.attention_of(layer) for layer in self.layers]
 
     def encode(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> torch.Tensor:
         frames = batch[self.pixels]
         if isinstance(frames, list) or frames.ndim == 5:  # clip by clip
             frames = torch.cat(list(frames))
-        patches = self.conv(frames.to(self.conv.weight.dtype))
+        patches = self.patch_embed(frames.to(self.patch_embed.weight.dtype))
         count, width, across, _ = patches.shape
         side = plans[0].grid[1]
         ratio = across // side
         patches = patches.view(count, width, side, ratio, side, ratio).permute(0, 2, 4, 3, 5, 1)
         patches = patches.reshape(count, side * side, ratio**2, width)
-        table = self.places()
+        table = self.pos_embed()
         by_token = torch.arange(across**2).view(side, ratio, side, ratio).permute(0, 2, 1, 3).reshape(side * side, -1)
         positions = table[1:][by_token.to(table.device)]
 
@@ -116,25 +116,19 @@ class PlainTower(ReuseTower):
             clip, patch = frame_rows(plan, ratio**2)
             packed = packed_frames(plan)
             tokens = patches[start : start + packed].flatten(0, 1)[: len(plan.computed)]
-            place = torch.from_numpy(plan.computed % plan.tokens_per_unit).to(table.device)
+            slot = torch.from_numpy(plan.computed % plan.tokens_per_unit).to(table.device)
             own = table[:1].repeat(len(patch), 1)
-            own[torch.from_numpy(patch).to(own.device)] = (tokens + positions[place]).flatten(0, 1)
+            own[torch.from_numpy(patch).to(own.device)] = (tokens + positions[slot]).flatten(0, 1)
             rows.append(clip)
             hidden.append(own)
             is_patch.append(patch)
             start += packed
-        out = self._run(self.start(torch.cat(hidden))[None], ReuseSchedule(rows, 1))[0]
+        out = self._run(self.pre_norm(torch.cat(hidden))[None], ReuseSchedule(rows, 1))[0]
         out = out[torch.from_numpy(np.concatenate(is_patch)).to(out.device)]
-        return self.finish(out.view(-1, ratio, ratio, width))
+        return self.project(out.view(-1, ratio, ratio, width))
 
     def _run(self, hidden: torch.Tensor, schedule: ReuseSchedule) -> torch.Tensor:
-        attentions = list(self.attentions())
-        for attention in attentions:
-            setattr(attention, SCHEDULE, schedule)
-        try:
+        with scheduled(self.attentions(), [schedule] * len(self.layers)):
             for layer in self.layers:
                 hidden = layer(hidden)
-        finally:
-            for attention in attentions:
-                delattr(attention, SCHEDULE)
         return hidden

@@ -14,7 +14,7 @@ import torch
 
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ClipRows, ReuseSchedule, clip_rows
+from evs_vllm.core.reuse import ClipRows, ReuseSchedule, clip_rows, scheduled
 from evs_vllm.families.base import FamilyAdapter, ReuseTower, to_uint8
 from evs_vllm.families.rotary import MROPE_CACHE_FACTOR
 
@@ -64,9 +64,9 @@ class Qwen2VL(FamilyAdapter):
     def ids_per_unit(self, item: Mapping[str, Any]) -> float:
         """Position IDs from one temporal unit to the next; time counts in seconds where the config says how many IDs
         one second takes."""
+        per_second = getattr(self.config.vision_config, "tokens_per_second", None)
         seconds = item.get("second_per_grid_ts")
-        per_second = getattr(self.config.vision_config, "tokens_per_second", 1.0)
-        return float(per_second * (1.0 if seconds is None else float(seconds)))
+        return 1.0 if per_second is None else float(per_second * (1.0 if seconds is None else float(seconds)))
 
     def max_position(self, max_model_len: int) -> int:
         return MROPE_CACHE_FACTOR * super().max_position(max_model_len)
@@ -76,7 +76,7 @@ class Qwen2VLTower(ReuseTower):
     """The towers of Qwen2-VL (attention within a frame) and Qwen2.5-VL (within windows, in some blocks a frame).
 
     Both run their own ``forward`` on the computed rows: it takes precomputed rotary phases, row orders and sequence
-    boundaries (``encoder_metadata``), and the schedules that we pass as boundaries are read by the attention alone.
+    boundaries (``encoder_metadata``). Boundaries matter to the attention alone, which follows its schedule instead.
     """
 
     def __init__(self, visual: Any) -> None:
@@ -92,40 +92,47 @@ class Qwen2VLTower(ReuseTower):
         window = visual.window_size // merge // visual.patch_size if self._windowed else None
         clips: list[ClipRows] = []
         order: list[np.ndarray] = []
-        per_place: list[dict[str, torch.Tensor]] = []
+        per_slot: list[dict[str, torch.Tensor]] = []
         start = 0
         for plan in plans:
             rows, row_order = clip_rows(plan, window)
             _, height, width = plan.grid
-            place = torch.from_numpy(plan.computed[row_order] % plan.tokens_per_unit)
-            whole_unit = self._per_place(height * merge, width * merge)
-            per_place.append({name: values[place.to(values.device)] for name, values in whole_unit.items()})
+            slot = torch.from_numpy(plan.computed[row_order] % plan.tokens_per_unit)
+            whole_unit = self._per_slot(height * merge, width * merge)
+            per_slot.append({name: values[slot.to(values.device)] for name, values in whole_unit.items()})
             clips.append(rows)
             order.append(row_order + start)
             start += len(row_order)
         index = torch.from_numpy(np.concatenate(order)).to(visual.device)
-        whole = [replace(rows, windows=rows.windows[[0, -1]]) for rows in clips]
+        whole = ReuseSchedule([replace(rows, windows=rows.windows[[0, -1]]) for rows in clips], merge**2)
+        windows = ReuseSchedule(clips, merge**2) if self._windowed else whole
+        full = visual.fullatt_block_indexes if self._windowed else ()
+        patches = start * merge**2
+        # As if all rows were one sequence.
+        boundaries = torch.arange(0, patches + 1, patches, dtype=torch.int32, device=visual.device)
         metadata = {
             **{
-                name: torch.cat([values[name] for values in per_place]).flatten(0, 1).to(visual.device)
-                for name in per_place[0]
+                name: torch.cat([values[name] for values in per_slot]).flatten(0, 1).to(visual.device)
+                for name in per_slot[0]
             },
-            "cu_seqlens": ReuseSchedule(whole, merge**2),
-            "cu_window_seqlens": ReuseSchedule(clips, merge**2),
+            "cu_seqlens": boundaries,
+            "cu_window_seqlens": boundaries,
             "window_index": index,
             "reverse_indices": torch.argsort(index),
             "max_seqlen": None,
             "max_seqlen_full": None,
             "max_seqlen_window": None,
         }
-        return self._run(batch[PIXELS], metadata)
+        schedules = [whole if number in full else windows for number in range(len(visual.blocks))]
+        with scheduled(self.attentions(), schedules):
+            return self._run(batch[PIXELS], metadata)
 
     def _run(self, pixels: torch.Tensor, metadata: dict[str, Any]) -> torch.Tensor:
         embeds: torch.Tensor = self._visual(pixels, None, encoder_metadata=metadata)
         return embeds
 
-    def _per_place(self, height: int, width: int) -> dict[str, torch.Tensor]:
-        """What depends on the place alone, in a unit of height x width patches: each (P, patches per token, size)."""
+    def _per_slot(self, height: int, width: int) -> dict[str, torch.Tensor]:
+        """What depends on the slot alone, in a unit of height x width patches: each (P, patches per token, size)."""
         if self._windowed:
             cos, sin = self._visual.rotary_pos_emb_thw(1, height, width)
         else:

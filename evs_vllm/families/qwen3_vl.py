@@ -29,8 +29,8 @@ class Qwen3VL(Qwen2VL):
 
 
 class Qwen3VLTower(Qwen2VLTower):
-    """Attention within a frame; a learned embedding of the place, interpolated to the grid, is added to each patch."""
+    """Attention within a frame; a learned embedding of the slot, interpolated to the grid, is added to each patch."""
 
-    def _per_place(self, height: int, width: int) -> dict[str, torch.Tensor]:
+    def _per_slot(self, height: int, width: int) -> dict[str, torch.Tensor]:
         embeds: torch.Tensor = self._visual.fast_pos_embed_interpolate([[1, height, width]])
-        return super()._per_place(height, width) | {"pos_embeds": self._by_token(embeds)}
+        return super()._per_slot(height, width) | {"pos_embeds": self._by_token(embeds)}

@@ -9,6 +9,6 @@
 The same scoring, selection and position code as in vLLM, so the model sees what vLLM would serve. Needs no vLLM.
 """
 
-from evs_vllm.hf.model import disable, enable, last_batch, last_plans
+from evs_vllm.hf.enable import disable, enable, last_batch, last_plans
 
 __all__ = ["enable", "disable", "last_batch", "last_plans"]

@@ -19,7 +19,7 @@ from evs_vllm.core.prompt import ClipSpan
 from evs_vllm.errors import PlanError, RequestError
 
 
-class Medium(NamedTuple):
+class MediaItem(NamedTuple):
     """An image or a clip.
 
     Attributes:
@@ -36,28 +36,36 @@ class Medium(NamedTuple):
     def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
+    @property
+    def position_span(self) -> int:
+        """Position IDs that the item takes up, without the text between its units."""
+        units, height, width = self.grid
+        if self.units_apart:
+            return units * max(height, width)
+        return max(int((units - 1) * self.time_step), height - 1, width - 1) + 1
 
-class Placed(NamedTuple):
-    """A medium and the place of its first token."""
+
+class PlacedItem(NamedTuple):
+    """A media item and the prompt index of its first token."""
 
     offset: int
-    medium: Medium
+    medium: MediaItem
 
-    def runs(self, token_ids: Sequence[int]) -> "Iterator[Placed]":
+    def runs(self, token_ids: Sequence[int]) -> "Iterator[PlacedItem]":
         """Itself, or its units where they stand apart."""
         if not self.medium.units_apart:
             yield self
             return
         units, height, width = self.medium.grid
-        placeholder, place = token_ids[self.offset], self.offset
+        placeholder, index = token_ids[self.offset], self.offset
         for _ in range(units):
-            while token_ids[place] != placeholder:
-                place += 1
-            yield Placed(place, Medium((1, height, width)))
-            place += height * width
+            while token_ids[index] != placeholder:
+                index += 1
+            yield PlacedItem(index, MediaItem((1, height, width)))
+            index += height * width
 
 
-def lay_out(token_ids: Sequence[int], items: Sequence[Placed]) -> tuple[torch.Tensor, int]:
+def lay_out(token_ids: Sequence[int], items: Sequence[PlacedItem]) -> tuple[torch.Tensor, int]:
     """M-RoPE position IDs of an unpruned prompt.
 
     Args:
@@ -65,7 +73,7 @@ def lay_out(token_ids: Sequence[int], items: Sequence[Placed]) -> tuple[torch.Te
         items: Its images and clips, by offset.
 
     Returns:
-        (3, L) int64, and the delta that, added to a later place of the sequence, gives its ID.
+        (3, L) int64, and the delta that, added to a later index of the sequence, gives its ID.
     """
     ids = np.empty((3, len(token_ids)), dtype=np.int64)
     read, following = 0, 0
@@ -86,9 +94,9 @@ class PrunedRow:
     """One prompt without its dropped tokens.
 
     Attributes:
-        index: (L',) for each token its place in the unpruned prompt.
+        index: (L',) for each token its index in the unpruned prompt.
         positions: (3, L') int64.
-        delta: Added to a later place of the pruned sequence it gives that place's position ID.
+        delta: Added to a later index of the pruned sequence, it gives the position ID there.
         plans: Those of its clips, with their layout.
     """
 
@@ -102,8 +110,8 @@ def prune_row(
     token_ids: IntArray,
     image_id: int,
     video_id: int,
-    images: "Iterable[Medium]",
-    clips: "Iterable[tuple[Medium, RetentionPlan]]",
+    images: "Iterable[MediaItem]",
+    clips: "Iterable[tuple[MediaItem, RetentionPlan]]",
 ) -> PrunedRow:
     """Prunes one prompt; takes as many of `images` and `clips` as it has, in order.
 
@@ -130,8 +138,8 @@ def prune_row(
             medium = next(images, None)
         else:
             medium, plan = next(clips, (None, None))
-        places = placeholders[: medium.num_tokens if medium is not None else 0]
-        if medium is None or not _fits(token_ids, places, medium):
+        at = placeholders[: medium.num_tokens if medium is not None else 0]
+        if medium is None or not _fits(token_ids, at, medium):
             found = int((token_ids == token).sum())
             raise RequestError(
                 f"The prompt has {found} placeholders of token {token}, but the grids given to the model do not fit "
@@ -139,11 +147,12 @@ def prune_row(
             )
         index.append(np.arange(read, start))
         written += start - read
-        read = int(places[-1]) + 1
+        read = int(at[-1]) + 1
         stays, span = np.arange(read - start), None
         if plan is not None:
             here = token_ids[start:read]
-            plan = plan.with_layout(Layout(here, here == token, np.ones(medium.num_tokens, dtype=np.bool_)))
+            layout = Layout(here, here == token, np.ones(medium.num_tokens, dtype=np.bool_))
+            plan = plan.with_layout(layout, medium.position_span)
             plans.append(plan)
             stays, span = plan.prompt_index, ClipSpan(written, plan)
         items.append(PositionRequest(medium, written, span))
@@ -154,17 +163,17 @@ def prune_row(
     positions, delta = pruned_positions(
         token_ids[whole].tolist(),
         items,
-        lambda item, offset: Placed(offset, item.feature),  # type: ignore[arg-type]
+        lambda item, offset: PlacedItem(offset, item.feature),  # type: ignore[arg-type]
         lay_out,
     )
     return PrunedRow(whole, positions, delta, tuple(plans))
 
 
-def _fits(token_ids: IntArray, places: IntArray, medium: Medium) -> bool:
-    """Whether the placeholders at `places` are those of `medium`: as many, alike, and in the runs that it has."""
-    if len(places) != medium.num_tokens or (token_ids[places] != token_ids[places[0]]).any():
+def _fits(token_ids: IntArray, at: IntArray, medium: MediaItem) -> bool:
+    """Whether the placeholders at `at` are those of `medium`: as many, alike, and in the runs that it has."""
+    if len(at) != medium.num_tokens or (token_ids[at] != token_ids[at[0]]).any():
         return False
-    runs = places.reshape(medium.grid[0] if medium.units_apart else 1, -1)
+    runs = at.reshape(medium.grid[0] if medium.units_apart else 1, -1)
     return bool((np.diff(runs, axis=1) == 1).all())
 
 
@@ -198,8 +207,8 @@ def prune_batch(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     placeholders: Mapping[str, int],
-    images: Sequence[Medium],
-    clips: Sequence[tuple[Medium, RetentionPlan]],
+    images: Sequence[MediaItem],
+    clips: Sequence[tuple[MediaItem, RetentionPlan]],
 ) -> Batch:
     """Prunes a batch. Padding stays on the side where it was; without any, new padding goes to the left.
 

@@ -6,7 +6,7 @@ with it before anything is loaded.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -198,12 +198,13 @@ def datasets(recipe: Recipe) -> tuple[Any, Any]:
     return ChatDataset(data.train, frames), ChatDataset(data.eval, frames) if data.eval else None
 
 
-def run(recipe: Recipe, resume: bool | str = False) -> Any:
+def run(recipe: Recipe, resume: bool | str = False, prepare: Callable[[Any], Any] | None = None) -> Any:
     """Trains, and writes the final checkpoint with its processor to ``trainer.output_dir``.
 
     Args:
         recipe: What to do.
         resume: A checkpoint folder, or True for the last one of ``output_dir``.
+        prepare: What to do with the loaded model before training: (model) -> model.
 
     Returns:
         The trainer, after training.
@@ -229,6 +230,8 @@ def run(recipe: Recipe, resume: bool | str = False) -> Any:
     transformers.set_seed(arguments.seed)
     train, evaluation = datasets(recipe)
     model = load_model(recipe)
+    if prepare is not None:
+        model = prepare(model)
     processor = transformers.AutoProcessor.from_pretrained(recipe.model)
     trainer = UptrainTrainer(
         model=model,

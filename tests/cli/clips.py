@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from evs_vllm.config import EVSConfig
+from evs_vllm.core.clip import Clip
 from evs_vllm.core.inspection import STAGES, Inspection
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.selection import make_plan
@@ -25,7 +26,7 @@ def inspected(units: int = 6, size: tuple[int, int] = (84, 140), seconds: bool =
     config, grid = EVSConfig(**(options or {"rate": 0.6})), (units, rows, columns)
     whole = RetentionPlan(grid, np.arange(units * rows * columns))
     change = np.abs(np.diff(tokens.numpy().astype(np.int32), axis=0)).sum(axis=2)
-    plan = make_plan(tokens, grid, config) if config.active else whole
+    plan = make_plan(Clip(tokens, grid), config) if config.active else whole
     return Inspection(
         video=Path("drawn & <cut>.mp4"),
         model="tiny",

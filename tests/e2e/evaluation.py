@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.evaluate.client import Answer, Ask, Client
+from bench.evaluate.client import Ask, Client
+from evs_vllm.serving import Answer, video_part
 from evs_vllm.train.synthetic import COLOURS, SceneSettings, write_dataset
-from tests.e2e.server import Server, body, encode_file
+from tests.e2e.server import Server, body
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,7 +118,7 @@ def letters_only(tokenizer: object) -> dict[str, list[int]]:
 def asked_plainly(server: Server, question: Question, rate: float, more: dict[str, list[int]]) -> tuple[str, int]:
     """The letter and the prompt's tokens, by a request that is written out here."""
     kwargs = {"evs_rate": rate}
-    request = body([encode_file(question.video), question.text], 1, mm_processor_kwargs=kwargs, **more)
+    request = body([video_part(question.video), question.text], 1, mm_processor_kwargs=kwargs, **more)
     response = server.post(request)
     assert response.status_code == 200, response.text
     answer = response.json()
@@ -146,10 +147,10 @@ def run_command(
     """The content of the result file and the table of ``bench/evaluate``, run as a user runs it."""
     settings = {"tasks": [NAME], "task_folders": [str(tasks)], "body": more, "max_tokens": 1}
     (folder / "settings.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    command = [sys.executable, str(ROOT / "bench" / "evaluate.py"), str(folder / "settings.yaml"), "--url", server.url]
+    command = [sys.executable, "-m", "bench.evaluate", str(folder / "settings.yaml"), "--url", server.url]
     command += ["--rates", *map(str, rates), "--out", str(folder / "result")]
     env = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "result.svg").stat().st_size > 1000
     return json.loads((folder / "result.json").read_text()), (folder / "result.md").read_text()

@@ -5,16 +5,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import io
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +17,9 @@ from typing import Any
 
 import httpx
 import numpy as np
+
+from evs_vllm import serving
+from evs_vllm.serving import data_url, video_part
 
 START_TIMEOUT_S = 600  # half a minute on an idle machine
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -49,57 +47,14 @@ class Server:
         headers = {"Content-Type": "application/json"}
         return httpx.post(self.url + path, content=content, headers=headers, timeout=120, trust_env=False)
 
-    def metrics(self, prefix: str = "evs:") -> dict[str, float]:
-        """Samples of `/metrics` by name, summed over labels."""
-        out: dict[str, float] = {}
-        for line in httpx.get(self.url + "/metrics", timeout=30, trust_env=False).text.splitlines():
-            if line.startswith(prefix) and "_bucket" not in line:
-                name, value = line.split("{")[0].split()[0], line.split()[-1]
-                out[name] = out.get(name, 0.0) + float(value)
-        return out
-
 
 @contextlib.contextmanager
-def serving(command: Sequence[str], log_file: Path) -> Iterator[Server]:
-    """Starts `command` with a free port added, waits until it is healthy, and ends its whole process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def started(command: Sequence[str], log_file: Path) -> Iterator[Server]:
+    """Starts `command` on a free port, waits until it is healthy, and ends its whole process group."""
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     env["VLLM_LOGGING_LEVEL"] = "INFO"
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )  # fmt: skip
-    try:
-        server = Server(f"http://127.0.0.1:{port}", log_file)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _healthy(server):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start (exit code {process.poll()}):\n{server.log[-5000:]}")
-            time.sleep(0.3)
-        yield server
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _end_with_parent() -> None:
-    """Linux ends the server when the test process dies without cleaning up."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _healthy(server: Server) -> bool:
-    try:
-        return httpx.get(server.url + "/health", timeout=5, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
+    with serving.serving(command, log_file, env, START_TIMEOUT_S) as url:
+        yield Server(url, log_file)
 
 
 def encode_frames(frames: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
@@ -112,13 +67,7 @@ def encode_frames(frames: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
         Image.fromarray(frame).save(buffer, "JPEG", quality=90)
         parts.append(base64.b64encode(buffer.getvalue()).decode())
         decoded.append(np.asarray(Image.open(buffer).convert("RGB")))
-    url = "data:video/jpeg;base64," + ",".join(parts)
-    return {"type": "video_url", "video_url": {"url": url}}, np.stack(decoded)
-
-
-def encode_file(path: Path) -> dict[str, Any]:
-    url = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
-    return {"type": "video_url", "video_url": {"url": url}}
+    return video_part("data:video/jpeg;base64," + ",".join(parts)), np.stack(decoded)
 
 
 def encode_image(pixels: np.ndarray) -> dict[str, Any]:
@@ -126,8 +75,7 @@ def encode_image(pixels: np.ndarray) -> dict[str, Any]:
 
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
+    return {"type": "image_url", "image_url": {"url": data_url(buffer.getvalue(), "image/png")}}
 
 
 def body(parts: Sequence[dict[str, Any] | str], max_tokens: int = 12, **more: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from evs_vllm import hf
-from evs_vllm.cli._demo_answers import MODEL
+from evs_vllm.demo.answers import trained_model
 from evs_vllm.train.data import ChatCollator, as_item
 from evs_vllm.train.synthetic import SceneSettings, make_example
 from evs_vllm.train.trainer import answers
@@ -26,7 +26,7 @@ def served(engines):
     from vllm import SamplingParams
 
     engines.close()
-    engine = start_engine(MODEL, {"rate": 0.75, "request_overrides": "any"}, max_model_len=1024)
+    engine = start_engine(trained_model(), {"rate": 0.75, "request_overrides": "any"}, max_model_len=1024)
     right = {}
     try:
         for rate in RATES:
@@ -58,9 +58,9 @@ def test_transformers_answers_the_same(served):
     """At least 99.5 % of all questions are answered right by both or wrong by both."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(MODEL).eval()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(trained_model()).eval()
     hf.enable(model, 0, served_positions=True)
-    collate = ChatCollator(AutoProcessor.from_pretrained(MODEL))
+    collate = ChatCollator(AutoProcessor.from_pretrained(trained_model()))
     for rate in RATES:
         right = []
         for start in range(0, len(EXAMPLES), 28):

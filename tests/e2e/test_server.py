@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evs_vllm.errors import EVSError
+from evs_vllm.serving import metrics, video_part
 from evs_vllm.testing import real_clip_frames, real_clip_path, synthetic_clip
 from tests.e2e import evaluation
 from tests.e2e.harness import IMAGE, MIN_GAP, TOLERANCE, VIDEO, chat, measured
@@ -19,10 +20,9 @@ from tests.e2e.server import (
     SERVE,
     SYSTEM,
     body,
-    encode_file,
     encode_frames,
     encode_image,
-    serving,
+    started,
 )
 from tests.reference.hf import Clip, Picture, Settings
 
@@ -59,7 +59,7 @@ class TestServe:
     def server(self, model_dir, family, tmp_path_factory):
         log = tmp_path_factory.mktemp("serve") / "log.txt"
         options = ["--evs-rate", "0.75", "--evs-encoder", "full", "--evs-request-overrides", "any"]
-        with serving([*SERVE, str(model_dir(family)), *COMMON, *options], log) as server:
+        with started([*SERVE, str(model_dir(family)), *COMMON, *options], log) as server:
             yield server
 
     @pytest.fixture
@@ -70,9 +70,9 @@ class TestServe:
         clip = Clip(FRAMES, fps=1, settings=Settings(0.75))
         result = ref.generate(SYSTEM + chat(VIDEO, QUESTION), [clip])
         assert len(result.kept[0]) == 40
-        before = server.metrics()
+        before = metrics(server.url)
         check_response(server.post(body([PART, QUESTION])), result, ref.tokenizer)
-        after = server.metrics()
+        after = metrics(server.url)
         counted = {name: after[name] - before.get(name, 0) for name in after}
         assert counted["evs:clips_total"] == 1
         assert counted["evs:video_tokens_total"] == 160
@@ -92,7 +92,7 @@ class TestServe:
         picked = real_clip_frames(name, frames, step=1)[[int(i * frames / count) for i in range(count)]]
         clip = Clip(picked, fps=count / seconds, settings=Settings(0.75))
         result = ref.generate(SYSTEM + chat(VIDEO, QUESTION), [clip])
-        check_response(server.post(body([encode_file(real_clip_path(name)), QUESTION])), result, ref.tokenizer)
+        check_response(server.post(body([video_part(real_clip_path(name)), QUESTION])), result, ref.tokenizer)
 
     @pytest.mark.parametrize(
         "kwargs, settings",
@@ -148,12 +148,12 @@ class TestServe:
         _, questions = local_task
         letters = evaluation.letters_only(ref.tokenizer)
         expected = [evaluation.asked_plainly(server, question, rate, letters) for question in questions]
-        before = server.metrics()
+        before = metrics(server.url)
         answers, counted = evaluation.asked_by_the_client(server, questions, rate, letters)
         assert [(answer.text, answer.prompt_tokens) for answer in answers] == expected
         assert {answer.output_tokens for answer in answers} == {1}
         assert len({answer.prompt_tokens for answer in answers}) > 1, "questions must be told apart"
-        after = server.metrics()
+        after = metrics(server.url)
         assert counted == {name: after.get(name, 0) - before.get(name, 0) for name in counted}
         units = evaluation.UNITS
         tokens = [units * 6, max(6, int(units * 6 * (1 - rate)))] if rate else [0, 0]
@@ -235,7 +235,7 @@ class TestStricter:
         folder = tmp_path_factory.mktemp("stricter")
         (folder / "server.yaml").write_text("evs-rate: 0.5\nevs-max-tokens: 100\nevs-encoder: full\n")
         command = [*API_SERVER, str(model_dir("qwen2_5_vl")), *COMMON, "--config", str(folder / "server.yaml")]
-        with serving(command, folder / "log.txt") as server:
+        with started(command, folder / "log.txt") as server:
             yield server
 
     @pytest.fixture
@@ -326,7 +326,7 @@ class TestOff:
     @pytest.fixture(scope="class")
     def server(self, model_dir, tmp_path_factory):
         log = tmp_path_factory.mktemp("off") / "log.txt"
-        with serving([*SERVE, str(model_dir("qwen2_5_vl")), *COMMON], log) as server:
+        with started([*SERVE, str(model_dir("qwen2_5_vl")), *COMMON], log) as server:
             yield server
 
     def test_nothing_is_dropped(self, server, reference):
@@ -334,7 +334,7 @@ class TestOff:
         result = ref.generate(SYSTEM + chat(VIDEO, QUESTION), [Clip(FRAMES, fps=1)])
         check_response(server.post(body([PART, QUESTION])), result, ref.tokenizer)
         assert len(result.kept[0]) == 160
-        assert server.metrics().get("evs:clips_total", 0) == 0
+        assert metrics(server.url).get("evs:clips_total", 0) == 0
         assert not [line for line in server.log.splitlines() if "EVS" in line], "off should be silent"
 
     @pytest.mark.parametrize("kwargs", [{"evs_rate": 0.9}, {"evs_rate": 0}, {"evs_nonsense": 1}], ids=str)

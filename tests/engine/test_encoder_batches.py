@@ -42,7 +42,7 @@ class FakeStock:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
     from evs_vllm.engine import model
-    from evs_vllm.engine.compat import stamp
+    from evs_vllm.engine.compat import attach_settings
     from evs_vllm.engine.processor import ProcessorFactory
 
     @dataclass
@@ -53,7 +53,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
     cls = model.model_class(stock, FAMILIES[0])
     assert isinstance(cls._processor_factory.processor, ProcessorFactory)  # type: ignore[attr-defined]
     model_config = SimpleNamespace(multimodal_config=SimpleNamespace())
-    stamp(model_config, EVSConfig(rate=0.5))
+    attach_settings(model_config, EVSConfig(rate=0.5))
     scheduler = SimpleNamespace(max_num_encoder_input_tokens=30)
     config = SimpleNamespace(additional_config={"evs": {}}, model_config=model_config, scheduler_config=scheduler)
     return cls(vllm_config=config)

@@ -41,15 +41,16 @@ def test_kernels_know_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["evs_vllm", "evs_vllm.options", "evs_vllm.config", "evs_vllm.errors", "evs_vllm.versions"]
+    "name",
+    ["evs_vllm", "evs_vllm.options", "evs_vllm.config", "evs_vllm.errors", "evs_vllm.serving", "evs_vllm.versions"],
 )
 def test_light_modules_stay_light(name: str) -> None:
     assert not {"torch", "vllm", "numpy"} & imported([name])
 
 
 FLOORS = (
-    ("errors", "envs", "versions"), ("options",), ("config",), ("requests",), ("core",), ("families",),
-    ("engine", "hf"), ("train",), ("cli",),
+    ("errors", "envs", "versions", "text"), ("options", "serving"), ("config",), ("requests",), ("core",),
+    ("families",), ("engine", "hf"), ("train",), ("demo",), ("cli",),
 )  # fmt: skip
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 """Rooms of the package by floor: imports go down, or stay within a room. `testing` is a leaf that anybody may use."""

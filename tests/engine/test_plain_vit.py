@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.reuse import SCHEDULE
 from evs_vllm.families.plain_vit import PlainTower, frame_rows, packed_blocks, packed_frames
 
 pytestmark = pytest.mark.vllm
@@ -36,8 +37,8 @@ def test_packed_blocks_are_those_of_the_computed_tokens(plan: RetentionPlan) -> 
     assert packed.shape == (packed_frames(plan), 3, side * 6, side * 6)
 
     def block(of: torch.Tensor, token: int) -> torch.Tensor:
-        unit, place = divmod(token, side * side)
-        row, column = divmod(place, side)
+        unit, slot = divmod(token, side * side)
+        row, column = divmod(slot, side)
         return of[unit, :, row * 6 : row * 6 + 6, column * 6 : column * 6 + 6]
 
     for i, token in enumerate(plan.computed.tolist()):
@@ -56,9 +57,9 @@ def test_rows_begin_each_frame_with_the_class_token(plan: RetentionPlan) -> None
         if tokens:
             expected += [(unit, 0)] + [(unit, 1 + 4 * token + j) for token in tokens for j in range(4)]
     starts = [i for i, (unit, _) in enumerate(expected) if i == 0 or expected[i - 1][0] != unit]
-    assert rows.places.tolist() == [place for _, place in expected]
+    assert rows.slots.tolist() == [slot for _, slot in expected]
     assert rows.units.tolist() == [*starts, len(expected)]
-    assert is_patch.tolist() == [place != 0 for _, place in expected]
+    assert is_patch.tolist() == [slot != 0 for _, slot in expected]
     assert rows.tokens_per_unit == 1 + 4 * plan.tokens_per_unit
 
 
@@ -81,23 +82,23 @@ class Layer(torch.nn.Module):
 
 @torch.inference_mode()
 def test_two_clips_together_equal_a_dense_tower_in_loops() -> None:
-    from evs_vllm.engine.model import accept_schedules
+    from evs_vllm.engine.attention import wrap_attention
 
     torch.manual_seed(0)
     side, patch = 3, 5
     conv = torch.nn.Conv2d(3, WIDTH, patch, patch)
     layers, table = [Layer(), Layer(), Layer()], torch.randn(1 + 4 * side * side, WIDTH)
     tower = PlainTower(
-        "pixels",
-        layers,
-        lambda layer: layer.attn,
-        conv,
-        lambda: table,
-        lambda x: x.flatten(1),
-        torch.nn.LayerNorm(WIDTH, elementwise_affine=False),
+        pixels="pixels",
+        patch_embed=conv,
+        pos_embed=lambda: table,
+        pre_norm=torch.nn.LayerNorm(WIDTH, elementwise_affine=False),
+        layers=layers,
+        attention_of=lambda layer: layer.attn,
+        project=lambda x: x.flatten(1),
     )
     for attention in tower.attentions():
-        accept_schedules(attention)
+        wrap_attention(attention)
     clips = [plan_of(4, side, 0.3, 1), plan_of(3, side, 0.1, 2)]
     videos = [torch.randn(plan.num_units, 3, side * 10, side * 10) for plan in clips]
     packed = [packed_blocks(video, plan) for video, plan in zip(videos, clips)]
@@ -105,7 +106,7 @@ def test_two_clips_together_equal_a_dense_tower_in_loops() -> None:
     assert torch.equal(got, tower.encode({"pixels": packed}, clips)), "clip by clip"
     expected = torch.cat([dense(layers, conv, table, video, plan) for video, plan in zip(videos, clips)])
     assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-5)
-    assert not any(hasattr(attention, "evs_schedule") for attention in tower.attentions())
+    assert not any(hasattr(attention, SCHEDULE) for attention in tower.attentions())
 
 
 def dense(layers: list[Layer], conv: torch.nn.Conv2d, table: torch.Tensor, video: torch.Tensor, plan: RetentionPlan):  # type: ignore[no-untyped-def]
@@ -116,16 +117,16 @@ def dense(layers: list[Layer], conv: torch.nn.Conv2d, table: torch.Tensor, video
     hidden = torch.nn.functional.layer_norm(hidden, (WIDTH,))
     alive = torch.zeros(hidden.shape[:2], dtype=torch.bool)
     for unit in range(units):
-        for place in range(across * across):
-            row, column = divmod(place, across)
-            alive[unit, 1 + place] = (unit * side + row // 2) * side + column // 2 in computed
+        for slot in range(across * across):
+            row, column = divmod(slot, across)
+            alive[unit, 1 + slot] = (unit * side + row // 2) * side + column // 2 in computed
         alive[unit, 0] = alive[unit].any()
     for layer in layers:
         query, key, value = layer.qkv(hidden).view(*hidden.shape[:2], 3, HEADS, SIZE).unbind(2)
         for unit in range(1, units):
-            for place in range(hidden.shape[1]):
-                if not alive[unit, place]:
-                    key[unit, place], value[unit, place] = key[unit - 1, place], value[unit - 1, place]
+            for slot in range(hidden.shape[1]):
+                if not alive[unit, slot]:
+                    key[unit, slot], value[unit, slot] = key[unit - 1, slot], value[unit - 1, slot]
         weights = torch.softmax(torch.einsum("uqhd,ukhd->uhqk", query, key) * SIZE**-0.5, dim=-1)
         hidden = hidden + torch.einsum("uhqk,ukhd->uqhd", weights, value).flatten(2)
         hidden = torch.where(alive[:, :, None], hidden, torch.nan)

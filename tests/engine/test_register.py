@@ -188,7 +188,7 @@ def test_start_is_refused_where_evs_cannot_work(
         with pytest.raises(UnsupportedError, match=r"0\.99\.1.*EVS_ALLOW_UNTESTED_VLLM=1"):
             model_config(qwen2_5_vl, {"rate": 0.5})
         patch.setenv("EVS_ALLOW_UNTESTED_VLLM", "1")
-        assert compat.stamped(model_config(qwen2_5_vl, {"rate": 0.5})).rate == 0.5
+        assert compat.settings_of(model_config(qwen2_5_vl, {"rate": 0.5})).rate == 0.5
     with monkeypatch.context() as patch:
         patch.setattr(compat.vllm.envs, "VLLM_USE_RUST_FRONTEND", True, raising=False)
         with pytest.raises(UnsupportedError, match="Rust frontend"):
@@ -199,11 +199,11 @@ def test_stamp_survives_what_vllm_does_to_configs(qwen2_5_vl: Path) -> None:
     import copy
     import pickle
 
-    from evs_vllm.engine.compat import stamped
+    from evs_vllm.engine.compat import settings_of
 
     config = model_config(qwen2_5_vl, {"rate": 0.5})
     for other in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
-        assert stamped(other).rate == 0.5
+        assert settings_of(other).rate == 0.5
 
 
 def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
@@ -240,11 +240,11 @@ def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
 
 
 def test_reuse_needs_the_stock_attention_path(qwen2_5_vl: Path) -> None:
-    from evs_vllm.engine.compat import stamped
+    from evs_vllm.engine.compat import settings_of
 
-    assert stamped(model_config(qwen2_5_vl, {"rate": 0.5})).encoder == "reuse"
+    assert settings_of(model_config(qwen2_5_vl, {"rate": 0.5})).encoder == "reuse"
     for obstacle in ({"mm_encoder_tp_mode": "data"}, {"compilation_config": {"compile_mm_encoder": True}}):
-        config = stamped(model_config(qwen2_5_vl, {"rate": 0.5}, **obstacle))
+        config = settings_of(model_config(qwen2_5_vl, {"rate": 0.5}, **obstacle))
         assert config.encoder == "full" and config.reuse_obstacle
         with pytest.raises(ConfigError, match="not possible here"):
             model_config(qwen2_5_vl, {"rate": 0.5, "encoder": "reuse"}, **obstacle)

@@ -14,13 +14,15 @@ import pytest
 import torch
 import transformers
 
-import evs_vllm.hf.model
 import evs_vllm.hf.prompt
-from bench.quality import __main__ as quality
 from bench.quality import ask as quality_ask
+from bench.quality import lab as quality
 from bench.quality import models as quality_models
-from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.selection import token_budget
+from evs_kernels import select_topk
+from evs_vllm.config import EVSConfig
+from evs_vllm.core.budget import token_budget
+from evs_vllm.core.clip import Clip
+from evs_vllm.core.scorers import SELECTIONS, PixelChange
 from evs_vllm.errors import ConfigError
 from evs_vllm.train.data import ChatCollator
 from evs_vllm.train.synthetic import TASKS, SceneSettings, make_example
@@ -62,12 +64,11 @@ def test_selections_positions_and_towers_are_crossed(smoke):
 
 
 @pytest.mark.slow
-def test_a_way_asked_alone_and_sharing_nothing_gives_the_same(smoke, monkeypatch):
+def test_a_variant_asked_alone_and_sharing_nothing_gives_the_same(smoke):
     settings, folder, result = smoke
     base = quality_models.train_base(folder, settings, 0)  # finds what is there
-    monkeypatch.setattr(quality_ask, "shared_work", contextlib.nullcontext)
     for line in settings.compare:
-        (alone,) = quality_ask.ask(base, quality.unseen(settings), [(quality_ask.Way(*line), 0.5)])
+        (alone,) = quality_ask.ask(base, quality.unseen(settings), [(quality_ask.Variant(*line), 0.5)], share=False)
         selection, positions, tower = line
         assert alone.items() <= find(result, "base", selection, 0.5, tower, positions).items(), line
 
@@ -116,7 +117,7 @@ def test_it_notices_what_is_broken(smoke, monkeypatch):
     good = find(result, "uptrained")
 
     def ask():
-        (point,) = quality_ask.ask(uptrained, examples, [(quality_ask.Way(), 0.5)])
+        (point,) = quality_ask.ask(uptrained, examples, [(quality_ask.Variant(), 0.5)])
         return point
 
     assert ask()["right"] == good["right"], "asking again gives the same"
@@ -129,14 +130,12 @@ def test_it_notices_what_is_broken(smoke, monkeypatch):
         broken.setattr(evs_vllm.hf.prompt, "lay_out", still)
         assert ask()["accuracy"] < good["accuracy"] - 20, "positions"
 
-    def least_changed(tokens, grid, config):
-        change = np.abs(np.diff(tokens.numpy().astype(int), axis=0)).sum(-1).reshape(-1)
-        order = tokens.shape[1] + np.argsort(change, kind="stable")
-        count = token_budget(*tokens.shape[:2], config) - tokens.shape[1]
-        return RetentionPlan(grid, np.sort(np.concatenate([np.arange(tokens.shape[1]), order[:count]])))
+    class LeastChanged(PixelChange):
+        def top(self, tokens, budget, min_per_unit):
+            return select_topk(-self.score(tokens), budget).indices
 
     with monkeypatch.context() as broken:
-        broken.setattr(evs_vllm.hf.model, "make_plan", least_changed)
+        broken.setitem(SELECTIONS, "paper", LeastChanged())
         assert ask()["tasks"]["last"] < good["tasks"]["last"] - 10, "selection"
 
 
@@ -147,7 +146,7 @@ def test_it_notices_broken_training(smoke, monkeypatch, tmp_path):
     with monkeypatch.context() as broken:
         broken.setattr(ChatCollator, "_labels", lambda *args: stock(*args).roll(1))
         checkpoint = quality_models.train_base(tmp_path, settings, 0)
-    (point,) = quality_ask.ask(checkpoint, quality.unseen(settings), [(quality_ask.Way(), 0.0)])
+    (point,) = quality_ask.ask(checkpoint, quality.unseen(settings), [(quality_ask.Variant(), 0.0)])
     assert point["accuracy"] < 20 < find(result, "base", rate=0)["accuracy"] - 40
 
 
@@ -166,7 +165,7 @@ def test_workers_end_with_the_main_process():
     main = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from bench.quality import __main__ as quality
+from bench.quality import lab as quality
 pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quality._start, (1,))
 print(pool.submit(os.getpid).result(), flush=True)
 pool.submit(time.sleep, 600).result()
@@ -240,16 +239,17 @@ def test_bars_are_read_off_the_points():
 
 
 @pytest.mark.parametrize("count", [6, 7, 19, 48])
-def test_other_ways_to_choose_keep_as_many_tokens(count):
-    tokens = torch.zeros(8, 6, 12, dtype=torch.uint8)
+def test_other_selections_keep_as_many_tokens(count):
+    clip = Clip(torch.zeros(8, 6, 12, dtype=torch.uint8), (8, 2, 3))
+    config = EVSConfig(max_tokens=count)
     generator = np.random.default_rng(0)
     for keep_first in (False, True):
-        kept = quality_ask.choose_random(keep_first, generator)(tokens, count)
-        assert len(kept) == count and kept.tolist() == sorted(set(kept.tolist()))
+        kept = quality_ask.RandomTokens(keep_first, generator).select(clip, config)
+        assert len(kept) == token_budget(8, 6, config) == count and kept.tolist() == sorted(set(kept.tolist()))
         assert not keep_first or kept[:6].tolist() == list(range(6))
-    frames = quality_ask.choose_frames(tokens, count).view(-1, 6)
+    frames = quality_ask.WholeUnits().select(clip, config).view(-1, 6)
     assert len(frames) == count // 6 and (frames[:, 0] % 6 == 0).all() and (frames.diff() == 1).all()
     embeddings = torch.ones(8, 6, 4)
-    embeddings[3:, 2] *= torch.tensor([1.0, -1.0, 1.0, -1.0])  # place 2 turns in unit 3
-    kept = quality_ask.choose_cosine(iter([embeddings.view(48, 4)]))(tokens, count)
+    embeddings[3:, 2] *= torch.tensor([1.0, -1.0, 1.0, -1.0])  # slot 2 turns in unit 3
+    kept = quality_ask.EmbeddingChange([embeddings.view(48, 4)]).select(clip, config)
     assert len(kept) == count and kept[:6].tolist() == list(range(6)) and (count == 6 or 3 * 6 + 2 in kept)

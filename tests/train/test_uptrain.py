@@ -62,13 +62,13 @@ def same(one, two):
 @families(most_engine_tests)
 def test_each_mini_batch_is_pruned_at_its_rate(tiny, tmp_path, monkeypatch):
     seen = []
-    prune = hf.model.prune_batch
+    prune = hf.inputs.prune_batch
 
     def record(ids, mask, placeholders, images, clips):
         seen.append([plan.num_kept for _, plan in clips])
         return prune(ids, mask, placeholders, images, clips)
 
-    monkeypatch.setattr(hf.model, "prune_batch", record)
+    monkeypatch.setattr(hf.inputs, "prune_batch", record)
     plan = describe(tiny, tmp_path, steps=3, trainer={"gradient_accumulation_steps": 2})
     trainer = recipe.run(plan)
     expected = RateSampler(plan.rates)

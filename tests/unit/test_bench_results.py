@@ -9,10 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench.common.targets import table
-from bench.serve import compare, plot
-from bench.serve import measurements as points
-from bench.serve import stages as extras
-from bench.serve import targets as bars
+from bench.serve import caches, compare, measurements, plot, stages, targets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,10 +38,10 @@ def test_plots_leave_out_failed_rows_and_missing_sweeps(content, tmp_path):
 
 
 def test_tables_of_a_result_file(content):
-    assert "frames" in points.table(content["results"])
-    assert "language prefill" in extras.stage_table(content["stages"])
-    assert "second turn" in extras.cache_table(content["caches"])
-    found = bars.bars(content)
+    assert "frames" in measurements.table(content["results"])
+    assert "language prefill" in stages.stage_table(content["stages"])
+    assert "second turn" in caches.cache_table(content["caches"])
+    found = targets.bars(content)
     assert any(bar["what"].startswith("TTFT against vanilla, q=0.75") for bar in found)
     assert "asked" in table(found)
 

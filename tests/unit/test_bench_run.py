@@ -10,9 +10,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from bench.serve import __main__ as serve
-from bench.serve import client as load
-from bench.serve import measurements as points
+from bench.serve import __main__ as command
+from bench.serve import bench, client, measurements, run
 from bench.serve.pool import Live, server_of
 from tests.unit.local_server import LocalServer
 
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class StubServers(LocalServer):
-    """Stands in for `servers.Pool`: one HTTP server that answers like vLLM, with the right number of prompt tokens."""
+    """Stands in for `pool.Pool`: one HTTP server that answers like vLLM, with the right number of prompt tokens."""
 
     TEXT, VIDEO, UNITS = 34, 160, 8  # 16 frames of 20 tokens a unit
 
@@ -36,7 +35,7 @@ class StubServers(LocalServer):
         options = (await request.json()).get("mm_processor_kwargs", {})
         server = request.match_info["server"]
         rate = options.get("evs_rate", 0.75 if server.startswith("stock") else 0)
-        tokens = self.TEXT + points.kept_tokens(self.VIDEO, self.UNITS, rate) - (server == self.wrong_row)
+        tokens = self.TEXT + measurements.kept_tokens(self.VIDEO, self.UNITS, rate) - (server == self.wrong_row)
         usage = {"prompt_tokens": tokens, "completion_tokens": 4}
         response = web.StreamResponse()
         await response.prepare(request)
@@ -68,16 +67,16 @@ class StubServers(LocalServer):
 
 
 def run_smoke(monkeypatch, tmp_path, **options):
-    monkeypatch.setattr(serve, "Pool", lambda *args: StubServers(**options))
-    monkeypatch.setattr(serve, "SETTLE_S", 0)
-    monkeypatch.setattr(load, "text_tokens", lambda model, turns: StubServers.TEXT)
+    monkeypatch.setattr(run, "Pool", lambda *args: StubServers(**options))
+    monkeypatch.setattr(bench, "SETTLE_S", 0)
+    monkeypatch.setattr(client, "text_tokens", lambda model, turns: StubServers.TEXT)
     monkeypatch.setattr(Live, "reset_peak_memory", lambda self: True)
     monkeypatch.setattr(Live, "peak_memory_mb", lambda self: 123.0)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     out = tmp_path / "out.json"
     settings = str(ROOT / "configs" / "bench" / "smoke.yaml")
     monkeypatch.setattr(sys, "argv", ["bench/serve", settings, "--model", "stub", "--out", str(out)])
-    code = serve.main()
+    code = command.main()
     return code, json.loads(out.read_text())
 
 

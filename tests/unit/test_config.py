@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evs_vllm.config import EVSConfig, exact, split_request_kwargs
-from evs_vllm.core.selection import token_budget
+from evs_vllm.config import EVSConfig
+from evs_vllm.core.budget import token_budget
 from evs_vllm.errors import ConfigError, EVSError, RequestError
-from evs_vllm.options import OPTIONS
+from evs_vllm.options import OPTIONS, exact
+from evs_vllm.requests import admit, split_request_kwargs
 
 GOOD = {
     "rate": [0, 0.0, 0.5, 0.999],
@@ -124,7 +125,7 @@ def test_identity_tells_settings_apart_and_spellings_not() -> None:
     ],
 )
 def test_overrides(server: EVSConfig, request_kwargs: dict[str, object], expected: EVSConfig) -> None:
-    assert server.for_request(request_kwargs) == expected
+    assert admit(server, request_kwargs) == expected
 
 
 REUSE = EVSConfig(rate=0.5).resolve_encoder("")
@@ -135,7 +136,7 @@ def test_encoder_is_resolved_at_start() -> None:
     assert EVSConfig().resolve_encoder("no tower.").encoder == "full"
     with pytest.raises(ConfigError, match=r"not possible here: no tower"):
         EVSConfig(encoder="reuse").resolve_encoder("no tower.")
-    assert "reuse_obstacle" not in EVSConfig().to_mapping()
+    assert "why_not_reuse" not in EVSConfig().to_mapping()
 
 
 @pytest.mark.parametrize(
@@ -156,16 +157,16 @@ def test_a_request_cannot_make_the_tower_compute_more(
     server: EVSConfig, request_kwargs: dict[str, object], admitted: bool
 ) -> None:
     if admitted:
-        effective = server.for_request(request_kwargs)
+        effective = admit(server, request_kwargs)
         assert effective.encoder in ("reuse", "full")
     else:
         with pytest.raises(RequestError):
-            server.for_request(request_kwargs)
+            admit(server, request_kwargs)
 
 
 def test_rate_zero_turns_everything_off() -> None:
     server = EVSConfig(threshold=3, max_tokens=100, min_tokens_per_unit=2, request_overrides="any")
-    assert not server.for_request({"evs_rate": 0}).active
+    assert not admit(server, {"evs_rate": 0}).active
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_rate_zero_turns_everything_off() -> None:
 )
 def test_refused_overrides(server: EVSConfig, request_kwargs: dict[str, object], words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        server.for_request(request_kwargs)
+        admit(server, request_kwargs)
 
 
 configs = st.builds(
@@ -208,7 +209,7 @@ configs = st.builds(
 @given(configs, st.dictionaries(st.text(max_size=8).map(lambda s: "evs_" + s), st.integers() | st.text() | st.none()))
 def test_any_garbage_is_one_of_our_errors(config: EVSConfig, garbage: dict[str, object]) -> None:
     try:
-        config.for_request(garbage)
+        admit(config, garbage)
     except EVSError as error:
         assert str(error)
 

@@ -30,10 +30,10 @@ def random_plan(seed: int, units: int, height: int, width: int, framed: bool) ->
         again = np.flatnonzero(~stays & (rng.random(stays.shape) < 0.3))
         plan = replace(plan, encoder="reuse", refreshed=again)
     if not framed:
-        return plan.with_layout(Layout.contiguous(PAD, units * per_unit))
+        return plan.with_layout(Layout.contiguous(PAD, units * per_unit), units * per_unit + 3)
     ids = np.concatenate([[TEXT, TEXT + 1, *([PAD] * per_unit)] for _ in range(units)] + [[NEWLINE]])
     embeds = (ids == PAD) | (ids == NEWLINE)
-    return plan.with_layout(Layout(ids, embeds, ids[embeds] == PAD))
+    return plan.with_layout(Layout(ids, embeds, ids[embeds] == PAD), units * per_unit)
 
 
 plans = st.builds(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""K/V reuse against a plain dense tower: every place of every unit in loops, float64, stale keys filled forward."""
+"""K/V reuse against a plain dense tower: every slot of every unit in loops, float64, stale keys filled forward."""
 
 from dataclasses import dataclass, replace
 
@@ -46,7 +46,7 @@ windows = st.one_of(st.none(), st.integers(1, 6))
 
 
 class ToyTower:
-    """Layers of attention and MLP with random weights; queries and keys carry a phase that depends on the place."""
+    """Layers of attention and MLP with random weights; queries and keys carry a phase that depends on the slot."""
 
     def __init__(self, patches, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ class ToyTower:
         return torch.nn.functional.layer_norm(x, x.shape[-1:])
 
     def dense(self, plan, pixels, window):
-        """(N, patches, WIDTH), NaN where nothing is computed: one clip, in loops over units and places."""
+        """(N, patches, WIDTH), NaN where nothing is computed: one clip, in loops over units and slots."""
         units, height, width = plan.grid
         count, m = height * width, self.patches
         computed = np.zeros((units, count), dtype=bool)
@@ -137,7 +137,7 @@ def assert_close(got, want, tolerance=TOLERANCE):
 @settings(max_examples=60)
 @given(cases=st.lists(clips, min_size=1, max_size=3), window=windows, patches=st.sampled_from([1, 4]))
 @example(cases=[ClipCase((1, 3, 5), 0.0)], window=2, patches=4)  # one unit
-@example(cases=[ClipCase((5, 1, 1), 0.5)], window=None, patches=4)  # one place
+@example(cases=[ClipCase((5, 1, 1), 0.5)], window=None, patches=4)  # one slot
 @example(cases=[ClipCase((6, 5, 3), 0.0), ClipCase((2, 3, 3), 1.0)], window=2, patches=4)  # nothing after unit 0; all
 @example(cases=[ClipCase((6, 3, 5), 0.0, refreshed=1.0)], window=4, patches=1)  # one unit kept, all computed
 @example(cases=[ClipCase((6, 5, 5), 0.1, r, s) for s, r in enumerate((0.0, 0.1, 0.5))], window=2, patches=4)
@@ -210,17 +210,17 @@ def test_every_row_attends_once_in_its_own_window(case, window):
     order, starts = window_order(*plan.grid[1:], window)
     assert sorted(row_order.tolist()) == list(range(len(plan.computed)))
     tokens = plan.computed[row_order]
-    assert (order[rows.places] == tokens % plan.tokens_per_unit).all()
+    assert (order[rows.slots] == tokens % plan.tokens_per_unit).all()
     assert rows.windows.tolist() == starts.tolist()
     assert rows.tokens_per_unit == plan.tokens_per_unit
     units = [set((tokens[a:b] // plan.tokens_per_unit).tolist()) for a, b in zip(rows.units, rows.units[1:])]
     assert [len(u) for u in units] == [1] * len(units), "rows between two boundaries belong to one unit"
     assert [min(u) for u in units] == sorted(set((plan.computed // plan.tokens_per_unit).tolist()))
     seen = []
-    for unit, its_rows, places in rows.sequences():
+    for unit, its_rows, slots in rows.sequences():
         assert rows.units[unit] <= its_rows.start < its_rows.stop <= rows.units[unit + 1]
-        assert (places.start, places.stop) in set(zip(starts.tolist(), starts[1:].tolist()))
-        assert all(places.start <= p < places.stop for p in rows.places[its_rows])
+        assert (slots.start, slots.stop) in set(zip(starts.tolist(), starts[1:].tolist()))
+        assert all(slots.start <= p < slots.stop for p in rows.slots[its_rows])
         seen += range(its_rows.start, its_rows.stop)
     assert seen == list(range(len(tokens)))
 
@@ -231,12 +231,12 @@ def test_sources_are_the_latest_rows(case, window):
     plan = case.plan
     rows, row_order = clip_rows(plan, window)
     order, _ = window_order(*plan.grid[1:], window)
-    unit_of, place_of = np.divmod(plan.computed[row_order], plan.tokens_per_unit)
+    unit_of, slot_of = np.divmod(plan.computed[row_order], plan.tokens_per_unit)
     present = sorted(set(unit_of.tolist()))
     assert rows.sources.shape == (len(present), plan.tokens_per_unit)
     for index, unit in enumerate(present):
-        for rank, place in enumerate(order):
-            candidates = [r for r in range(len(unit_of)) if place_of[r] == place and unit_of[r] <= unit]
+        for rank, slot in enumerate(order):
+            candidates = [r for r in range(len(unit_of)) if slot_of[r] == slot and unit_of[r] <= unit]
             assert rows.sources[index, rank] == max(candidates, key=lambda r: unit_of[r])
 
 
@@ -247,8 +247,8 @@ def test_a_plan_that_keeps_all_is_ordinary_attention(window):
     rows, row_order = clip_rows(plan, window)
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, plan.num_tokens * m, HEADS, SIZE, generator=generator)
-    place = torch.from_numpy(plan.computed[row_order]).repeat_interleave(m)
-    unit, row, column = place // (height * width), place % (height * width) // width, place % width
+    slot = torch.from_numpy(plan.computed[row_order]).repeat_interleave(m)
+    unit, row, column = slot // (height * width), slot % (height * width) // width, slot % width
     side = window or 100
     group = unit * 10000 + row // side * 100 + column // side
     mask = group[:, None] == group

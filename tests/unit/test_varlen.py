@@ -31,7 +31,7 @@ def test_varlen_equals_running_state(
         )
         clips.append(clip_rows(plan, window)[0])
     schedule = ReuseSchedule(clips, patches)
-    rows = sum(len(clip.places) for clip in clips) * patches
+    rows = sum(len(clip.slots) for clip in clips) * patches
     generator = torch.Generator().manual_seed(seed)
     query, key, value = torch.randn(3, rows, 2, 8, generator=generator)
     expected = schedule.attend(query, key, value, 0.3)

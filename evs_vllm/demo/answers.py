@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of the demo that shows answers: a small trained model, clips drawn on the spot, one server, three rates."""
 
-import base64
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from evs_vllm.cli._client import Answer, ask
-from evs_vllm.cli._text import table
+from evs_vllm.demo import Launcher, say
+from evs_vllm.serving import Answer, ask, data_url, video_part
+from evs_vllm.text import table
 from evs_vllm.train.codec import to_mp4
 from evs_vllm.train.synthetic import TASKS, Example, SceneSettings, make_example
-
-MODEL = Path(str(files("evs_vllm"))) / "demo_model"
-"""Made by ``python -m bench.quality.demo_model``, which also measures it."""
 
 RATES = (0.0, 0.75, 0.9)
 SHOWN = 10
@@ -25,6 +22,11 @@ SERVE = [
     *("--max-model-len", "2048", "--max-num-batched-tokens", "2048"),
 ]
 """Words of ``vllm serve``: requests may ask for any rate, also for none."""
+
+
+def trained_model() -> Path:
+    """The folder of the model that ``python -m bench.quality.demo_model`` has trained, and measures."""
+    return Path(str(files("evs_vllm.demo"))) / "model"
 
 
 class Asked(NamedTuple):
@@ -48,13 +50,37 @@ def new_seed() -> int:
     return secrets.randbelow(900_000) + 100_000
 
 
-def as_url(example: Example) -> str:
-    """The clip as H.264 in a ``data:`` URL."""
-    return f"data:video/mp4;base64,{base64.b64encode(to_mp4(example.frames, example.fps)).decode()}"
+def ask_trained_model(launcher: Launcher, count: int, words: Sequence[str]) -> list[str]:
+    """Serves the trained model and asks it about new clips.
+
+    Args:
+        launcher: How servers are started.
+        count: How many clips.
+        words: Further words of ``vllm serve``.
+
+    Returns:
+        Lines with questions and answers.
+
+    Raises:
+        EVSError: The server does not start or answer.
+    """
+    seed, model = new_seed(), trained_model()
+    name = f"{model.parent.name}/{model.name}"
+    say(f"\nmodel     {name}, trained to answer questions about drawn clips; these are new (seed {seed})")
+    clips = [(example, encode(example)) for example in draw(count, seed)]
+    say(f"server    vllm serve {name} {' '.join(SERVE[:4])}")
+    with launcher.serve("answers", [str(model), *SERVE, *words]) as url:
+        asked = ask_all(url, str(model), clips)
+    return report(asked)
 
 
-def ask_all(url: str, model: str, clips: Sequence[tuple[Example, str]], say: Callable[[str], None]) -> list[Asked]:
-    """Sends every clip (with its URL) at every rate in the ordinary OpenAI request."""
+def encode(example: Example) -> dict[str, Any]:
+    """The clip as H.264, as a part of a request."""
+    return video_part(data_url(to_mp4(example.frames, example.fps)))
+
+
+def ask_all(url: str, model: str, clips: Sequence[tuple[Example, dict[str, Any]]]) -> list[Asked]:
+    """Sends every clip (with its part of the request) at every rate in the ordinary OpenAI request."""
     asked = []
     for number, (example, video) in enumerate(clips, 1):
         answers = (

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kept positions run as far as the unpruned prompt did: they must end where the model's rotary cache ends.
+
+vLLM ends prompts and answers at the context length, counted in tokens. `check_positions` refuses a prompt that is too
+far along in positions already, `cap_answer_length` ends an answer in time.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.engine.plan_field import plan_of
+from evs_vllm.errors import RequestError
+from evs_vllm.families import family_of
+from evs_vllm.families.base import FamilyAdapter
+
+RESERVE = 32
+"""Position IDs kept free behind the last one: drafts of speculation and steps ahead of the answer's end need some."""
+
+
+def positions_left(prompt_tokens: int, plans: Sequence[RetentionPlan], limit: int) -> int:
+    """How many tokens may follow a pruned prompt; less than 1 means that it is too long itself.
+
+    Args:
+        prompt_tokens: Length of the pruned prompt.
+        plans: Those of its clips.
+        limit: Number of position IDs that the model has.
+    """
+    return limit - RESERVE - prompt_tokens - sum(plan.extra_positions for plan in plans)
+
+
+def check_positions(
+    adapter: FamilyAdapter, model_config: Any, prompt_tokens: int, plans: Sequence[RetentionPlan]
+) -> None:
+    """Refuses a request whose position IDs would leave the rotary cache.
+
+    Raises:
+        RequestError: They would.
+    """
+    if all(plan.positions != "keep" for plan in plans):
+        return
+    # Where the scheduler cannot see the plan it cannot end the answer in time, so the whole context has to fit.
+    whole_context = model_config.multimodal_config.mm_processor_cache_type == "shm"
+    length = max(prompt_tokens, model_config.max_model_len) if whole_context else prompt_tokens
+    limit = adapter.max_position(model_config.max_model_len)
+    if positions_left(length, plans, limit) < 1:
+        way_out = " or serve with a lower --max-model-len" if whole_context else ""
+        raise RequestError(
+            f"The video(s) of this request take up {sum(plan.position_span for plan in plans)} position IDs before "
+            f"pruning, and the prompt with them {length + sum(plan.extra_positions for plan in plans)}; the model has "
+            f"{limit}. Send fewer frames or a shorter video, set evs_positions to 'sequential'{way_out}."
+        )
+
+
+def cap_answer_length(model_config: Any, request: Any) -> None:
+    """Shortens the answer to a scheduled request whose position IDs would otherwise leave the rotary cache."""
+    plans = [plan for feature in request.mm_features or () if (plan := plan_of(feature.data)) is not None]
+    family = family_of(model_config.architecture)
+    if family is None or all(plan.positions != "keep" for plan in plans):
+        return
+    limit = family.bind(model_config.hf_config).max_position(model_config.max_model_len)
+    room = positions_left(request.num_prompt_tokens, plans, limit)
+    request.max_tokens = min(request.max_tokens, max(1, room))

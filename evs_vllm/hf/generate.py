@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``forward`` and ``generate()`` of a transformers class, pruning the clips that they get."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, wraps
+from typing import Any
+
+import torch
+
+from evs_vllm.config import EVSConfig
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.errors import RequestError, UnsupportedError
+from evs_vllm.families.qwen2_vl import PIXELS
+from evs_vllm.hf.classes import CLASSES
+from evs_vllm.hf.inputs import prune_arguments
+from evs_vllm.hf.state import resolved, state_of
+from evs_vllm.requests import admit, split_request_kwargs
+
+PLANS = "evs_plans"
+"""The argument of a call that brings plans of its own."""
+
+
+@cache
+def pruning_forward(cls: Any) -> Callable[..., Any]:
+    stock = cls.forward
+    signature = inspect.signature(stock)
+
+    @wraps(stock)  # generate() and Trainer look at the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config, plans, kwargs = _settings(self, kwargs)
+        bound = signature.bind_partial(self, *args, **kwargs).arguments
+        given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
+        given |= bound.get("kwargs", {})
+        if given.get(PIXELS) is None:
+            _check_cache(given)
+        elif config.active or plans is not None or state_of(self).served_positions:
+            given, _ = prune_arguments(self, config, given, plans)
+        return stock(self, **given)
+
+    return forward
+
+
+@cache
+def pruning_generate(cls: Any) -> Callable[..., Any]:
+    stock = cls.generate
+
+    @torch.no_grad()
+    @wraps(stock)
+    def generate(self: Any, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        config, plans, kwargs = _settings(self, kwargs)
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        if kwargs.get(PIXELS) is None or not (config.active or plans is not None or state_of(self).served_positions):
+            return stock(self, *args, **kwargs)
+        if kwargs.get("assistant_model") is not None:
+            raise UnsupportedError("EVS and assisted generation do not go together; leave assistant_model out.")
+        prompt = kwargs.get("input_ids")
+        pruned, batch = prune_arguments(self, config, kwargs, plans)
+        if not (batch.mask[:, -1] == 1).all():
+            raise RequestError("generate() needs prompts that are padded on the left (padding_side='left').")
+        media = (self.config.image_token_id, self.config.video_token_id)
+        if any((prompt[:, -1] == token).any() for token in media):  # type: ignore[index]
+            # generate() counts on from the last ID, which is not where text after a clip resumes.
+            raise RequestError("A prompt ends in an image or a clip; generate() needs some text after it.")
+        text = (batch.mask.cumsum(-1) - 1).clamp(min=0)[None].to(pruned["position_ids"].device)
+        pruned["position_ids"] = torch.cat([text, pruned["position_ids"]])
+        shorter = prompt.shape[1] - pruned["input_ids"].shape[1]  # type: ignore[union-attr]
+        _shorten_limits(self, args, pruned, shorter)
+        out = stock(self, *args, **pruned)
+        sequences = out if isinstance(out, torch.Tensor) else out.sequences
+        repeats = sequences.shape[0] // prompt.shape[0]  # type: ignore[union-attr]
+        new = sequences[:, pruned["input_ids"].shape[1] :]
+        whole = torch.cat([prompt.repeat_interleave(repeats, 0).to(new.device), new], dim=1)  # type: ignore[union-attr]
+        if isinstance(out, torch.Tensor):
+            return whole
+        out.sequences = whole
+        return out
+
+    return generate
+
+
+def _settings(
+    model: Any, kwargs: Mapping[str, Any]
+) -> tuple[EVSConfig, Sequence[RetentionPlan] | None, dict[str, Any]]:
+    """The settings of a call, the plans that it brings, and the arguments that are not ours."""
+    overrides, rest = split_request_kwargs(kwargs)
+    plans = overrides.pop(PLANS, None)
+    config = resolved(admit(state_of(model).config, overrides))
+    if config.encoder == "reuse" and not CLASSES[type(model).__name__].reuse:
+        raise UnsupportedError(f"encoder 'reuse' does not run in transformers' {type(model).__name__}; use 'full'.")
+    return config, plans, rest
+
+
+def _shorten_limits(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shorter: int) -> None:
+    """``max_length`` and ``min_length`` count the prompt that the caller knows, the stock method the pruned one."""
+    config = args[0] if args else kwargs.get("generation_config") or model.generation_config
+    for name in ("max_length", "min_length"):
+        limit = kwargs.get(name, getattr(config, name, None))
+        counted = kwargs.get(
+            name.replace("length", "new_tokens"), getattr(config, name.replace("length", "new_tokens"))
+        )
+        if limit and counted is None:
+            kwargs[name] = max(limit - shorter, 0)
+
+
+def _check_cache(given: Mapping[str, Any]) -> None:
+    """A decoding step after a pruned prompt: its mask has to be that of the pruned prompt."""
+    cache, mask, ids = (given.get(name) for name in ("past_key_values", "attention_mask", "input_ids"))
+    if cache is None or ids is None or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return
+    seen = cache.get_seq_length()
+    if seen and mask.shape[1] != seen + ids.shape[1]:
+        raise RequestError(
+            f"attention_mask covers {mask.shape[1]} tokens, but the cache holds {seen} (the pruned prompt) and "
+            f"{ids.shape[1]} follow. Use generate(), or a mask of that length."
+        )

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""evs_vllm.serving: processes that end as a group, ports, counters, and requests to a server that is made here."""
+
+import base64
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from evs_vllm import serving
+from evs_vllm.errors import EVSError
+from evs_vllm.serving import ask, data_url, free_port, metrics, parse_metrics, run_to_end, running, video_part
+from tests.unit.local_server import LocalServer
+
+METRICS = r"""
+# HELP evs:clips_total Clips that "were {pruned}" 7
+# TYPE evs:clips_total counter
+evs:clips_total{engine="0",model_name="a"} 3.0
+evs:clips_total{engine="1",model_name="with } and \" and , inside"} 1.5e+03
+evs:clips_total_created{engine="0"} 1.7e9
+evs:small 2.5e-05 1395066363000
+evs:time_seconds_bucket{le="0.1"} 3
+evs:time_seconds_bucket{le="+Inf"} 4
+evs:time_seconds_sum 0.25
+evs:time_seconds_count 4
+evs:nothing NaN
+evs:endless{a=""} +Inf
+evs:below -2
+evs:spaces{a = "b", c = "d"}   9
+not a sample
+"""
+
+
+class Server(LocalServer):
+    """Answers as vLLM does, in a way that the test chooses."""
+
+    def __init__(self, *lines, status=200, error=None):
+        self.lines, self.status, self.error, self.seen = lines, status, error, []
+        super().__init__()
+
+    def routes(self):
+        return [
+            web.get("/health", self.health),
+            web.get("/metrics", self.metrics),
+            web.post("/v1/chat/completions", self.answer),
+        ]
+
+    async def health(self, _):
+        return web.Response(status=self.status)
+
+    async def metrics(self, _):
+        return web.Response(text=METRICS, status=self.status)
+
+    async def answer(self, request):
+        self.seen.append(await request.json())
+        if self.error is not None:
+            return web.Response(text=self.error, status=400)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for line in self.lines:
+            await response.write(f"data: {line if isinstance(line, str) else json.dumps(line)}\n\n".encode())
+        return response
+
+
+def piece(text):
+    return {"choices": [{"index": 0, "delta": {"content": text}}]}
+
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 34, "completion_tokens": 2, "total_tokens": 36}}
+
+
+# counters
+
+
+def test_samples_are_summed_over_labels():
+    found = parse_metrics(METRICS)
+    assert math.isnan(found.pop("evs:nothing"))
+    assert found == {
+        "evs:clips_total": 1503.0, "evs:clips_total_created": 1.7e9, "evs:small": 2.5e-05,
+        "evs:time_seconds_sum": 0.25, "evs:time_seconds_count": 4.0, "evs:endless": math.inf, "evs:below": -2.0,
+        "evs:spaces": 9.0,
+    }  # fmt: skip
+
+
+def test_what_is_no_metrics_has_no_samples():
+    assert parse_metrics("<html>\n404 not found 7\nhello world\n{} 1\n") == {}
+
+
+def test_metrics_and_health_of_a_server():
+    with Server() as server:
+        assert metrics(server.url)["evs:clips_total"] == 1503
+        assert serving.healthy(server.url)
+    with Server(status=503) as server:
+        assert not serving.healthy(server.url)
+        with pytest.raises(OSError, match="503"):
+            metrics(server.url)
+    assert not serving.healthy(server.url), "it is gone"
+
+
+def test_a_proxy_of_the_environment_is_for_others(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Server(piece("a"), USAGE, "[DONE]") as server:
+        assert serving.healthy(server.url)
+        assert ask(server.url, "m", video_part("data:,"), "?", 2).text == "a"
+    assert not serving.is_local("http://example.invalid:8000")
+    with pytest.raises(OSError, match="refused"):  # by the proxy's port, not by a name that cannot be found
+        serving.read_url("http://example.invalid/metrics")
+
+
+# requests
+
+
+def test_an_answer_is_read_off_the_stream():
+    role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+    with Server(role, piece("a "), piece("bike"), {"choices": [{"delta": {}}]}, USAGE, "[DONE]") as server:
+        more = {"mm_processor_kwargs": {"evs_rate": 0}}
+        answer = ask(server.url, "tiny", video_part("file:///a.mp4"), "What?", 7, more)
+    assert answer[:3] == ("a bike", 34, 2) and 0 < answer.ttft_s < 10
+    (body,) = server.seen
+    assert (body["model"], body["max_tokens"], body["temperature"], body["stream"]) == ("tiny", 7, 0, True)
+    assert body["mm_processor_kwargs"] == {"evs_rate": 0}
+    video, text = body["messages"][0]["content"]
+    assert video["video_url"]["url"] == "file:///a.mp4" and text == {"type": "text", "text": "What?"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "error", "words"),
+    [
+        ((), json.dumps({"error": {"message": "too long"}}), "refused the request: HTTP 400: too long"),
+        ((), "plain words", "refused the request: HTTP 400: plain words"),
+        ((piece("a"), {"error": {"message": "out of memory"}}), None, "gave up: .*out of memory"),
+        ((USAGE, "[DONE]"), None, "without any text"),
+    ],
+)
+def test_what_goes_wrong_is_said(lines, error, words):
+    with Server(*lines, error=error) as server, pytest.raises(EVSError, match=words):
+        ask(server.url, "m", video_part("data:,"), "?", 2)
+
+
+def test_nobody_answers():
+    with pytest.raises(EVSError, match="did not answer"):
+        ask(f"http://127.0.0.1:{free_port()}", "m", video_part("data:,"), "?", 2)
+
+
+def test_parts_of_files_and_urls(tmp_path):
+    for name, kind in (("a.mp4", "video/mp4"), ("a.webm", "video/webm"), ("a.unknown", "video/mp4")):
+        (tmp_path / name).write_bytes(b"frames")
+        part = video_part(tmp_path / name)
+        assert part["type"] == "video_url"
+        head, data = part["video_url"]["url"].split(",")
+        assert head == f"data:{kind};base64" and base64.b64decode(data) == b"frames"
+    assert video_part("http://x/a.mp4")["video_url"]["url"] == "http://x/a.mp4"
+    assert data_url(b"123", "image/png") == "data:image/png;base64,MTIz"
+
+
+# processes
+
+
+def test_free_ports_are_free_and_below_the_systems_range():
+    ports = [free_port() for _ in range(20)]
+    assert all(15000 <= port < 30000 for port in ports) and len(set(ports)) > 1
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", ports[-1]))
+
+
+def test_a_port_in_use_is_not_given(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port()))
+        port, other = taken.getsockname()[1], free_port()
+        numbers = iter([port, port, other])
+        monkeypatch.setattr(serving.random, "randrange", lambda *limits: next(numbers))
+        assert free_port() == other != port
+
+
+# A leader that starts a child, says its number and waits; the child shuts its ears.
+FAMILY = """
+import subprocess, sys, time
+stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def said(log: Path) -> int:
+    """The number in a log, once it is there."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if log.exists() and log.read_text().endswith("\n"):
+            return int(log.read_text())
+        time.sleep(0.05)
+    pytest.fail("no word from the process")
+
+
+def ends(process: int) -> bool:
+    """Whether a process is gone within ten seconds: being killed takes a moment."""
+    deadline = time.monotonic() + 10
+    while alive(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(process)
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see processes")
+
+
+@needs_proc
+def test_a_group_ends_with_its_block(tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(ZeroDivisionError), running([sys.executable, "-c", FAMILY], log, os.environ) as process:
+        child = said(log)
+        assert alive(child) and alive(process.pid)
+        1 / 0  # noqa: B018
+    assert process.returncode == -signal.SIGTERM and ends(child)
+
+
+@needs_proc
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends children of a killed process")
+def test_a_process_ends_with_a_parent_that_is_killed(tmp_path):
+    log = tmp_path / "log"
+    code = (
+        "import os, sys, time, pathlib\nfrom evs_vllm.serving import running\n"
+        f"words = [sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)']\n"
+        f"with running(words, pathlib.Path({str(log)!r}), os.environ): time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    child = said(log)
+    assert alive(child)
+    parent.kill()
+    parent.wait()
+    assert ends(child)
+
+
+def test_the_last_error_of_a_command_is_told(tmp_path):
+    log = tmp_path / "log"
+    run_to_end([sys.executable, "-c", "print('fine')"], log, os.environ)
+    assert log.read_text() == "fine\n"
+    code = "import sys; print('ValueError: too small'); print('bye'); sys.exit(3)"
+    with pytest.raises(EVSError, match="^ValueError: too small$"):
+        run_to_end([sys.executable, "-c", code], log, os.environ)
+    with pytest.raises(EVSError, match="failed without a word"):
+        run_to_end([sys.executable, "-c", "raise SystemExit(1)"], log, os.environ)
+
+
+STUB = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+HTTPServer((words["--host"], int(words["--port"])), Handler).serve_forever()
+"""
+
+
+def test_a_server_serves_as_long_as_its_block(tmp_path):
+    waited = []
+    with serving.serving([sys.executable, "-c", STUB], tmp_path / "log", os.environ, 30, waited.append) as url:
+        assert serving.healthy(url)
+    assert not serving.healthy(url)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("exit('no memory')", "ended with code 1"), ("import time; time.sleep(9)", "healthy after 1 s")],
+)
+def test_a_server_that_does_not_start_shows_its_log(code, message, tmp_path, capsys):
+    timeout_s = 1 if "sleep" in code else 30
+    server = serving.serving([sys.executable, "-c", code], tmp_path / "log", os.environ, timeout_s)
+    with pytest.raises(EVSError, match=message), server:
+        pytest.fail("it is not healthy")
+    assert ("  | no memory" in capsys.readouterr().err) == ("exit" in code)
