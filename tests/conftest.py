@@ -9,7 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from evs_vllm import testing
+from tests.families import registry
+from tests.families.facts import Facts
 
 # Machines are shared: how long an example takes says nothing.
 hypothesis.settings.register_profile("evs", deadline=None)
@@ -27,36 +28,26 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-FAMILIES = ("qwen2_5_vl", "qwen2_vl")
-"""Families that every test with a `family` runs for."""
-
-OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
-"""Families that also take audio."""
-
-EVERY_FAMILY = (*(name for name, row in testing.FAMILIES.items() if row.make is None), *OMNI)
-"""Those with pixel rows like Qwen2-VL's. The others, whose processors give whole frames, are in
-tests/e2e/test_frame_families.py."""
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`family`: `FAMILIES`; with the mark ``every_family`` all, with ``omni`` `OMNI`, with ``also(names)`` those, too.
+    """`family`: with a mark of `tests.families.registry.families` those it says, else those that run every engine test.
 
-    Module scope groups the tests of a module by family, so that they share an engine. Modules with a fixture `family`
-    of their own choose for themselves.
+    Module scope groups the tests of a module by family, so that they share an engine.
     """
-    if "family" in metafunc.fixturenames and not hasattr(metafunc.module, "family"):
-        also = metafunc.definition.get_closest_marker("also")
-        names = (*FAMILIES, *also.args) if also else FAMILIES
-        if metafunc.definition.get_closest_marker("every_family"):
-            names = EVERY_FAMILY
-        if metafunc.definition.get_closest_marker("omni"):
-            names = OMNI
+    if "family" in metafunc.fixturenames:
+        mark = metafunc.definition.get_closest_marker("families")
+        names = mark.args[0] if mark else registry.names_of(registry.all_engine_tests)
         metafunc.parametrize("family", names, scope="module", indirect=True)
 
 
 @pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="module")
+def facts(family: str) -> Facts:
+    return registry.FAMILIES[family].facts
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +57,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
     def get(family: str) -> Path:
         if family not in made:
-            made[family] = testing.make_model(tmp_path_factory.mktemp("models") / family, family)
+            made[family] = registry.make_model(tmp_path_factory.mktemp("models") / family, family)
         return made[family]
 
     return get
@@ -74,14 +65,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def reference(model_dir: Callable[[str], Path]) -> Callable[[str], object]:
-    """The Hugging Face reference of a family, loaded on first use."""
-    from tests.reference.hf import Reference
+    """The independent reference of a family, loaded on first use."""
+    loaded: dict[str, object] = {}
 
-    loaded: dict[str, Reference] = {}
-
-    def get(family: str) -> Reference:
+    def get(family: str) -> object:
         if family not in loaded:
-            loaded[family] = Reference(model_dir(family))
+            loaded[family] = registry.FAMILIES[family].load_reference()(model_dir(family))
         return loaded[family]
 
     return get

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests, the demo and the benches share: tiny local models, synthetic clips, real clips.
+"""What tests, the demo and the benches share: tiny local Qwen-VL models, synthetic clips, real clips.
 
 Needs no vLLM and no network.
 
@@ -12,8 +12,8 @@ apart compared with float noise, so "the same greedy tokens and logprobs" is a s
 """
 
 from evs_vllm.testing.clips import real_clip_frames, real_clip_path, synthetic_clip
-from evs_vllm.testing.families import FAMILIES
-from evs_vllm.testing.models import cached_model, make_model
+from evs_vllm.testing.models import cached_model, make_model, write_model
+from evs_vllm.testing.qwen import FAMILIES
 from evs_vllm.testing.tiny import SIZES, TinyFamily
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "TinyFamily",
     "cached_model",
     "make_model",
+    "write_model",
     "real_clip_path",
     "real_clip_frames",
     "synthetic_clip",

@@ -9,11 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from evs_vllm.testing.families import FAMILIES
-from evs_vllm.testing.glm import GLM_CHAT_TEMPLATE, GLM_TOKENS
 from evs_vllm.testing.patches import text_config, write_processor
-from evs_vllm.testing.tiny import SIZES
-from evs_vllm.testing.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, make_tokenizer
+from evs_vllm.testing.qwen import FAMILIES
+from evs_vllm.testing.tiny import SIZES, TinyFamily
+from evs_vllm.testing.tokenizer import SPECIAL_TOKENS, make_tokenizer
 from evs_vllm.testing.weights import empty_model, fill_weights, transpose_experts
 
 
@@ -35,17 +34,22 @@ def make_model(directory: str | Path, family: str = "qwen2_5_vl", seed: int = 0,
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; expected one of {sorted(FAMILIES)}")
+    return write_model(directory, FAMILIES[family], seed, **overrides)
+
+
+def write_model(directory: str | Path, row: TinyFamily, seed: int = 0, **overrides: Any) -> Path:
+    """As `make_model`, of a family that is told by its row, not by its name in `FAMILIES`."""
     if unknown := set(overrides) - set(SIZES):
         raise ValueError(f"unknown sizes {sorted(unknown)}; expected some of {sorted(SIZES)}")
     import transformers
 
-    row, sizes, directory = FAMILIES[family], SIZES | overrides, Path(directory)
+    sizes, directory = SIZES | overrides, Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if row.make is not None:
         row.make(directory, row, sizes, seed)
         return directory
     names = [*SPECIAL_TOKENS, *(token for token in row.tokens.values() if token not in SPECIAL_TOKENS)]
-    tokenizer = make_tokenizer(names, GLM_CHAT_TEMPLATE if row.tokens is GLM_TOKENS else CHAT_TEMPLATE)
+    tokenizer = make_tokenizer(names, row.chat_template)
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
     write_processor(directory, row, tokenizer, sizes["max_tokens_per_frame"])
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs of tiny models of the Qwen-VL families: from the common sizes (`SIZES`) to a config's keyword arguments."""
+"""Tiny models of the Qwen-VL families: their configs from the common sizes (`SIZES`), and the table of their rows."""
 
 from typing import Any
+
+from evs_vllm.testing.tiny import TinyFamily
 
 
 def qwen2_vision(s: dict[str, Any]) -> dict[str, Any]:
@@ -72,3 +74,56 @@ def qwen3_5_moe_text(s: dict[str, Any]) -> dict[str, Any]:
 # Its pixel limits count all frames of a clip; the cap per frame is the one of Qwen2-VL's processor.
 QWEN3_VIDEO = {"video_processor_type": "Qwen3VLVideoProcessor", "cap_pixels_per_frame": True,
                 "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}  # fmt: skip
+
+FAMILIES: dict[str, TinyFamily] = {
+    "qwen2_5_vl": TinyFamily(
+        architecture="Qwen2_5_VLForConditionalGeneration",
+        config_class="Qwen2_5_VLConfig",
+        processor_class="Qwen2_5_VLProcessor",
+        vision=qwen2_5_vision,
+    ),
+    "qwen2_vl": TinyFamily(
+        architecture="Qwen2VLForConditionalGeneration",
+        config_class="Qwen2VLConfig",
+        processor_class="Qwen2VLProcessor",
+        vision=qwen2_vision,
+    ),
+    "qwen3_vl": TinyFamily(
+        architecture="Qwen3VLForConditionalGeneration",
+        config_class="Qwen3VLConfig",
+        processor_class="Qwen3VLProcessor",
+        vision=qwen3_vl_vision,
+        text=qwen3_vl_text,
+        patch=16,
+        video=QWEN3_VIDEO,
+    ),
+    "qwen3_vl_moe": TinyFamily(
+        architecture="Qwen3VLMoeForConditionalGeneration",
+        config_class="Qwen3VLMoeConfig",
+        processor_class="Qwen3VLProcessor",
+        vision=qwen3_vl_vision,
+        text=qwen3_vl_moe_text,
+        transposed_experts=True,
+        patch=16,
+        video=QWEN3_VIDEO,
+    ),
+    "qwen3_5": TinyFamily(
+        architecture="Qwen3_5ForConditionalGeneration",
+        config_class="Qwen3_5Config",
+        processor_class="Qwen3VLProcessor",
+        vision=qwen3_vision,
+        text=qwen3_5_text,
+        patch=16,
+        video=QWEN3_VIDEO,
+    ),
+    "qwen3_5_moe": TinyFamily(
+        architecture="Qwen3_5MoeForConditionalGeneration",
+        config_class="Qwen3_5MoeConfig",
+        processor_class="Qwen3VLProcessor",
+        vision=qwen3_vision,
+        text=qwen3_5_moe_text,
+        patch=16,
+        video=QWEN3_VIDEO,
+    ),
+}
+"""Those that the demo, the training and the benches use. Families beyond Qwen-VL are rows in tests/families."""

@@ -3,7 +3,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from evs_vllm.testing.tokenizer import CHAT_TEMPLATE
 
 QWEN_TOKENS = {
     "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
@@ -11,9 +14,9 @@ QWEN_TOKENS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TinyFamily:
-    """One model family the factory can write: a new family is one more row of `FAMILIES`."""
+    """One model family of which `write_model` can write tiny models."""
 
     architecture: str
     """The class name in transformers and in `config.json`."""
@@ -32,7 +35,8 @@ class TinyFamily:
     """Side of a vision patch in pixels; a token is 2 x 2 of them."""
     tokens: Mapping[str, str] = field(default_factory=lambda: QWEN_TOKENS)
     """Names in the config of the tokens around and for media."""
-    make: Callable[..., None] | None = None
+    chat_template: str = CHAT_TEMPLATE
+    make: Callable[[Path, "TinyFamily", dict[str, Any], int], Any] | None = None
     """Writes the folder, given (directory, this row, sizes, seed), where the family is not built like Qwen2-VL."""
 
 

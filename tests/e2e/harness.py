@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evs_vllm.testing import FAMILIES
+from tests.families.registry import FAMILIES
 from tests.reference.delta import use_fp32_delta_rule
 from tests.reference.hf import Clip, Picture, Reference, Result, Settings, Sound
 
@@ -28,16 +28,10 @@ VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 AUDIO = "<|audio_start|><|audio_pad|><|audio_end|>"
 
-FEWEST_FRAMES = {"qwen3_vl": 2, "qwen3_vl_moe": 2, "qwen3_5": 2, "qwen3_5_moe": 2, "glm46v": 2}
-"""Their video processor refuses a clip of fewer frames; that of others takes one."""
-
-ONE_CLIP = ("glm4v", "glm45v", "glm46v")
-"""Families of which vLLM allows one clip in a prompt."""
-
 
 def sized(family: str, size: tuple[int, int]) -> tuple[int, int]:
     """A (height, width) given for tokens of 28 x 28 pixels, for as many of those that the family has."""
-    side = 2 * FAMILIES[family].patch
+    side = FAMILIES[family].facts.token_side
     return size[0] // 28 * side, size[1] // 28 * side
 
 
@@ -186,6 +180,8 @@ class EnginePool:
         self.failed: dict[str, Exception] = {}
 
     def get(self, family: str, evs: dict[str, Any] | None = None, **options: Any) -> Engine:
+        facts = FAMILIES[family].facts
+        options = {"limit_mm_per_prompt": dict(facts.limits), "trust_remote_code": facts.remote_code} | options
         key = repr((family, evs, sorted(options.items())))
         if key in self.failed:  # not again for each of its tests
             raise RuntimeError(f"this engine did not start before: {self.failed[key]}")

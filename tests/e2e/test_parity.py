@@ -7,7 +7,6 @@ import pytest
 
 from evs_vllm.testing import real_clip_frames, synthetic_clip
 from tests.e2e.harness import (
-    FEWEST_FRAMES,
     IMAGE,
     TOLERANCE,
     VIDEO,
@@ -19,6 +18,7 @@ from tests.e2e.harness import (
     run_and_check,
     sized,
 )
+from tests.families.registry import families, most_engine_tests
 from tests.reference.hf import Clip, Picture, Settings
 
 pytestmark = pytest.mark.vllm
@@ -58,7 +58,7 @@ def test_one_request_with_the_servers_setting(engine, ref, clip):
     assert engine.metric("vllm:prompt_tokens") >= len(result.prompt_ids)
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_real_video(engine, ref):
     frames = {name: real_clip_frames(name, 16) for name in ("bikes", "carphone_pristine")}
     for name, pixels in frames.items():
@@ -67,7 +67,7 @@ def test_real_video(engine, ref):
         assert units == 8 and len(result.kept[0]) == units * rows * columns // 4, name
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 @pytest.mark.parametrize("rate", [0, 0.5, 0.75, 0.9, 0.99])
 def test_rates_and_positions(engine, ref, clip, rate, positions):
@@ -76,7 +76,7 @@ def test_rates_and_positions(engine, ref, clip, rate, positions):
     assert len(result.kept[0]) == max(20, int(160 * (1 - Fraction(str(rate)))))
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("threshold", [0.5, 3.0, 40.0])
 def test_threshold(engine, ref, clip, threshold):
     kept = set()
@@ -101,10 +101,10 @@ def test_minimum_and_maximum(engine, ref, clip):
         assert len(result.kept[0]) == count, settings
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6, 7])
-def test_short_clips_and_odd_frame_counts(engine, ref, clip, family, frames):
-    frames = max(frames, FEWEST_FRAMES.get(family, 1))
+def test_short_clips_and_odd_frame_counts(engine, ref, clip, facts, frames):
+    frames = max(frames, facts.fewest_frames)
     requests = [
         ask(clip(4, frames), SERVER),
         ask(clip(4, frames), Settings(rate=0.4, positions="sequential"), evs_rate=0.4, evs_positions="sequential"),
@@ -114,7 +114,7 @@ def test_short_clips_and_odd_frame_counts(engine, ref, clip, family, frames):
         assert set(range(20)) <= set(result.kept[0].tolist()), "the first unit is whole"
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_eight_requests_at_once_with_their_own_rates(engine, ref, clip):
     rates = [0, 0.1, 0.5, 0.6, 0.75, 0.8, 0.9, 0.99]
     requests = []
@@ -157,7 +157,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_images_and_videos_in_any_order(engine, ref, clip, order, positions):
@@ -170,14 +170,14 @@ def test_images_and_videos_in_any_order(engine, ref, clip, order, positions):
     assert output.prompt_token_ids.count(ref.video_id) == sum(len(kept) for kept in result.kept)
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_prompt_given_as_token_ids(engine, ref, clip):
     request = ask(clip(30), SERVER)
     request.prompt = ref.tokenizer(request.prompt)["input_ids"]
     run_and_check(engine, ref, [request])
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_seconds_between_frames(engine, ref, clip, family):
     # Qwen2.5-VL numbers units by time: 0.625 s per unit is 2.5 IDs, cut to integers on the full clip, before gathering.
     request = ask(clip(31), SERVER)
@@ -191,7 +191,7 @@ def test_seconds_between_frames(engine, ref, clip, family):
     assert set(times) <= ({0, 2, 5, 7, 10, 12, 15, 17} if family == "qwen2_5_vl" else set(range(8)))
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_the_comparison_can_fail(engine, ref, clip):
     """Small mistakes move logprobs far beyond the tolerance: the reference with such a mistake is no longer matched."""
     request = ask(clip(9), SERVER)

@@ -20,12 +20,10 @@ from tests.e2e.harness import (
     start_engine,
     stop_engine,
 )
+from tests.families.registry import families, most_engine_tests
 from tests.reference.hf import Clip, Picture, Reference, Settings
 
 pytestmark = pytest.mark.vllm
-
-LONG = {"qwen2_5_vl": 160, "qwen2_vl": 560, "qwen3_vl": 80}
-"""Frames after which position IDs exceed 256: 1.25 s per unit at 4 IDs per second; one ID per unit; 2 and its text."""
 
 
 @pytest.fixture
@@ -44,12 +42,12 @@ def seen(engine):
         yield calls
 
 
-def long_clip(family):
+def long_clip(facts):
     # The moving rectangle keeps late units alive, so that large IDs are really used.
-    return synthetic_clip(LONG[family], (56, 56), moving=0.15, noise=2, seed=7)
+    return synthetic_clip(facts.frames_past_256, (56, 56), moving=0.15, noise=2, seed=7)
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 @pytest.mark.parametrize("rate", [0, 0.75, 0.9])
 def test_ids_of_one_clip(engine, ref, seen, rate, positions):
@@ -61,7 +59,7 @@ def test_ids_of_one_clip(engine, ref, seen, rate, positions):
     check_positions(seen, result)
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 def test_ids_of_images_and_clips(engine, ref, seen, positions):
     settings = Settings(0.75, positions=positions)
@@ -74,7 +72,7 @@ def test_ids_of_images_and_clips(engine, ref, seen, positions):
     check_positions(seen, result)
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_text_goes_on_where_it_would_have(ref):
     """`keep` in one line: dropping tokens moves nothing. `sequential`: as if they had never been there."""
     frames = synthetic_clip(16, noise=2, seed=63)
@@ -89,12 +87,12 @@ def test_text_goes_on_where_it_would_have(ref):
     np.testing.assert_array_equal(sequential.positions, np.tile(np.arange(len(sequential.prompt_ids)), (3, 1)))
 
 
-@pytest.mark.also("qwen3_vl")
-def test_ids_above_256_are_exact(engine, ref, seen, family):
+@families(most_engine_tests)
+def test_ids_above_256_are_exact(engine, ref, seen, facts):
     """Carrying IDs as bf16 channels beside the embeddings, as vLLM's own implementation does, would round these."""
     assert torch.tensor(257.0, dtype=torch.bfloat16).item() == 256
     settings = Settings(0.9)
-    request = ask(long_clip(family), settings, evs_rate=0.9)
+    request = ask(long_clip(facts), settings, evs_rate=0.9)
     request.media = [Clip(request.media[0].frames, fps=1.6, settings=settings)]
     result = expected(ref, request)
     assert result.positions.max() > 256

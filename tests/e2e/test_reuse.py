@@ -7,12 +7,10 @@ import torch
 
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.engine.processor import PLAN_FIELD, plan_of
-from evs_vllm.testing import make_model, real_clip_frames, synthetic_clip
+from evs_vllm.testing import real_clip_frames, synthetic_clip
 from tests.e2e.harness import (
     AUDIO,
-    FEWEST_FRAMES,
     IMAGE,
-    ONE_CLIP,
     TOLERANCE,
     VIDEO,
     EnginePool,
@@ -25,6 +23,13 @@ from tests.e2e.harness import (
     recorded_positions,
     run_and_check,
     sized,
+)
+from tests.families.registry import (
+    engine_with_audio,
+    engine_with_patch_rows,
+    families,
+    make_model,
+    most_engine_tests,
 )
 from tests.reference.hf import Clip, Picture, Settings, Sound, select
 from tests.reference.tower import TowerReference, TowerSettings, computed_tokens
@@ -129,7 +134,7 @@ def computed_by(ref, request):
 
 
 # First in the module: it starts an engine of its own, the others share one.
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_rate_zero_is_the_stock_tower_bit_for_bit(pool, family, clip):
     frames = {
         "synthetic": clip(1),
@@ -160,7 +165,7 @@ def test_rate_zero_is_the_stock_tower_bit_for_bit(pool, family, clip):
     assert steps == stock_steps
 
 
-@pytest.mark.every_family
+@families(engine_with_patch_rows)
 @pytest.mark.parametrize("rate", [0.5, 0.75, 0.9, 0.99])
 def test_one_request(engine, ref, clip, rate):
     request = ask(clip(5), TowerSettings(rate), evs_rate=rate)
@@ -173,13 +178,13 @@ def test_one_request(engine, ref, clip, rate):
     assert output.prompt_token_ids.count(ref.clip_id) == plan.num_kept
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("name", ["bikes", "carphone_pristine", "bigbuckbunny"])
 def test_real_video(engine, ref, name):
     run_and_check(engine, ref, [ask(real_clip_frames(name, 16), REUSE)])
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("refresh", [0, 1, 2, 3, 50])
 def test_refresh(engine, ref, clip, refresh):
     request = ask(clip(4, 17), TowerSettings(0.75, refresh=refresh), evs_encoder_refresh=refresh)
@@ -203,23 +208,23 @@ SETTINGS = {
 }
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_budgets(engine, ref, clip, name):
     settings, kwargs = SETTINGS[name]
     run_and_check(engine, ref, [ask(clip(40), settings, **kwargs), ask(clip(43, 9), settings, **kwargs)])
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("size", [(28, 28), (28, 140), (140, 28), (84, 84), (112, 140)])
-def test_odd_grids_and_short_clips(engine, ref, clip, family, size):
-    counts = [max(frames, FEWEST_FRAMES.get(family, 1)) for frames in (1, 2, 3, 6, 11)]
+def test_odd_grids_and_short_clips(engine, ref, clip, facts, size):
+    counts = [max(frames, facts.fewest_frames) for frames in (1, 2, 3, 6, 11)]
     requests = [ask(clip(7, frames, size=size), TowerSettings(0.6), evs_rate=0.6) for frames in counts]
     run_and_check(engine, ref, requests)
 
 
-@pytest.mark.every_family
-def test_eight_requests_with_their_own_rates_and_encoders(engine, ref, clip, family):
+@families(engine_with_patch_rows)
+def test_eight_requests_with_their_own_rates_and_encoders(engine, ref, clip, facts):
     choices = [
         (TowerSettings(0.5), {"evs_rate": 0.5}),
         (Settings(0.5), {"evs_rate": 0.5, "evs_encoder": "full"}),
@@ -236,7 +241,7 @@ def test_eight_requests_with_their_own_rates_and_encoders(engine, ref, clip, fam
     picture = Picture(clip(8, 1, kind="noise", size=(84, 112))[0])
     media = [picture, Clip(clip(9, 12), settings=REUSE), Clip(clip(12, 5), settings=REUSE)]
     several = Request(chat(IMAGE, VIDEO, "What moves?", VIDEO, "And here?"), media)
-    requests.insert(3, Request(chat(IMAGE, VIDEO, "What?"), media[:2]) if family in ONE_CLIP else several)
+    requests.insert(3, Request(chat(IMAGE, VIDEO, "What?"), media[:2]) if facts.one_clip else several)
     with Recorder(engine) as seen:
         run_and_check(engine, ref, requests)
     flights = max(len({s.request_id for s in engine.steps[i : i + 8]}) for i in range(len(engine.steps)))
@@ -246,7 +251,7 @@ def test_eight_requests_with_their_own_rates_and_encoders(engine, ref, clip, fam
     assert {plan.encoder for plan in seen.plans} == {"full", "reuse"}
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_a_batch_gives_each_clip_what_it_gets_alone(engine, ref, clip):
     cases = [
         (clip(20, 16), {"evs_rate": 0.5}),
@@ -266,8 +271,8 @@ def test_a_batch_gives_each_clip_what_it_gets_alone(engine, ref, clip):
         assert min(errors) <= 1e-5 * float(one.abs().max())
 
 
-@pytest.mark.every_family
-def test_second_turn_hits_the_prefix_cache(engine, ref, clip, family):
+@families(engine_with_patch_rows)
+def test_second_turn_hits_the_prefix_cache(engine, ref, clip, facts):
     settings, kwargs = TowerSettings(0.75, refresh=3), {"evs_encoder_refresh": 3}
     first = ask(clip(30, 24), settings, **kwargs)
     ((answer, result),) = run_and_check(engine, ref, [first])
@@ -278,7 +283,7 @@ def test_second_turn_hits_the_prefix_cache(engine, ref, clip, family):
         ((output, _),) = run_and_check(engine, ref, [second])
     assert output.num_cached_tokens >= len(result.kept[0]), "the second turn computed the clip again"
     assert seen.rows == []
-    if family in ONE_CLIP:
+    if facts.one_clip:
         return
     media = [*first.media, Clip(clip(42, 9), settings=settings)]
     third = Request(second.prompt + "Yes.<|im_end|>\n" + chat(VIDEO, "Compare the two."), media, kwargs)
@@ -313,7 +318,7 @@ def test_identities(engine, ref, clip):
         run_and_check(engine, ref, [ask(frames, *variant[:1], **variant[1])])
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_pixels_that_travel(engine, clip):
     for kwargs, rows in (
         ({}, 40),
@@ -333,7 +338,7 @@ def test_pixels_that_travel(engine, clip):
             assert len(feature.data[PIXELS].data) == 4 * len(plan.computed)
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_a_static_clip_computes_unit_0_only(engine, ref, clip, family):
     frames = clip(34, kind="static", noise=0)
     kwargs = {"evs_threshold": 1}
@@ -350,7 +355,7 @@ def test_a_static_clip_computes_unit_0_only(engine, ref, clip, family):
     assert float((half - stock[:80]).abs().max()) <= 1e-5 * float(stock.abs().max())
 
 
-@pytest.mark.every_family
+@families(engine_with_patch_rows)
 def test_the_comparison_can_fail(engine, ref, clip):
     """A reference with a small mistake in the rule is no longer matched."""
     request = ask(clip(1), TowerSettings(0.75, refresh=3), evs_encoder_refresh=3)
@@ -372,7 +377,7 @@ def test_the_comparison_can_fail(engine, ref, clip):
             check(output, result)
 
 
-@pytest.mark.omni
+@families(engine_with_audio)
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 def test_audio_beside_clips(engine, ref, clip, positions):
     """Sounds stand where text stands; here the clips' time is told by the request, as these models' processor does."""
@@ -399,7 +404,7 @@ def test_audio_beside_clips(engine, ref, clip, positions):
 
 
 # Last of a family: it starts an engine of its own.
-@pytest.mark.every_family
+@families(engine_with_patch_rows)
 def test_settings_of_the_server(pool, ref, clip, family):
     engine = pool.get(family, EVS | {"encoder": "reuse", "encoder_refresh": 2, "rate": 0.9}, max_num_batched_tokens=32)
     requests = [

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine without EVS beside one with it: at rate 0 its very numbers, pruned the position IDs of its full prompt.
 
-For one kind of rotary embedding. `test_frame_families.py` runs every kind and compares with Hugging Face, and
-`tests/plugin/test_frame_blocks.py` sees that the language model is built from the same config with EVS as without.
+For one kind of rotary embedding. `tests/families/test_engine.py` runs every kind and compares with Hugging Face, and
+`tests/families/test_contract.py` sees that the language model is built from the same config with EVS as without.
 """
 
 import pytest
 import torch
 
-from evs_vllm.testing import make_model, synthetic_clip
+from evs_vllm.testing import synthetic_clip
 from tests.e2e.harness import Request, check, expected, start_engine, stop_engine
+from tests.families.registry import make_model
 from tests.reference.frames import FramesReference
 from tests.reference.hf import Clip, Settings
 

@@ -11,6 +11,7 @@ import torch
 import evs_vllm.hf as hf
 from evs_vllm.errors import ConfigError, EVSError, RequestError, UnsupportedError
 from evs_vllm.testing import synthetic_clip
+from tests.families.registry import families, most_engine_tests
 from tests.reference.hf import Clip, Picture, Settings
 from tests.reference.tower import TowerReference, TowerSettings
 
@@ -87,7 +88,7 @@ def check(model, ref, prompts, media, settings, fps=2.0, **kwargs):
     assert not kept
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 @pytest.mark.parametrize("rate", [0.25, 0.75, 0.95])
 def test_generate(model, ref, rate, positions):
@@ -113,7 +114,7 @@ def test_encoder_reuse(model, model_dir, family, refresh):
     assert plan.encoder == "reuse" and (len(plan.refreshed) > 0) == (refresh > 0)
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_batch_of_different_clips(model, ref):
     hf.enable(model, 0.75)
     media = [[synthetic_clip(16, seed=1)], [synthetic_clip(9, (56, 140), seed=2)]]
@@ -122,7 +123,7 @@ def test_batch_of_different_clips(model, ref):
         check(model, ref, [prompts[i] for i in order], [media[i] for i in order], Settings(0.75))
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 def test_images_and_videos_mixed(model, ref, positions):
     hf.enable(model, 0.75, positions=positions)
@@ -139,7 +140,7 @@ def test_images_and_videos_mixed(model, ref, positions):
     check(model, ref, prompts, media, Settings(0.75, positions=positions))
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_the_comparison_can_fail(model, ref, monkeypatch):
     hf.enable(model, 0.75)
     row = [ASK], [[synthetic_clip(16, seed=1)]]
@@ -173,7 +174,7 @@ def test_only_the_painted_token_is_kept(model, ref):
         assert plan.kept.tolist() == [*range(20), 20 * unit + 5 * row + column]
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @torch.inference_mode()
 def test_nothing_dropped_is_the_stock_model_bit_for_bit(model, ref):
     batch = inputs(ref, [ASK, chat(IMAGE, VIDEO)], [[synthetic_clip(30, seed=1)], [picture(1), synthetic_clip(8)]])
@@ -194,14 +195,14 @@ def test_nothing_dropped_is_the_stock_model_bit_for_bit(model, ref):
 
 
 @torch.inference_mode()
-def test_text_after_a_clip_resumes_as_served(model, ref, family):
+def test_text_after_a_clip_resumes_as_served(model, ref, facts):
     """transformers 5 resumes at max(h, w), vLLM and the original model after the largest ID; we train the latter."""
     batch = inputs(ref, [ASK], [[synthetic_clip(30, seed=1)]])
     grid = batch["video_grid_thw"][0].tolist()
     places = (batch["input_ids"][0] == ref.video_id).nonzero().flatten()
     first, last = int(places[0]), int(places[-1])
     theirs, _ = model.model.get_rope_index(**{k: v for k, v in batch.items() if "pixel" not in k})
-    step = 4 if family == "qwen2_5_vl" else 1  # IDs per unit of one second
+    step = facts.ids_per_second or 1  # IDs per unit of one second
     assert int(theirs[0, 0, last + 1]) == first + max(grid[1:]) // 2
     seen = {}
 
@@ -220,7 +221,7 @@ def test_text_after_a_clip_resumes_as_served(model, ref, family):
         assert torch.equal(ids[:, first:after], theirs[:, 0, first : last + 1][:, stays])
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_labels_and_gradients_follow(model, ref):
     hf.enable(model, 0.75)
     clips = [synthetic_clip(16, seed=1), synthetic_clip(9, (56, 140), seed=2)]
@@ -267,7 +268,7 @@ def test_gradient_of_the_tower_is_that_of_the_gathered_embeddings(model, ref):
     assert weight.grad[place].item() == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=1e-2)
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @torch.inference_mode()
 def test_manual_decoding_with_a_cache(model, ref):
     hf.enable(model, 0.75)
@@ -286,7 +287,7 @@ def test_manual_decoding_with_a_cache(model, ref):
         token = out.logits[0, -1].argmax(-1)
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_beams_and_length_limits(model, ref):
     hf.enable(model, 0.75)
     clips = [synthetic_clip(16, seed=1), synthetic_clip(9, (56, 140), seed=2)]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.functional import conv2d, gelu, interpolate, layer_norm, linear, scaled_dot_product_attention
 
-from evs_vllm.testing.ovis import INDICATORS, LANGUAGE
+from tests.families.ovis import INDICATORS, LANGUAGE
 from tests.reference.frames import FramesReference
 from tests.reference.hf import Clip, Picture
 

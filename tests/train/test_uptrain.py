@@ -15,6 +15,7 @@ from evs_vllm.train.data import ChatCollator, DrawnDataset
 from evs_vllm.train.rates import RateSampler, RateSettings
 from evs_vllm.train.recipe import Recipe
 from evs_vllm.train.trainer import answers
+from tests.families.registry import families, most_engine_tests
 from tests.reference.hf import Clip, Reference, Settings
 
 UNITS = 5
@@ -58,7 +59,7 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_each_mini_batch_is_pruned_at_its_rate(tiny, tmp_path, monkeypatch):
     seen = []
     prune = hf.inputs.prune_batch
@@ -79,7 +80,7 @@ def test_each_mini_batch_is_pruned_at_its_rate(tiny, tmp_path, monkeypatch):
     assert list((tmp_path / "runs").rglob("events.*")), "TensorBoard"
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
 def test_resuming_is_as_if_nothing_had_happened(tiny, tmp_path, lora):
     save = {"save_strategy": "steps", "save_steps": 3}
@@ -102,7 +103,7 @@ def test_resuming_is_as_if_nothing_had_happened(tiny, tmp_path, lora):
         recipe.run(describe(tiny, tmp_path / "nothing"), resume=True)
 
 
-@pytest.mark.also("qwen3_vl")
+@families(most_engine_tests)
 def test_lora_trains_adapters_only(tiny, tmp_path):
     import peft
 

@@ -8,47 +8,16 @@ One engine for each family: its steps are so short that every prefill is cut, an
 import pytest
 import torch
 
-from evs_vllm import testing
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.families import family_of
 from evs_vllm.testing import real_clip_frames, synthetic_clip
 from tests.e2e.harness import TOLERANCE, Request, check, expected, run_and_check
-from tests.reference.families import reference_for
+from tests.families.registry import FAMILIES, engine_with_whole_frames, families
 from tests.reference.hf import Clip, Picture, Settings
 from tests.reference.tower import TowerSettings
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, families(engine_with_whole_frames)]
 
-FAMILIES = tuple(name for name, row in testing.FAMILIES.items() if row.make is not None and "omni" not in name)
-SIZES = {
-    "llava_onevision": (104, 104),
-    "llava_next_video": (64, 64),
-    "gemma4": (84, 120),
-    "gemma4_unified": (84, 120),
-    "ovis2_5": (448, 448),
-}
-"""Height and width of a frame that reaches the model without resizing, where it is not 112 x 112."""
-GRIDS = {"gemma4": (7, 10), "gemma4_unified": (7, 10)}
-"""Rows and columns of tokens of such a frame, where it is not 4 x 4."""
-LIMITS = {"llava_next_video": {"video": 1}, "ovis2_5": {"video": 1, "image": 4}}
-"""What vLLM allows in a prompt."""
-LONG = {"gemma4": 9, "gemma4_unified": 9}
-"""Frames of a clip that takes several steps to prefill, where it is not 15. For layers with a sliding window, vLLM
-caches only the last blocks of a prompt: these clips end within the block in which their prompts do."""
-BLOCK = {"gemma4": 64, "gemma4_unified": 64}
-"""Tokens that a prefix-cache hit is a multiple of, where it is not 32: its layers' blocks hold 32 and 64."""
-PER_FRAME = 16
-"""Tokens of a frame of InternVL."""
-ROTARY = {
-    "internvl": {"RotaryEmbedding"},
-    "internvl_chat": {"DynamicNTKScalingRotaryEmbedding"},
-    "llava_onevision": {"YaRNScalingRotaryEmbedding"},
-    "llava_next_video": {"Llama3RotaryEmbedding"},
-    "gemma4": {"RotaryEmbedding", "Gemma4RotaryEmbedding"},
-    "gemma4_unified": {"RotaryEmbedding", "Gemma4RotaryEmbedding"},
-    "ovis2_5": {"Phi3LongRoPEScaledRotaryEmbedding"},
-}
-"""What vLLM makes of the `rope_type` of each of these models: between them all that such models come with."""
 SERVER = Settings(0.75)
 MODES = {
     "keep": (Settings(0.5), {"evs_rate": 0.5}),
@@ -57,30 +26,21 @@ MODES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def ref(model_dir, family):
-    return reference_for(model_dir(family))
+def ref(reference, family):
+    return reference(family)
 
 
 @pytest.fixture
-def engine(engines, family):
-    options = {"max_num_batched_tokens": 256 if family in LONG else 64, "block_size": 32}
-    if family in LIMITS:
-        options["limit_mm_per_prompt"] = LIMITS[family]
-    remote = family in ("internvl_chat", "ovis2_5")
-    evs = {"rate": 0.75, "request_overrides": "any"}
-    return engines.get(family, evs, trust_remote_code=remote, enable_prefix_caching=True, **options)
+def engine(engines, family, facts):
+    options = {"max_num_batched_tokens": facts.step_tokens, "block_size": 32, "enable_prefix_caching": True}
+    return engines.get(family, {"rate": 0.75, "request_overrides": "any"}, **options)
 
 
 @pytest.fixture
-def clip(family):
+def clip(facts):
     def make(seed=0, frames=8, **kwargs):
-        return synthetic_clip(frames, SIZES.get(family, (112, 112)), seed=seed, noise=kwargs.pop("noise", 2), **kwargs)
+        return synthetic_clip(frames, facts.frame_size, seed=seed, noise=kwargs.pop("noise", 2), **kwargs)
 
     return make
 
@@ -94,11 +54,11 @@ def ask(ref, frames, settings=SERVER, question="Describe the video.", **kwargs):
 
 
 @pytest.fixture
-def rotated(engine, family):
+def rotated(engine, facts):
     """Every positions tensor that reached a rotary embedding, of which layers of one kind share one."""
     calls = []
     embeddings = {layer.self_attn.rotary_emb for layer in engine.language_model.layers}
-    assert sorted(type(rotary).__name__ for rotary in embeddings) == sorted(ROTARY[family])
+    assert sorted(type(rotary).__name__ for rotary in embeddings) == sorted(facts.rotary)
 
     def record(rotary):
         forward = rotary.forward
@@ -117,19 +77,17 @@ def rotated(engine, family):
 
 
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
-def test_rates_and_positions(engine, ref, clip, rotated, positions, family):
-    grid = GRIDS.get(family, (4, 4))
-    per_frame = grid[0] * grid[1]
+def test_rates_and_positions(engine, ref, clip, rotated, positions, facts):
+    per_frame = facts.per_unit
     for seed, rate in enumerate((0, 0.75, 0.9)):
         engine.reset()
         rotated.clear()
         settings = Settings(rate, positions=positions)
         request = ask(ref, clip(seed), settings, evs_rate=rate, evs_positions=positions)
         ((output, result),) = run_and_check(engine, ref, [request])
-        assert result.grids == [(8, *grid)]
+        assert result.grids == [(8, *facts.grid)]
         assert len(result.kept[0]) == max(per_frame, int(8 * per_frame * (100 - 100 * rate) / 100))
-        extra = {"llava_onevision": 1, "ovis2_5": 2}.get(ref.kind, 0)
-        assert output.prompt_token_ids.count(ref.video_id) == len(result.kept[0]) + extra
+        assert output.prompt_token_ids.count(ref.video_id) == len(result.kept[0]) + facts.extra_rows
         # What the attention of the language model sees: one axis, the places of the unpruned prompt.
         assert all(ids.ndim == 1 for ids in rotated)
         layers = len(engine.language_model.layers)
@@ -171,9 +129,9 @@ def test_clips_of_different_lengths_in_one_call_of_the_tower(engine, ref, clip):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_chunked_prefill_and_second_turn(engine, ref, clip, mode, family):
+def test_chunked_prefill_and_second_turn(engine, ref, clip, mode, facts):
     settings, kwargs = MODES[mode]
-    frames = clip(30, LONG.get(family, 15))
+    frames = clip(30, facts.long)
     first = ask(ref, frames, settings, **kwargs)
     ((answer, _),) = run_and_check(engine, ref, [first])
     assert answer.num_cached_tokens == 0
@@ -188,18 +146,18 @@ def test_chunked_prefill_and_second_turn(engine, ref, clip, mode, family):
     said = ref.tokenizer.decode(answer.outputs[0].token_ids)
     second = Request(first.prompt + said + "<|im_end|>\n" + chat("And what comes next?"), first.media, kwargs or None)
     ((output, _),) = run_and_check(engine, ref, [second])
-    assert output.num_cached_tokens >= end - BLOCK.get(family, 32), "the second turn computed the clip again"
+    assert output.num_cached_tokens >= end - facts.block_size, "the second turn computed the clip again"
 
 
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
-def test_images_and_videos_in_any_order(engine, ref, clip, positions, family):
+def test_images_and_videos_in_any_order(engine, ref, clip, positions, facts):
     settings = Settings(0.75, positions=positions)
     kwargs = {"evs_positions": positions}
     # Two tiles and a thumbnail; InternVL's own format makes the latter with Pillow, the reference does not.
     size = (112, 112) if ref.chat_format else (112, 224)
     picture = Picture(synthetic_clip(1, size, "noise", seed=3)[0])
     one, other = (Clip(clip(40 + i, 4 + i), settings=settings) for i in range(2))
-    if family == "llava_next_video":  # vLLM takes one video and no image
+    if not facts.images:
         run_and_check(engine, ref, [Request(chat("Why? ", ref.video, "\nWhat moves?"), [one], kwargs)])
         return
     orders = {
@@ -208,7 +166,7 @@ def test_images_and_videos_in_any_order(engine, ref, clip, positions, family):
     }
     media = {"image, video": [picture, one], "video, image, video": [one, picture, other]}
     for name, items in orders.items():
-        if items.count(ref.video) > LIMITS.get(family, {}).get("video", 2):
+        if items.count(ref.video) > facts.limits["video"]:
             continue
         prompt = chat(*(f"{item}\n" for item in items), "What moves?")
         run_and_check(engine, ref, [Request(prompt, media[name], kwargs)])
@@ -224,8 +182,8 @@ REUSE = {
 }
 
 
-def test_encoder_reuse(engine, ref, clip, family):
-    if not family_of(testing.FAMILIES[family].architecture).reuse:
+def test_encoder_reuse(engine, ref, clip, family, facts):
+    if not family_of(FAMILIES[family].tiny.architecture).reuse:
         with pytest.raises(Exception, match="vision tower is not supported"):
             engine.generate([ask(ref, clip(50), evs_encoder="reuse")])
         return
@@ -244,7 +202,7 @@ def test_encoder_reuse(engine, ref, clip, family):
     picture = Picture(synthetic_clip(1, (112, 112), "noise", seed=5)[0])
     media = [picture, Clip(clip(61, 6), settings=TowerSettings(0.75)), Clip(clip(62, 3), settings=TowerSettings(0.75))]
     prompt = chat(ref.image, "\n", ref.video, "\n", ref.video, "\nWhat moves?")
-    if family == "llava_next_video":  # vLLM takes one video and no image
+    if not facts.images:
         media, prompt = media[1:2], chat("Why? ", ref.video, "\nWhat moves?")
     mixed = Request(prompt, media, {"evs_encoder": "reuse"})
     model.embed_multimodal = recording
@@ -256,14 +214,17 @@ def test_encoder_reuse(engine, ref, clip, family):
     arrays = [array for kwargs in calls for array in kwargs["evs_plan"]]
     plans = [RetentionPlan.from_array(array.numpy()) for array in arrays]
     (pixels,) = (name for name in calls[0] if name.startswith("pixel_values"))
-    per_clip = [clip for kwargs in calls for clip in kwargs[pixels]]  # of InternVL one frame after the other
-    frames = len(per_clip) if family != "llava_next_video" else sum(map(len, per_clip))
+    flat = "video_num_patches" in calls[0]  # one frame after the other, or a tensor for each clip
+    per_clip = [clip for kwargs in calls for clip in kwargs[pixels]]
+    frames = len(per_clip) if flat else sum(map(len, per_clip))
     assert {plan.encoder for plan in plans} == {"reuse", "full"}
-    assert frames == sum(-(-len(plan.computed) // PER_FRAME) for plan in plans), "pixels that nobody computes travelled"
+    assert frames == sum(-(-len(plan.computed) // facts.per_unit) for plan in plans), (
+        "pixels that nobody computes travelled"
+    )
 
     # All clips in one call get what they get alone.
     together = {pixels: per_clip}
-    if family != "llava_next_video":
+    if flat:
         together = {name: torch.cat([kwargs[name] for kwargs in calls]) for name in (pixels, "video_num_patches")}
     alone = [rows for kwargs in calls for rows in embed(**kwargs)]
     for one, other in zip(alone, embed(**{**calls[0], **together, "evs_plan": arrays}), strict=True):

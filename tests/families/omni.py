@@ -2,15 +2,17 @@
 """Tiny models of the Omni families: the thinker alone, with an audio encoder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from evs_vllm.testing import TinyFamily
 from evs_vllm.testing.patches import text_config
 from evs_vllm.testing.qwen import qwen2_5_vision as qwen2_5_vl_vision
-from evs_vllm.testing.qwen import qwen3_vl_vision
-from evs_vllm.testing.tiny import TinyFamily
+from evs_vllm.testing.qwen import qwen3_vl_moe_text, qwen3_vl_vision
 from evs_vllm.testing.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, make_tokenizer
 from evs_vllm.testing.weights import empty_model, fill_weights
+from tests.families.facts import Engine, Facts, FamilyCase
 
 MEL_BINS = 16
 AUDIO_TOKENS = ("<|audio_start|>", "<|audio_end|>", "<|audio_pad|>")
@@ -40,7 +42,7 @@ def _audio(row: TinyFamily, s: dict[str, Any]) -> dict[str, Any]:
     } | own  # fmt: skip
 
 
-def make_omni_model(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
+def make(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
     """Writes a model whose checkpoint holds the thinker, under the names that it has beside a talker."""
     import transformers
 
@@ -98,3 +100,50 @@ def _write_processor(directory: Path, row: TinyFamily, tokenizer: Any, max_token
     # The processors have a size and a rate of frames of their own for clips. Only tokenizer settings precede them.
     file = directory / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"size": size, "fps": 2.0}, indent=2) + "\n")
+
+
+FACTS = Facts(
+    frame_size=(112, 140),
+    grid=(4, 5),
+    raw_pixels=False,
+    audio=True,
+    fps_argument=True,
+)
+QWEN2_5 = replace(FACTS, ids_per_second=25, embeds_with={"second_per_grid_ts": [1.0]})
+
+FAMILIES = {
+    "qwen2_5_omni": FamilyCase(
+        tiny=TinyFamily(
+            architecture="Qwen2_5OmniForConditionalGeneration",
+            config_class="Qwen2_5OmniConfig",
+            processor_class="Qwen2_5OmniProcessor",
+            vision=qwen2_5_vision,
+            make=make,
+        ),
+        reference="tests.reference.hf:Reference",
+        facts=QWEN2_5,
+    ),
+    "qwen3_omni_moe": FamilyCase(
+        tiny=TinyFamily(
+            architecture="Qwen3OmniMoeForConditionalGeneration",
+            config_class="Qwen3OmniMoeConfig",
+            processor_class="Qwen3OmniMoeProcessor",
+            vision=qwen3_vision,
+            text=qwen3_vl_moe_text,
+            make=make,
+        ),
+        reference="tests.reference.hf:Reference",
+        facts=replace(FACTS, ids_per_second=13),
+    ),
+    "qwen2_5_omni_model": FamilyCase(  # the name that released checkpoints have
+        tiny=TinyFamily(
+            architecture="Qwen2_5OmniModel",
+            config_class="Qwen2_5OmniConfig",
+            processor_class="Qwen2_5OmniProcessor",
+            vision=qwen2_5_vision,
+            make=make,
+        ),
+        reference="tests.reference.hf:Reference",
+        facts=replace(QWEN2_5, engine=Engine.NONE),
+    ),
+}

@@ -19,25 +19,20 @@ from tests.e2e.harness import IMAGE, TOLERANCE, VIDEO, Request, chat, expected, 
 from tests.reference.frames import FramesReference
 from tests.reference.hf import Clip, Picture, Settings
 
-pytestmark = pytest.mark.vllm
+# A clip in one piece, one in pieces between text (with deepstack), and 1-D RoPE.
+pytestmark = [pytest.mark.vllm, pytest.mark.families(["qwen2_5_vl", "qwen3_vl", "llava_next_video"])]
 
 EVS = {"rate": 0.75, "request_overrides": "any"}
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "llava_next_video"])
-def family(request):
-    """A clip in one piece, one in pieces between text (with deepstack), and 1-D RoPE."""
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def ref(model_dir, reference, family):
-    return FramesReference(model_dir(family)) if family == "llava_next_video" else reference(family)
+def ref(reference, family):
+    return reference(family)
 
 
 @pytest.fixture
 def engine(engines, family):
-    return engines.get(family, EVS, **({"limit_mm_per_prompt": {"video": 1}} if family == "llava_next_video" else {}))
+    return engines.get(family, EVS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,7 +141,7 @@ def runner(engine):
     return RunnerV2(engine)
 
 
-def requests_of(ref, family):
+def requests_of(ref, family, facts):
     """Position modes and rates side by side, one prompt with an image where vLLM has them."""
     kinds = [
         Settings(0.75),
@@ -155,11 +150,11 @@ def requests_of(ref, family):
     ]
     out = []
     for i, settings in enumerate(kinds):
-        size = (64, 64) if family == "llava_next_video" else sized(family, (84, 112))
+        size = facts.frame_size if facts.whole_frames else sized(family, (84, 112))
         media = [Clip(synthetic_clip(10 + i, size, noise=2, seed=200 + i), settings=settings)]
-        video = "<video>\n" if family == "llava_next_video" else VIDEO
+        video = "<video>\n" if facts.whole_frames else VIDEO
         prompt = [video, f"Question {i}?"]
-        if i == 2 and family != "llava_next_video":
+        if i == 2 and facts.images:
             media.insert(0, Picture(synthetic_clip(1, (84, 112), "noise", seed=210)[0]))
             prompt.insert(0, IMAGE)
         kwargs = {"evs_rate": settings.rate, "evs_positions": settings.positions}
@@ -209,9 +204,9 @@ def prefill(runner, names, lengths, share):
     return joined
 
 
-def test_positions_and_embeddings_of_prefill_in_pieces(engine, runner, ref, family):
+def test_positions_and_embeddings_of_prefill_in_pieces(engine, runner, ref, family, facts):
     assert runner.state.mm_pruner is None, "V2 would read position IDs out of the embeddings"
-    requests = requests_of(ref, family)
+    requests = requests_of(ref, family, facts)
     cases = sent_by(engine, ref, requests)
     names = [runner.add(sent) for sent, _ in cases]
     lengths = {name: len(result.prompt_ids) for name, (_, result) in zip(names, cases)}
@@ -232,9 +227,9 @@ def test_positions_and_embeddings_of_prefill_in_pieces(engine, runner, ref, fami
     assert [plan_of(f.data).num_kept for f in clips] == [len(kept) for _, result in cases for kept in result.kept]
 
 
-def test_decoding_and_resumption(engine, runner, ref, family):
+def test_decoding_and_resumption(engine, runner, ref, family, facts):
     """A request that was preempted comes back with its generated tokens as part of what is prefilled."""
-    for sent, result in sent_by(engine, ref, requests_of(ref, family)):
+    for sent, result in sent_by(engine, ref, requests_of(ref, family, facts)):
         name, count = runner.add(sent), len(result.prompt_ids)
         prefill(runner, [name], {name: count}, 400)
         following = result.following + np.arange(8)
@@ -251,9 +246,9 @@ def test_decoding_and_resumption(engine, runner, ref, family):
         assert positions[:, 0].tolist() == [following[4]] * 3
 
 
-def test_cached_prefix(engine, runner, ref, family):
+def test_cached_prefix(engine, runner, ref, family, facts):
     """Of an item that a cached prefix covers, the scheduler sends no pixels: the plan still reaches V2."""
-    for sent, result in sent_by(engine, ref, requests_of(ref, family)):
+    for sent, result in sent_by(engine, ref, requests_of(ref, family, facts)):
         covered = max(f.mm_position.offset + f.mm_position.length for f in sent.mm_features)
         name = runner.add(sent, computed=covered)
         sent_fields = [set(feature.data) for feature in sent.mm_features]

@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evs_vllm.testing.frames import CHAT_TEMPLATE, PATCH, SIDE, TEXT_TOKENS, write_native
-from evs_vllm.testing.tiny import TinyFamily
+from evs_vllm.testing import TinyFamily
 from evs_vllm.testing.tokenizer import make_tokenizer
+from tests.families import internvl
+from tests.families.facts import Facts, FamilyCase
+from tests.families.whole_frames import CHAT_TEMPLATE, PATCH, SIDE, TEXT_TOKENS
 
 NATIVE = "native"
 """Folder inside an InternVL chat model with the same weights in Hugging Face's format, for the reference."""
@@ -26,20 +28,24 @@ class InternVLChatConfig(PretrainedConfig):
 """
 
 
-def make_internvl_chat(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
+def text(s: dict[str, Any]) -> dict[str, Any]:
+    return {"model_type": "qwen2", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}
+
+
+def make(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
     """Writes a model in InternVL's own format, and the same one in Hugging Face's into the folder `NATIVE` in it."""
     from safetensors.torch import save_file
 
-    model = write_native(directory / NATIVE, "internvl", row, sizes, seed)
+    model = internvl.make(directory / NATIVE, row, sizes, seed)
     _chat_tokenizer().save_pretrained(directory)
-    vision, text = model.config.vision_config, model.config.text_config.to_dict()
+    vision, language = model.config.vision_config, model.config.text_config.to_dict()
     (directory / "configuration_internvl_chat.py").write_text(CHAT_CONFIG)
     config = {
         "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "dtype": "float32",
         "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
         "downsample_ratio": 0.5, "dynamic_image_size": True, "force_image_size": SIDE, "max_dynamic_patch": 2,
         "min_dynamic_patch": 1, "ps_version": "v2", "select_layer": -1, "use_thumbnail": True,
-        "tie_word_embeddings": False, "llm_config": text | {"architectures": ["Qwen2ForCausalLM"]},
+        "tie_word_embeddings": False, "llm_config": language | {"architectures": ["Qwen2ForCausalLM"]},
         "vision_config": {
             "model_type": "intern_vit_6b", "hidden_size": vision.hidden_size, "image_size": SIDE, "patch_size": PATCH,
             "num_hidden_layers": vision.num_hidden_layers, "num_attention_heads": vision.num_attention_heads,
@@ -87,3 +93,25 @@ def _chat_weights(native: dict[str, Any]) -> dict[str, Any]:
             name = name.replace(old, new)
         chat[name] = weight.contiguous()
     return chat
+
+
+FAMILIES = {
+    "internvl_chat": FamilyCase(
+        tiny=TinyFamily(
+            architecture="InternVLChatModel",
+            config_class="InternVLConfig",
+            processor_class="InternVLProcessor",
+            vision=internvl.vision,
+            text=text,
+            make=make,
+        ),
+        reference="tests.reference.frames:FramesReference",
+        facts=Facts(
+            frame_size=(112, 112),
+            grid=(4, 4),
+            whole_frames=True,
+            rotary=frozenset({"DynamicNTKScalingRotaryEmbedding"}),
+            remote_code=True,
+        ),
+    ),
+}

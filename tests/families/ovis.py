@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evs_vllm.testing.frames import CHAT_TEMPLATE, TEXT_TOKENS, text_config
-from evs_vllm.testing.tiny import TinyFamily
+from evs_vllm.testing import TinyFamily
 from evs_vllm.testing.tokenizer import make_tokenizer
 from evs_vllm.testing.weights import empty_model, fill_weights
+from tests.families.facts import Facts, FamilyCase
+from tests.families.whole_frames import CHAT_TEMPLATE, TEXT_TOKENS, text_config
 
 PATCH, STRIDE = 56, 2
 """A token is 112 x 112 pixels, because the processor enlarges frames to at least 448 x 448: 4 x 4 tokens."""
@@ -49,13 +50,22 @@ def vision(s: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_ovis(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
+def text(s: dict[str, Any]) -> dict[str, Any]:
+    rope = {
+        "rope_type": "longrope", "factor": 2048.0, "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 16, "long_factor": [1 + place / 4 for place in range(16)],
+        "short_mscale": 1.1, "long_mscale": 1.1, "attention_factor": 1.1,
+    }  # fmt: skip
+    return {"model_type": "qwen3", "rope_parameters": rope}
+
+
+def make(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
     """Writes the model."""
     import transformers as t
     from safetensors.torch import save_file
 
     tokenizer = make_tokenizer([*TEXT_TOKENS, *TOKENS], CHAT_TEMPLATE)
-    config = t.Qwen3Config(**text_config(row.architecture, sizes, tokenizer), dtype="float32")
+    config = t.Qwen3Config(**text_config(row, sizes, tokenizer), dtype="float32")
     config.architectures = ["Qwen3ForCausalLM"]
     model = empty_model(t.Qwen3ForCausalLM, config)
     fill_weights(model, tokenizer, seed)
@@ -68,14 +78,14 @@ def make_ovis(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int
     whole = {
         "architectures": [row.architecture], "model_type": "ovis2_5", "dtype": "float32",
         "auto_map": {"AutoConfig": "configuration_ovis2_5.Ovis2_5_Config"}, "hidden_size": sizes["hidden_size"],
-        "visual_vocab_size": VISUAL_WORDS, "vit_config": vision(sizes), "llm_config": config.to_dict(),
+        "visual_vocab_size": VISUAL_WORDS, "vit_config": row.vision(sizes), "llm_config": config.to_dict(),
         "tie_word_embeddings": False,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(whole, indent=2) + "\n")
     generation = {"do_sample": False, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     weights = {f"llm.{name}": weight.contiguous() for name, weight in model.state_dict().items()}
-    weights |= _tower_weights(vision(sizes), sizes["hidden_size"], seed)
+    weights |= _tower_weights(row.vision(sizes), sizes["hidden_size"], seed)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -122,3 +132,27 @@ def _tower_weights(v: dict[str, Any], hidden: int, seed: int) -> dict[str, Any]:
     norm("visual_tokenizer.head.1", VISUAL_WORDS - len(INDICATORS), gain=3.0)  # peaked: a few words for each token
     out["vte.weight"] = torch.randn(VISUAL_WORDS, hidden, generator=generator)
     return out
+
+
+FAMILIES = {
+    "ovis2_5": FamilyCase(
+        tiny=TinyFamily(
+            architecture="Ovis2_5",
+            config_class="",  # transformers has neither
+            processor_class="",
+            vision=vision,
+            text=text,
+            make=make,
+        ),
+        reference="tests.reference.ovis:OvisReference",
+        facts=Facts(
+            frame_size=(SIDE, SIDE),
+            grid=(4, 4),
+            whole_frames=True,
+            extra_rows=2,
+            rotary=frozenset({"Phi3LongRoPEScaledRotaryEmbedding"}),
+            limits={"image": 4, "video": 1},
+            remote_code=True,
+        ),
+    ),
+}

@@ -8,10 +8,11 @@ take turns, the last ones use keys and values of earlier ones, and every token h
 from pathlib import Path
 from typing import Any
 
-from evs_vllm.testing.frames import CHAT_TEMPLATE, TEXT_TOKENS
-from evs_vllm.testing.tiny import TinyFamily
+from evs_vllm.testing import TinyFamily
 from evs_vllm.testing.tokenizer import make_tokenizer
 from evs_vllm.testing.weights import empty_model, fill_weights
+from tests.families.facts import Facts, FamilyCase
+from tests.families.whole_frames import CHAT_TEMPLATE, TEXT_TOKENS
 
 PATCH, POOL, TOKENS = 4, 3, 70
 """A token is 12 x 12 pixels. vLLM resizes every frame to at most 70 tokens, whatever the config says."""
@@ -59,7 +60,7 @@ def text(s: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_gemma4(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
+def make(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> None:
     """Writes the model."""
     import torch
     import transformers as t
@@ -77,7 +78,7 @@ def make_gemma4(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: i
     ids["eoa_token_index"] = ids.pop("eoa_token_id")
     own = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": len(tokenizer)} if kind == "Gemma4" else {}
     config = getattr(t, row.config_class)(
-        text_config=text(sizes) | own | {"vocab_size": len(tokenizer)},
+        text_config=row.text(sizes) | own | {"vocab_size": len(tokenizer)},
         vision_config=row.vision(sizes), audio_config=None, tie_word_embeddings=False, dtype="float32",
         video_token_id=tokenizer.convert_tokens_to_ids(VIDEO), **ids,
     )  # fmt: skip
@@ -96,3 +97,43 @@ def make_gemma4(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: i
                 weight.fill_(1.0)
     model.generation_config = t.GenerationConfig(do_sample=False, bos_token_id=0, eos_token_id=2, pad_token_id=0)
     model.save_pretrained(directory)
+
+
+FACTS = Facts(
+    frame_size=SIZE,
+    grid=(7, 10),
+    # For layers with a sliding window, vLLM caches only the last blocks of a prompt: a clip of 9 frames ends within the
+    # block in which its prompt does. The layers' blocks hold 32 and 64 tokens.
+    long=9,
+    block_size=64,
+    step_tokens=256,
+    whole_frames=True,
+    rotary=frozenset({"RotaryEmbedding", "Gemma4RotaryEmbedding"}),
+)
+
+FAMILIES = {
+    "gemma4": FamilyCase(
+        tiny=TinyFamily(
+            architecture="Gemma4ForConditionalGeneration",
+            config_class="Gemma4Config",
+            processor_class="Gemma4Processor",
+            vision=vision,
+            text=text,
+            make=make,
+        ),
+        reference="tests.reference.gemma4:Gemma4Reference",
+        facts=FACTS,
+    ),
+    "gemma4_unified": FamilyCase(
+        tiny=TinyFamily(
+            architecture="Gemma4UnifiedForConditionalGeneration",
+            config_class="Gemma4UnifiedConfig",
+            processor_class="Gemma4UnifiedProcessor",
+            vision=patch_embedding,
+            text=text,
+            make=make,
+        ),
+        reference="tests.reference.gemma4:Gemma4Reference",
+        facts=FACTS,
+    ),
+}

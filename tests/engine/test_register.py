@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from evs_vllm import testing, versions
+from evs_vllm import versions
 from evs_vllm.errors import ConfigError, RequestError, UnsupportedError
 from evs_vllm.families import FAMILIES, supported_architectures
 from evs_vllm.families.refused import REFUSED, Refused
@@ -81,9 +81,8 @@ def test_every_process_registers() -> None:
 
 def test_families_are_consistent() -> None:
     assert len(set(supported_architectures())) == len(supported_architectures())
-    assert sorted({row.architecture for row in testing.FAMILIES.values()}) == sorted(supported_architectures())
     for family in FAMILIES:
-        assert family.load_adapter() is not None
+        assert family.bind(None) is not None
 
 
 def test_flags_reach_additional_config(tmp_path: Path, qwen2_5_vl: Path) -> None:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's processor of a tiny model, with EVS or without: what it makes of a clip, and what our adapter sees in that."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evs_vllm.core.clip import Clip
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.families import family_of
+from evs_vllm.families.base import FamilyAdapter
+
+WHOLE = {"rate": 0.5, "encoder": "full"}
+"""Settings with which all pixels travel, those of dropped tokens, too."""
+
+
+def processor_for(model: Path, evs: dict[str, Any] | None, **kwargs: Any) -> Any:
+    """A new processor; `kwargs` are arguments of the engine."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    return MULTIMODAL_REGISTRY.create_processor(arguments_for(model, evs, **kwargs).create_model_config())
+
+
+def arguments_for(model: Path, evs: dict[str, Any] | None, **kwargs: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from evs_vllm.engine.plugin import register
+
+    register()
+    # float32 pixels, so that what vLLM normalises on the host can be undone exactly.
+    options = {"max_model_len": 4096, "dtype": "float32", "trust_remote_code": True} | kwargs
+    return EngineArgs(model=str(model), additional_config={} if evs is None else {"evs": evs}, **options)
+
+
+def prompt_for(processor: Any) -> str:
+    video = str(processor.dummy_inputs.get_dummy_text({"video": 1})).strip()
+    return f"Look: {video}\nWhat moves?"
+
+
+def process(processor: Any, frames: np.ndarray, cache: Any = None, fps_of_clip: float = 2.0, **mm_kwargs: Any) -> Any:
+    """What the processor makes of a prompt with one clip; `mm_kwargs` are the request's."""
+    count = len(frames)
+    metadata = {
+        "fps": fps_of_clip,
+        "duration": count / fps_of_clip,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
+    items = processor.info.parse_mm_data({"video": [(frames, metadata)]})
+    return processor(prompt_for(processor), items, hf_processor_mm_kwargs=mm_kwargs, cache=cache)
+
+
+def fields_in(result: Any) -> dict[str, Any]:
+    """The processed fields of the clip."""
+    return {key: elem.data for key, elem in result["mm_kwargs"]["video"][0].items()}
+
+
+def plan_in(result: Any) -> RetentionPlan | None:
+    array = fields_in(result).get("evs_plan")
+    return None if array is None else RetentionPlan.from_array(array.numpy())
+
+
+def pixels_in(result: Any) -> Any:
+    """The clip's field of pixels, whatever its name."""
+    (pixels,) = (data for name, data in fields_in(result).items() if "pixel_values" in name)
+    return pixels
+
+
+def adapter_for(processor: Any) -> FamilyAdapter:
+    """The family's adapter for the processor's model."""
+    family = family_of(processor.info.ctx.model_config.architecture)
+    assert family is not None
+    return family.bind(processor.info.get_hf_config(), processor=processor.info.get_hf_processor())
+
+
+def clip_in(processor: Any, result: Any) -> Clip:
+    """The pixels that are compared, of a clip that `processor` made."""
+    clip = adapter_for(processor).clip(fields_in(result))
+    assert clip is not None
+    return clip

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every model family, seen without an engine: pixels, scores, plans, prompts, cache keys, positions."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.positions import RESERVE
+from evs_vllm.core.scorers import PixelChange
+from evs_vllm.errors import ConfigError, RequestError
+from evs_vllm.families import family_of, supported_architectures
+from evs_vllm.families.plain_vit import packed_frames
+from evs_vllm.testing import synthetic_clip
+from tests.families.facts import Facts
+from tests.families.processing import (
+    WHOLE,
+    adapter_for,
+    arguments_for,
+    clip_in,
+    fields_in,
+    pixels_in,
+    plan_in,
+    process,
+    processor_for,
+    prompt_for,
+)
+from tests.families.registry import FAMILIES, families, names_of
+from tests.reference import hf
+
+pytestmark = [pytest.mark.vllm, families(lambda facts: True)]
+
+UNITS = 8
+
+
+def reuses(name: str) -> bool:
+    """Whether the table of families says that the tower can reuse keys and values."""
+    row = family_of(FAMILIES[name].tiny.architecture)
+    assert row is not None
+    return row.reuse
+
+
+with_reuse_of_whole_frames = pytest.mark.families([n for n in names_of(lambda f: f.whole_frames) if reuses(n)])
+without_reuse = pytest.mark.families([n for n in FAMILIES if not reuses(n)])
+
+
+@pytest.fixture(scope="module")
+def model(family: str, model_dir: Callable[[str], Path]) -> Path:
+    return model_dir(family)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path) -> Any:
+    """A processor that leaves all pixels where they are."""
+    return processor_for(model, WHOLE)
+
+
+@pytest.fixture(scope="module")
+def clip(facts: Facts) -> np.ndarray:
+    """`UNITS` units that reach the model without resizing."""
+    return synthetic_clip(UNITS * facts.unit_frames, facts.frame_size, moving=0.2)
+
+
+def test_each_architecture_has_a_family_here() -> None:
+    assert sorted({case.tiny.architecture for case in FAMILIES.values()}) == sorted(supported_architectures())
+
+
+def test_a_painted_pixel_changes_the_score_of_its_token_and_no_other(whole: Any, facts: Facts) -> None:
+    """Through the real Hugging Face processor: the rows we score are the pixels of that token, at that place."""
+    height, width = facts.frame_size
+    frames = np.full((4 * facts.unit_frames, height, width, 3), 100, dtype=np.uint8)
+    under = facts.tokens_under or (lambda pixel: [pixel // facts.token_side])
+    rng = np.random.default_rng()
+    for _ in range(12):
+        frame = int(rng.integers(facts.unit_frames, len(frames)))
+        top, left = int(rng.integers(height)), int(rng.integers(width))
+        painted = frames.copy()
+        painted[frame, top, left, int(rng.integers(3))] = 137
+        clip = clip_in(whole, process(whole, painted))
+        assert clip.grid == (4, *facts.grid) and clip.tokens.dtype == torch.uint8
+        t, expected = frame // facts.unit_frames, np.zeros(clip.grid, dtype=np.int64)
+        for row in under(top):
+            for column in under(left):
+                expected[t : t + 2, row, column] = 37
+        assert PixelChange().score(clip.tokens).view(clip.grid).tolist() == expected.tolist(), (frame, top, left)
+
+
+@families(lambda facts: facts.whole_frames)
+def test_the_rows_of_the_tower_are_the_tokens(model: Path, whole: Any, family: str, facts: Facts) -> None:
+    """With its attention silenced, row i of the tower answers to the pixels that are compared for token i alone."""
+    reference = FAMILIES[family].load_reference()(model)  # one of its own, which it may change
+    reference.silence_attention()
+    height, width = facts.frame_size
+    frames = synthetic_clip(3, (height, width), "noise", seed=1)
+    before, grid, _ = reference.see_clip(hf.Clip(frames))
+    rng = np.random.default_rng()
+    one = clip_in(whole, process(whole, frames))
+    assert one.grid == grid == (3, *facts.grid)
+    changed_once = np.zeros(grid, dtype=bool)
+    for _ in range(10):
+        t, top, left = int(rng.integers(3)), int(rng.integers(height)), int(rng.integers(width))
+        painted = frames.copy()
+        painted[t, top, left] = 255 - painted[t, top, left]
+        after, _, _ = reference.see_clip(hf.Clip(painted))
+        changed = (after - before).abs().amax(dim=1)[reference.lead :][: int(np.prod(grid))]
+        rows = changed.view(grid) > 0
+        pixels = (clip_in(whole, process(whole, painted)).tokens != one.tokens).any(dim=-1).view(grid)
+        assert rows.tolist() == pixels.tolist(), (t, top, left)
+        changed_once |= rows.numpy()
+    assert changed_once.any()
+
+
+def test_frames_come_back_as_they_went_in(whole: Any, facts: Facts) -> None:
+    frames = synthetic_clip(3 * facts.unit_frames, facts.frame_size, "noise", seed=2)
+    shown = adapter_for(whole).frames(fields_in(process(whole, frames)))
+    assert shown.shape == frames.shape and (shown == frames).all()
+
+
+@families(lambda facts: not facts.whole_frames)
+def test_host_normalised_pixels_give_the_same_plan(model: Path, clip: np.ndarray, facts: Facts) -> None:
+    raw = process(processor_for(model, {"rate": 0.75}), clip)
+    normalised = process(processor_for(model, {"rate": 0.75}, mm_device_do_normalize=False), clip)
+    assert pixels_in(raw).dtype == (torch.uint8 if facts.raw_pixels else torch.float32)
+    assert pixels_in(normalised).dtype == torch.float32
+    one, other = plan_in(raw), plan_in(normalised)
+    assert one is not None and other is not None and one.kept.tolist() == other.kept.tolist()
+
+
+def test_prompt_plan_and_placeholder_agree(model: Path, clip: np.ndarray, facts: Facts) -> None:
+    result, stock = (process(processor_for(model, evs), clip) for evs in ({"rate": 0.75}, None))
+    plan, tokens = plan_in(result), UNITS * facts.per_unit
+    kept = tokens // 4
+    assert plan is not None and plan.num_tokens == tokens and plan.num_kept == kept
+    assert fields_in(result)["evs_plan"].dtype == torch.int64
+    (placeholder,), (unpruned,) = (made["mm_placeholders"]["video"] for made in (result, stock))
+    assert placeholder.get_num_embeds() == kept + facts.extra_rows
+    dropped = len(stock["prompt_token_ids"]) - len(result["prompt_token_ids"])
+    assert unpruned.length - placeholder.length == dropped == tokens - kept
+    # One token stands for each row of the clip, and text between units stays.
+    inside = np.array(stock["prompt_token_ids"])[unpruned.offset : unpruned.offset + unpruned.length]
+    (pad,) = set(inside.tolist() if unpruned.is_embed is None else inside[unpruned.is_embed.numpy()].tolist())
+    assert result["prompt_token_ids"].count(pad) == kept + facts.extra_rows
+    text, other = ([token for token in made["prompt_token_ids"] if token != pad] for made in (stock, result))
+    assert text == other
+
+
+@families(lambda facts: not facts.whole_frames)
+def test_patches_that_nobody_computes_do_not_travel(model: Path, whole: Any, clip: np.ndarray, facts: Facts) -> None:
+    full = pixels_in(process(whole, clip))
+    droppable = UNITS * facts.per_unit * 3 // 4
+    for refresh in 0, 8, 3:
+        processor = processor_for(model, {"rate": 0.75, "request_overrides": "any"})
+        result = process(processor, clip, evs_encoder_refresh=refresh)
+        plan = plan_in(result)
+        assert plan is not None and plan.encoder == "reuse"
+        expected = sorted({*plan.kept.tolist(), *plan.refreshed.tolist()})
+        assert plan.computed.tolist() == expected
+        assert len(plan.refreshed) <= (droppable // refresh if refresh else 0)
+        assert bool(len(plan.refreshed)) == bool(refresh)
+        assert pixels_in(result).tolist() == full.view(-1, 4, full.shape[-1])[expected].flatten(0, 1).tolist()
+
+
+@with_reuse_of_whole_frames
+def test_frames_that_nobody_computes_do_not_travel(model: Path, whole: Any, facts: Facts) -> None:
+    frames = synthetic_clip(8, facts.frame_size, moving=0.2, seed=4)
+    for options, expected in (({"encoder_refresh": 0}, 4), ({"encoder_refresh": 2}, 6)):
+        processor = processor_for(model, {"rate": 0.5} | options)
+        result = process(processor, frames)
+        plan = plan_in(result)
+        assert plan is not None and plan.encoder == "reuse"
+        assert len(pixels_in(result)) == packed_frames(plan) <= expected
+        kept = clip_in(whole, process(whole, frames)).tokens.flatten(0, 1)[torch.from_numpy(plan.computed)]
+        assert torch.equal(clip_in(processor, result).tokens.flatten(0, 1)[: len(kept)], kept)
+
+
+@without_reuse
+def test_without_reuse_all_pixels_travel_and_reuse_is_refused(model: Path, whole: Any, clip: np.ndarray) -> None:
+    result = process(processor_for(model, {"rate": 0.5}), clip)
+    assert torch.equal(pixels_in(result), pixels_in(process(whole, clip)))
+    with pytest.raises(ConfigError, match="not supported"):
+        processor_for(model, {"rate": 0.5, "encoder": "reuse"})
+
+
+def test_the_table_says_what_the_adapter_can(model: Path, whole: Any, clip: np.ndarray, family: str) -> None:
+    assert (adapter_for(whole).why_not_reuse() == "") == reuses(family)
+    plan = plan_in(process(processor_for(model, {"rate": 0.5, "encoder": "auto"}), clip))
+    assert plan is not None and plan.encoder == ("reuse" if reuses(family) else "full")
+
+
+def test_cache_keys(model: Path, clip: np.ndarray, family: str) -> None:
+    """Different settings never share an entry, equal ones always do, and rate 0 is the stock key."""
+    processor = processor_for(model, {"rate": 0.75, "request_overrides": "any"})
+
+    def key(p: Any, **kwargs: Any) -> str:
+        return str(process(p, clip, **kwargs)["mm_hashes"]["video"][0])
+
+    plain = key(processor)
+    assert plain == key(processor, evs_rate=0.75) == key(processor_for(model, {"rate": 0.75}))
+    assert plain == key(processor, evs_positions="keep") == key(processor, evs_encoder="auto")
+    assert plain == key(processor, evs_encoder_refresh=8)
+    other = [
+        key(processor, evs_rate=0.5),
+        key(processor, evs_threshold=4),
+        key(processor, evs_positions="sequential"),
+        key(processor, evs_min_tokens_per_unit=1),
+        key(processor, evs_max_tokens=30),
+    ]
+    if reuses(family):
+        assert plain == key(processor, evs_encoder="reuse")
+        other += [
+            key(processor, evs_encoder="full"),
+            key(processor, evs_encoder_refresh=2),
+            key(processor, evs_encoder_refresh=0),
+        ]
+    else:
+        assert plain == key(processor, evs_encoder="full") == key(processor, evs_encoder_refresh=2)
+    stock = key(processor_for(model, None))
+    assert len({plain, stock, *other}) == len(other) + 2
+    assert key(processor, evs_rate=0) == stock
+    assert plan_in(process(processor, clip, evs_rate=0)) is None
+
+
+def test_processor_cache_hit_keeps_the_pruned_prompt(model: Path, clip: np.ndarray) -> None:
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.cache.factories import processor_only_cache_from_config
+
+    from evs_vllm.engine.metrics import metrics
+
+    config = arguments_for(model, {"rate": 0.5}).create_engine_config()
+    processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
+    cache = processor_only_cache_from_config(config)
+    clips = metrics().clips._value.get
+    planned = metrics().planning_time._sum.get
+    before, first = clips(), process(processor, clip, cache=cache)
+    time_after_first = planned()
+    second = process(processor, clip, cache=cache)
+    strict = process(processor, clip, cache=cache, evs_rate=0.8)
+    assert second["prompt_token_ids"] == first["prompt_token_ids"]
+    assert clips() - before == 3
+    assert len(strict["prompt_token_ids"]) < len(first["prompt_token_ids"])
+    third = planned()
+    process(processor, clip, cache=cache, evs_rate=0.8)
+    assert time_after_first < third == planned(), "two settings were planned once each, hits not at all"
+
+
+def test_bad_requests_raise_before_anything_is_processed(model: Path, clip: np.ndarray) -> None:
+    processor = processor_for(model, {"rate": 0.75})
+    for bad in ({"evs_rate": 0.1}, {"evs_rate": 7}, {"evs_speed": 1}, {"evs_rate": 0.8, "evs_threshold": 3}):
+        with pytest.raises(RequestError):
+            process(processor, clip, **bad)
+
+
+@families(lambda facts: facts.embeds_with is not None)
+def test_video_embeddings_pass_unpruned(model: Path, facts: Facts) -> None:
+    processor = processor_for(model, {"rate": 0.75}, enable_mm_embeds=True)
+    config = processor.info.get_hf_config()
+    levels = 1 + len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    width = config.get_text_config().hidden_size * levels
+    embeds: dict[str, Any] = {"video_embeds": torch.zeros(40, width), "video_grid_thw": torch.tensor([[2, 8, 10]])}
+    assert facts.embeds_with is not None
+    for name, values in facts.embeds_with.items():  # one number for each clip is a tensor, several are a list
+        embeds[name] = torch.tensor(values) if isinstance(values[0], float) else values
+    items = processor.info.parse_mm_data({"video": embeds})
+    result = processor(prompt_for(processor), items)
+    assert plan_in(result) is None
+    assert result["mm_placeholders"]["video"][0].get_num_embeds() == 40
+
+
+@families(lambda facts: not facts.whole_frames)
+def test_positions_beyond_the_rotary_cache_are_refused(whole: Any) -> None:
+    """The bound is the largest ID that the model's own numbering can reach, whatever the clip's rate of frames."""
+    from evs_vllm.engine.processor import PrunedUpdateDetails
+
+    config = whole.info.get_hf_config()
+    limit = adapter_for(whole).max_position(4096)
+    assert limit == 4 * config.get_text_config().max_position_embeddings
+
+    def check(span: int, positions: str = "keep") -> None:
+        plan = RetentionPlan((2, 5, 1), np.arange(5), positions)
+        whole._check_positions(100, [PrunedUpdateDetails([], None, plan, span)])
+
+    most = limit - RESERVE - 1 - (100 - 5)
+    check(most)
+    with pytest.raises(RequestError, match="sequential"):
+        check(most + 1)
+    check(most + 1, "sequential")
+
+
+@pytest.mark.parametrize("fps", [0.25, 1.0, 2.0, 30.0])
+def test_position_span_is_what_the_model_makes(model: Path, facts: Facts, fps: float) -> None:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+    from evs_vllm.engine import compat
+
+    frames = synthetic_clip(7 * facts.unit_frames, facts.frame_size, moving=0.2)
+    kwargs = {"fps": fps} if facts.fps_argument else {}
+    processor, stock_processor = processor_for(model, WHOLE), processor_for(model, None)
+    result, stock = (process(p, frames, fps_of_clip=fps, **kwargs) for p in (processor, stock_processor))
+    (place,) = stock["mm_placeholders"]["video"]
+    cls: Any = compat.stock_model_class(stock_processor.info.ctx.model_config.architecture)
+    if facts.whole_frames:
+        assert not hasattr(cls, "get_mrope_input_positions")
+        positions = np.arange(len(stock["prompt_token_ids"]))
+    else:
+        stock_model = cls.__new__(cls)  # without its weights
+        torch.nn.Module.__init__(stock_model)
+        stock_model.config = stock_processor.info.get_hf_config()
+        feature = MultiModalFeatureSpec(stock["mm_kwargs"]["video"][0], "video", "x", place)
+        positions = stock_model.get_mrope_input_positions(stock["prompt_token_ids"], [feature])[0][0]
+    after = int(positions[place.offset + place.length]) - int(positions[place.offset])
+    after -= place.length - place.get_num_embeds()  # text between units stands in the pruned prompt, too
+    plan = plan_in(result)
+    assert plan is not None
+    span = adapter_for(processor).position_span(fields_in(result), plan.grid)
+    assert plan.position_span == span == after - facts.extra_rows
+
+
+def test_memory_is_profiled_unpruned(model: Path, clip: np.ndarray) -> None:
+    on, off = (processor_for(model, evs, limit_mm_per_prompt={"video": 1}) for evs in ({"rate": 0.8}, None))
+    one, other = (p.get_dummy_mm_inputs({"video": 1}) for p in (on, off))
+    assert one["mm_placeholders"]["video"][0].length == other["mm_placeholders"]["video"][0].length
+    assert plan_in(one) is None
+    assert plan_in(process(on, clip)) is not None, "off only while profiling"
+
+
+def test_off_is_stock(model: Path, whole: Any, clip: np.ndarray, facts: Facts) -> None:
+    from evs_vllm.engine.compat import stock_model_class
+
+    stock, off = processor_for(model, None), processor_for(model, {"rate": 0})
+    config, on = stock.info.ctx.model_config, off.info.ctx.model_config
+    assert on.hf_text_config.to_dict() == config.hf_text_config.to_dict(), "another language model would be built"
+    if facts.whole_frames:
+        assert not config.uses_mrope and not hasattr(config.hf_config, "mrope_section")
+        assert on.uses_mrope and on.hf_config.mrope_section[1:] == [0, 0]
+    factory = stock_model_class(config.architecture)._processor_factory
+    assert type(stock) is factory.processor is not type(whole)
+    one, other = process(stock, clip), process(off, clip)
+    for part in "prompt_token_ids", "mm_hashes":
+        assert one[part] == other[part]
+    assert fields_in(one).keys() == fields_in(other).keys() and torch.equal(pixels_in(one), pixels_in(other))
