@@ -25,6 +25,9 @@ REQUEST_PREFIX = "evs_"
 
 POSITIONS = ("keep", "sequential")
 ENCODERS = ("auto", "reuse", "full")
+MOST_TOKENS = 10**9
+"""Largest number of tokens that an option takes: more than any clip has."""
+
 REQUEST_OVERRIDES = ("none", "stricter", "any")
 
 
@@ -34,19 +37,30 @@ def exact(number: float) -> Fraction:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST_TOKENS
 
 
 def _parse_scalar(text: str) -> object:
     """A command-line word as JSON would read it; what is not JSON stays a string, for `Option.check` to judge."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or more digits or brackets than Python reads
         return text
+
+
+def _shown(value: object) -> str:
+    """A value for an error text, which it may not fill."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:190]}... ({len(text)} characters)"
 
 
 def _drops_as_much(own: float | None, other: float | None) -> bool:
@@ -115,7 +129,7 @@ class Option:
             ConfigError: The value is not allowed; the text names it as `shown_as`.
         """
         if not self.is_allowed(value):
-            raise ConfigError(f"{shown_as or self.name} got {value!r}; allowed: {self.allowed}.")
+            raise ConfigError(f"{shown_as or self.name} got {_shown(value)}; allowed: {self.allowed}.")
         return value
 
     def add_to(self, group: Any, flag: str | None = None) -> None:
@@ -179,7 +193,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="min_tokens_per_unit",
         is_allowed=lambda v: _is_count(v, 0),
-        allowed="an integer of at least 0",
+        allowed=f"an integer from 0 to {MOST_TOKENS}",
         help="Keep at least this many tokens of every temporal unit.",
         metavar="N",
         affects="prompt",
@@ -188,7 +202,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="max_tokens",
         is_allowed=lambda v: v is None or _is_count(v, 1),
-        allowed="an integer of at least 1",
+        allowed=f"an integer from 1 to {MOST_TOKENS}",
         help="Keep at most this many tokens of a clip (the first unit and the minimum per unit always stay).",
         metavar="N",
         affects="prompt",
@@ -206,7 +220,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="encoder_refresh",
         is_allowed=lambda v: _is_count(v, 0),
-        allowed="an integer of at least 0 (0: none)",
+        allowed=f"an integer from 0 (none) to {MOST_TOKENS}",
         help="With encoder 'reuse', compute up to one in N of the dropped tokens all the same: those that differ most "
         "from when their place was last computed.",
         metavar="N",

@@ -21,7 +21,7 @@ def admit(server: EVSConfig, overrides: Mapping[str, Any]) -> EVSConfig:
     Args:
         server: The server's settings.
         overrides: The request's ``evs_*`` keys (see `split_request_kwargs`). ``evs_rate=0`` turns EVS off for the
-            request; a rate replaces the server's threshold and the other way round.
+            request, but for what it sets beside it; a rate replaces the server's threshold and the other way round.
 
     Raises:
         RequestError: A key is unknown, a value is not allowed, two keys contradict each other, or the server's
@@ -57,11 +57,11 @@ def admit(server: EVSConfig, overrides: Mapping[str, Any]) -> EVSConfig:
 
 
 def _with(server: EVSConfig, values: Mapping[str, Any]) -> EVSConfig:
-    if "rate" in values and not values["rate"]:
-        return replace(server, threshold=None, max_tokens=None, **values)
     changed = {name: value for name, value in values.items() if (name, value) != ("encoder", "auto")}
     if "rate" in values:
         changed.setdefault("threshold", None)
+        if not values["rate"]:
+            changed.setdefault("max_tokens", None)
     elif "threshold" in values:
         changed["rate"] = None
     return replace(server, **changed)

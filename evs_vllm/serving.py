@@ -159,7 +159,7 @@ def wait_until_healthy(
     """Returns when the server at `url` answers.
 
     Args:
-        url: Of the server, without ``/v1``.
+        url: The server's base URL, without ``/v1``.
         process: Its process.
         timeout_s: How long it may take.
         waiting: Called about twice a second with the seconds waited so far.
@@ -332,7 +332,7 @@ def ask(
     """Asks about a video, greedily, and reads the stream.
 
     Args:
-        url: Of the server, without ``/v1``.
+        url: The server's base URL, without ``/v1``.
         model: Its name there.
         video: From `video_part`.
         question: The text after the video.

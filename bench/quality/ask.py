@@ -23,7 +23,7 @@ from evs_vllm.core.budget import token_budget
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.reuse import ReuseSchedule
-from evs_vllm.core.scorers import Scorer, Selection
+from evs_vllm.core.scorers import Scorer, Selection, named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.families import family_of
 from evs_vllm.families.qwen2_vl import GRID, PIXELS
@@ -116,11 +116,12 @@ class Variant(NamedTuple):
 
         Args:
             features: What the whole tower makes of each clip.
-            seed: Of random tokens.
+            seed: Seed of random tokens.
         """
         if self.selection.startswith("random"):
             return RandomTokens(self.selection == "random_unit0", np.random.default_rng([7, seed]))
-        return {"frames": WholeUnits(), "cosine": EmbeddingChange(features), "evs": None}[self.selection]
+        others = {"frames": WholeUnits(), "cosine": EmbeddingChange(features), "evs": None}
+        return others[self.selection] if self.selection in others else named_selection(self.selection)
 
 
 class Towers:

@@ -16,12 +16,18 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import BatchFeature, Qwen2VLVideoProcessor
 
 import evs_vllm.hf.tower
+from evs_vllm.config import EVSConfig
+from evs_vllm.core import scorers
 from evs_vllm.errors import ConfigError
 from evs_vllm.testing import make_model
 from evs_vllm.train import recipe
 from evs_vllm.train.synthetic import SceneSettings
 
-SELECTIONS = ("evs", "cosine", "random", "random_unit0", "frames")
+SELECTIONS = (
+    "evs", "cosine", "random", "random_unit0", "frames",
+    *(name for name in scorers.SELECTIONS if name != EVSConfig().selection),
+)  # fmt: skip
+"""What users get ("evs"), comparisons (`bench.quality.ask`), and the other selections of the package by name."""
 POSITIONS = ("keep", "sequential")
 TOWERS = ("full", "reuse", "skip")
 WAYS = [
@@ -44,15 +50,15 @@ class Settings:
 
     Attributes:
         scene: What clips look like (`SceneSettings`); the last length of the curriculum is the one that is asked about.
-        sizes: Of the model (`evs_vllm.testing.SIZES`).
+        sizes: Sizes of the model (`evs_vllm.testing.SIZES`).
         training_scene: What is different in the clips of training; a task that is named twice is asked twice as often.
         curriculum: [units, steps] of each stage of the base, with what else is different in its clips if anything.
         further: [steps] of each stage of the control and of the uptrained model, which go on from the base, with what
             else is different in its clips if anything.
-        further_learning_rate: Of these steps; a third of `learning_rate` by default.
+        further_learning_rate: Learning rate of these steps; a third of `learning_rate` by default.
         control: Whether to train the control.
         batch: Clips of a mini-batch.
-        learning_rate: Of the base.
+        learning_rate: Learning rate of the base.
         rates: What uptraining draws from (`RateSettings`).
         seeds: One base, control and uptrained model each.
         clips: How many unseen clips are asked about.
@@ -108,11 +114,11 @@ class Settings:
 
     @property
     def scenes(self) -> SceneSettings:
-        """Of the clips that are asked about."""
+        """The settings of the clips that are asked about."""
         return SceneSettings(**self.scene | {"units": self.curriculum[-1][0]})
 
     def training(self, *different: dict[str, Any]) -> SceneSettings:
-        """Of the clips of training."""
+        """The settings of the clips of training."""
         scene = self.scenes
         for more in (self.training_scene, *different):
             scene = replace(scene, **more)

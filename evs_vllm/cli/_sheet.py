@@ -24,7 +24,7 @@ def draw_sheet(clip: Inspection, max_units: int = 40) -> Image.Image:
 
     Args:
         clip: The clip with its plan.
-        max_units: Of a clip with more units, this many are drawn, evenly spaced; the strip shows all.
+        max_units: How many units are drawn of a clip that has more, evenly spaced; the strip shows all.
     """
     shown = evenly(clip.plan.num_units, max_units)
     height, width = clip.frames.shape[1:3]

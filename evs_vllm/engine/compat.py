@@ -1,26 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every place where this package touches vLLM beyond its public plugin interface, and every version difference.
+"""Functions of vLLM that are wrapped or replaced, vLLM options that are checked, and every version difference.
 
-Ledger (reason; when it can go):
-
-- `add_cli_options`, `wrap_from_cli_args`: ``vllm serve`` has no hook for a plugin's flags. vLLM loads general plugins
-  just before ``EngineArgs.add_cli_args``, so wrapping it is enough. Can go when vLLM lets plugins add arguments.
-- `wrap_create_model_config`: processors see only ``ModelConfig``, ``additional_config`` lives in ``VllmConfig``; so our
-  settings are attached to the former. Can go when processors can read ``additional_config``.
-- `wrap_request_check`: vLLM refuses all request-level ``mm_processor_kwargs`` unless all are trusted. Can go when vLLM
-  lets a processor name keys that are safe for untrusted requests.
-- `wrap_add_request`: the scheduler ends an answer by its tokens, while the position IDs of a pruned prompt are
-  further along. Can go when vLLM lets a model bound the positions of a request.
-- `force_position_ids`: vLLM asks a model for the position IDs of a prompt only if its config has M-RoPE sections. Can
-  go when any model may number its prompt.
-- `guard_llvmlite_getattr`: vLLM's CPU worker inspects every object of every loaded module (triton_utils/dispatcher.py,
-  ``_rebind_kernels``) and dies on llvmlite's library wrapper, which answers to any attribute name. Happens without this
-  package too, when numba is loaded before an in-process engine. Can go when vLLM skips such objects.
-- `widen_rotary_caches`: Qwen3-VL and its kin make their cos/sin cache no longer than the context unless vLLM's own
-  pruning is on, while kept positions reach as far as the unpruned prompt: reads past its end. Can go when vLLM lets a
-  plugin say how many positions it needs.
-- `stock_model_class`, `replace_model_class`: ``ModelRegistry.register_model`` is public, reading back what an
-  architecture was registered to is not.
+Each has its reason, and when it can go, in the ledger of all that we build on in vLLM: `evs_vllm.engine.touchpoints`.
 
 0.32 and 0.33 need no difference so far: everything used here is the same in both. No engine of 0.33 was run.
 """

@@ -42,7 +42,7 @@ def enable(
     processors see the pruned prompt.
 
     Args:
-        model: Of one of the classes in `CLASSES`, or a PEFT model of one.
+        model: A model of one of the classes in `CLASSES`, or a PEFT model of one.
         rate: Fraction of each clip's tokens to drop, 0 <= rate < 1.
         processor: The model's processor, if it does not normalise pixels as the released ones do.
         served_positions: Also give prompts from which nothing is dropped (rate 0) the position IDs that vLLM gives.

@@ -187,7 +187,7 @@ class Batch:
         positions: (3, B, L') int64.
         deltas: (B, 1) int64, see `PrunedRow`.
         padded: Whether there is padding.
-        plans: Of all clips in the order of the rows, with their layout.
+        plans: The plans of all clips in the order of the rows, with their layout.
     """
 
     index: torch.Tensor

@@ -24,7 +24,7 @@ class RateSettings:
         alpha, beta: Parameters of "beta".
         low, high: 0 <= low < high < 1, for "beta" and "uniform".
         values: Rates of "list".
-        seed: Of the generator.
+        seed: Seed of the generator.
 
     Raises:
         ConfigError: A value is not allowed.

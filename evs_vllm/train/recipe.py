@@ -33,7 +33,7 @@ class DataSettings:
         max_length: Longest sequence in tokens, unpruned; a longer one stops the run.
         synthetic: What drawn clips look like, instead of `train` and `eval`.
         train_clips, eval_clips: How many are drawn.
-        seed: Of the drawn clips; those of `eval` are others.
+        seed: Seed of the training clips; the clips of the evaluation are others.
     """
 
     train: str | None = None
@@ -77,7 +77,7 @@ class Recipe:
         eval_rates: Rates at which the evaluation data are answered.
         lora: LoRA instead of full fine-tuning.
         freeze_vision: Leave the vision tower as it is (full fine-tuning).
-        dtype: Of the weights, as a name of torch.
+        dtype: Weight dtype, a torch name such as `bfloat16`.
 
     Raises:
         ConfigError: Something is missing, unknown or not allowed.

@@ -173,7 +173,7 @@ def write_dataset(
         folder: Made if missing.
         count: Number of clips.
         settings: What they look like.
-        seed: Of all of them; other seeds give other clips.
+        seed: Seed of all of them; other seeds give other clips.
         container: "npy" (frames as they are) or "mp4" (H.264).
 
     Returns:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.budget import token_budget
 from evs_vllm.errors import ConfigError, EVSError, RequestError
-from evs_vllm.options import OPTIONS, exact
+from evs_vllm.options import OPTIONS, Option, exact
 from evs_vllm.requests import admit, split_request_kwargs
 
 GOOD = {
@@ -106,6 +106,35 @@ def test_identity_tells_settings_apart_and_spellings_not() -> None:
     ]
     assert len({config.identity for config in different}) == len(different)
     assert EVSConfig(rate=0, positions="sequential").identity == ""
+
+
+OTHER = {
+    "rate": 0.75, "threshold": 9, "positions": "sequential", "min_tokens_per_unit": 3, "max_tokens": 77,
+    "encoder": "full", "encoder_refresh": 3, "request_overrides": "any",
+}  # fmt: skip
+"""For each option a value that differs from that of `_BASE`."""
+_BASE = EVSConfig(threshold=6, encoder="reuse")
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_what_shapes_a_clip_is_in_the_identity(option: Option) -> None:
+    """A new option without a value here fails; one that shapes a clip cannot share its cache entries."""
+    base = EVSConfig(rate=0.5, encoder="reuse") if option.name == "rate" else _BASE
+    other = replace(base, **{option.name: OTHER[option.name]})
+    assert (other.identity != base.identity) == bool(option.affects)
+    assert (replace(base, selection="other").identity != base.identity) and base.selection in base.identity
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_a_request_may_have_what_the_server_has(option: Option) -> None:
+    base = EVSConfig(rate=0.5, encoder="reuse") if option.name == "rate" else _BASE
+    other = replace(base, **{option.name: OTHER[option.name]})
+    assert base.is_at_most(base) and other.is_at_most(other)
+    if option.no_more is None:
+        assert base.is_at_most(other) and other.is_at_most(base)
+    else:
+        assert base.is_at_most(other) != other.is_at_most(base), "the two values cost the same"
+    assert not option.per_request or base.is_at_most(admit(replace(base, request_overrides="any"), {}))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What starting an engine and serving requests build on."""
+
+from evs_vllm.engine.touchpoints.row import PROCESSORS, PUBLIC, TOWERS, Touchpoint
+
+ROWS: tuple[Touchpoint, ...] = (
+    Touchpoint(
+        what="flags are added (compat.add_cli_options)",
+        where="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        parameters=("parser",),
+        why="``vllm serve`` has no hook for a plugin's flags; it loads general plugins just before this.",
+        gone_when="vLLM lets plugins add arguments.",
+    ),
+    Touchpoint(
+        what="general plugins are loaded before flags are added",
+        where="vllm.engine.arg_utils:AsyncEngineArgs.add_cli_args",
+        source=("load_general_plugins()", "EngineArgs.add_cli_args(parser)"),
+        why="``register`` must have wrapped `EngineArgs.add_cli_args` by then.",
+        gone_when="vLLM lets plugins add arguments.",
+    ),
+    Touchpoint(
+        what="flags are read (compat.wrap_from_cli_args)",
+        where="vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        parameters=("cls", "args"),
+        why=(
+            "Our flags move into ``additional_config`` before engine arguments are made; the namespace is what "
+            "further API servers get."
+        ),
+        gone_when="vLLM lets plugins add arguments.",
+    ),
+    Touchpoint(
+        what="settings reach processors (compat.wrap_create_model_config)",
+        where="vllm.engine.arg_utils:EngineArgs.create_model_config",
+        parameters=("self",),
+        why=(
+            "Processors see only ``ModelConfig``, ``additional_config`` is in ``VllmConfig``: settings are attached "
+            "to the former."
+        ),
+        gone_when="Processors can read ``additional_config``.",
+    ),
+    Touchpoint(
+        what="engine arguments are read (plugin._start, compat.refuse_conflicts)",
+        where="vllm.engine.arg_utils:EngineArgs",
+        attributes=("additional_config", "enable_tower_connector_lora", "compilation_config"),
+        why="They hold the settings, and options that EVS cannot work beside.",
+        gone_when=PUBLIC,
+    ),
+    Touchpoint(
+        what="compiled towers are not reused (compat.reuse_obstacle)",
+        where="vllm.config.compilation:CompilationConfig",
+        attributes=("compile_mm_encoder",),
+        why="A compiled tower runs its stock attention.",
+        gone_when=TOWERS,
+    ),
+    Touchpoint(
+        what="model configs are read and changed (compat, limits)",
+        where="vllm.config.model:ModelConfig",
+        attributes=(
+            "architecture",
+            "hf_config",
+            "max_model_len",
+            "model",
+            "multimodal_config",
+            "uses_mrope",
+            "get_head_size",
+        ),
+        why="It says which model is served and how long its context is, and carries the settings.",
+        gone_when=PUBLIC,
+    ),
+    Touchpoint(
+        what="multimodal configs are read (compat, limits, inspect)",
+        where="vllm.config.multimodal:MultiModalConfig",
+        attributes=(
+            "video_pruning_rate",
+            "mm_processor_kwargs",
+            "mm_processor_cache_type",
+            "mm_encoder_tp_mode",
+            "mm_encoder_attn_dtype",
+            "media_io_kwargs",
+        ),
+        why=(
+            "Its options decide what EVS can do; it also carries the settings where a model config is made anew from "
+            "it."
+        ),
+        gone_when=PUBLIC,
+    ),
+    Touchpoint(
+        what="the engine's config is read (model.EVSModelMixin)",
+        where="vllm.config.vllm:VllmConfig",
+        attributes=("additional_config", "model_config", "scheduler_config", "speculative_config"),
+        why="A model class learns from it whether EVS is on.",
+        gone_when=PUBLIC,
+    ),
+    Touchpoint(
+        what="encoder batches are bounded (model.EVSModelMixin)",
+        where="vllm.config.scheduler:SchedulerConfig",
+        attributes=("max_num_encoder_input_tokens",),
+        why=(
+            "The scheduler charges pruned clips to a budget for whole ones, so more reach the tower at once than it "
+            "has memory for."
+        ),
+        gone_when="vLLM charges a clip what its tower computes.",
+    ),
+    Touchpoint(
+        what="the frontend is checked (compat.refuse_conflicts)",
+        where="vllm.envs",
+        attributes=("VLLM_USE_RUST_FRONTEND",),
+        why="The Rust frontend runs no Python processor.",
+        gone_when="The Rust frontend runs plugins.",
+    ),
+    Touchpoint(
+        what="the version is read (compat.replace_model_class)",
+        where="vllm",
+        attributes=("__version__", "ModelRegistry"),
+        why="Untested versions are refused, and cached facts of a class are kept apart by version.",
+        gone_when=PUBLIC,
+    ),
+    Touchpoint(
+        what="logging as vLLM's (processor)",
+        where="vllm.logger:init_logger",
+        accepts=("name",),
+        why="For warnings that appear once, in vLLM's format.",
+        gone_when=PUBLIC,
+    ),
+    Touchpoint(
+        what="logging once (processor)",
+        where="vllm.logger:_VllmLogger",
+        attributes=("warning_once",),
+        why="A warning for each clip would flood the log.",
+        gone_when=PUBLIC,
+    ),
+    Touchpoint(
+        what="request keys are checked (compat.wrap_request_check)",
+        where="vllm.entrypoints.generate.base.protocol:validate_request_mm_kwargs",
+        parameters=("mm_processor_kwargs", "media_io_kwargs", "trust_request_mm_kwargs"),
+        why="vLLM refuses all request-level ``mm_processor_kwargs`` unless all are trusted.",
+        gone_when="A processor can name keys that are safe for untrusted requests.",
+    ),
+    Touchpoint(
+        what="request keys are checked (compat.wrap_request_check)",
+        where="vllm.renderers.online_renderer",
+        attributes=("validate_request_mm_kwargs",),
+        why="It imports the function by name, so the name there is replaced too.",
+        gone_when="A processor can name keys that are safe for untrusted requests.",
+    ),
+    Touchpoint(
+        what="request keys are checked (compat.wrap_request_check)",
+        where="vllm.entrypoints.pooling.base.serving",
+        attributes=("validate_request_mm_kwargs",),
+        why="It imports the function by name, so the name there is replaced too.",
+        gone_when="A processor can name keys that are safe for untrusted requests.",
+    ),
+    Touchpoint(
+        what="answers end in time (compat.wrap_add_request)",
+        where="vllm.v1.core.sched.scheduler:Scheduler.add_request",
+        parameters=("self", "request"),
+        why="The scheduler ends an answer by its tokens, while the positions of a pruned prompt are further along.",
+        gone_when="A model can bound the positions of a request.",
+    ),
+    Touchpoint(
+        what="answers end in time (compat.wrap_add_request)",
+        where="vllm.v1.core.sched.scheduler:Scheduler",
+        attributes=("vllm_config",),
+        why="Its model config tells whether EVS is on.",
+        gone_when="A model can bound the positions of a request.",
+    ),
+    Touchpoint(
+        what="answers end in time (limits.cap_answer_length)",
+        where="vllm.v1.request:Request",
+        attributes=("mm_features", "num_prompt_tokens", "max_tokens"),
+        why="The length of an answer is bounded by changing the request.",
+        gone_when="A model can bound the positions of a request.",
+    ),
+    Touchpoint(
+        what="answers end in time (limits.cap_answer_length)",
+        where="vllm.v1.core.sched.utils:check_stop",
+        source=("request.max_tokens",),
+        why="The scheduler reads the bound from the request, at each step.",
+        gone_when="A model can bound the positions of a request.",
+    ),
+    Touchpoint(
+        what="engine cores are known (compat.may_run_engine_core)",
+        where="vllm.v1.engine.core:EngineCore.__init__",
+        source=("load_general_plugins()", "get_scheduler_cls()"),
+        why="A process that runs one has this module loaded when it loads plugins, and imports its scheduler later.",
+        gone_when="A model can bound the positions of a request.",
+    ),
+    Touchpoint(
+        what="plans lose nothing in the engine core (plan_field)",
+        where="vllm.multimodal.utils:strip_covered_mm_data",
+        source=("keep_on_cpu",),
+        why="On prefix-cache hits only fields that stay on the CPU survive, so the plan is one of those.",
+        gone_when=PROCESSORS,
+    ),
+)
