@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.engine.processor import PLAN_FIELD, plan_of
+from evs_vllm.engine.plan_field import PLAN_FIELD, plan_of
 from evs_vllm.testing import real_clip_frames, synthetic_clip
 from tests.e2e.harness import (
     AUDIO,

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from evs_vllm.core.plan import Layout, RetentionPlan
-from evs_vllm.core.positions import RESERVE, room_to_answer
+from evs_vllm.engine.limits import RESERVE, cap_answer_length, positions_left
 from evs_vllm.engine.model import OneAxisMixin
-from evs_vllm.engine.processor import PLAN_FIELD, end_in_time
+from evs_vllm.engine.plan_field import PLAN_FIELD
 from evs_vllm.families.rotary import rotary_length
 
 pytestmark = pytest.mark.vllm
@@ -86,8 +86,14 @@ def test_rotary_length_of_layers_that_differ_is_the_shortest() -> None:
     assert rotary_length(SimpleNamespace(max_position_embeddings=512, rope_parameters=kinds), 512) == 512
 
 
-def test_room_to_answer() -> None:
-    assert room_to_answer(100, 300, 512) == 512 - RESERVE - 400
+def test_positions_left() -> None:
+    layout = Layout.contiguous(1, 320)
+    keep, sequential = (
+        RetentionPlan((20, 4, 4), np.arange(20), positions).with_layout(layout, 320)
+        for positions in ("keep", "sequential")
+    )
+    assert positions_left(100, [keep], 512) == 512 - RESERVE - 400
+    assert positions_left(100, [sequential], 512) == positions_left(100, [], 512) == 512 - RESERVE - 100
 
 
 def request_with(plan: RetentionPlan | None, **fields: Any) -> Any:
@@ -106,15 +112,16 @@ def test_answers_end_where_the_position_ids_do() -> None:
     )
     layout = Layout.contiguous(1, 320)
     keep, sequential = (
-        RetentionPlan((20, 4, 4), np.arange(80), positions, layout) for positions in ("keep", "sequential")
+        RetentionPlan((20, 4, 4), np.arange(80), positions).with_layout(layout, 320)
+        for positions in ("keep", "sequential")
     )
     for plan, expected in ((keep, 512 - RESERVE - 120 - 240), (sequential, 1000), (None, 1000)):
         request = request_with(plan)
-        end_in_time(model_config, request)
+        cap_answer_length(model_config, request)
         assert request.max_tokens == expected
     short = request_with(keep)
     short.max_tokens = 7
-    end_in_time(model_config, short)
+    cap_answer_length(model_config, short)
     assert short.max_tokens == 7
 
 

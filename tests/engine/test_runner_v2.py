@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from evs_vllm.engine.processor import plan_of
+from evs_vllm.engine.plan_field import plan_of
 from evs_vllm.testing import synthetic_clip
 from tests.e2e.harness import IMAGE, TOLERANCE, VIDEO, Request, chat, expected, sized
 from tests.reference.frames import FramesReference

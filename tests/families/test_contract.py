@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.positions import RESERVE
+from evs_vllm.core.plan import Layout, RetentionPlan
 from evs_vllm.core.scorers import PixelChange
 from evs_vllm.errors import ConfigError, RequestError
 from evs_vllm.families import family_of, supported_architectures
@@ -273,15 +272,15 @@ def test_video_embeddings_pass_unpruned(model: Path, facts: Facts) -> None:
 @families(lambda facts: not facts.whole_frames)
 def test_positions_beyond_the_rotary_cache_are_refused(whole: Any) -> None:
     """The bound is the largest ID that the model's own numbering can reach, whatever the clip's rate of frames."""
-    from evs_vllm.engine.processor import PrunedUpdateDetails
+    from evs_vllm.engine.limits import RESERVE, check_positions
 
-    config = whole.info.get_hf_config()
-    limit = adapter_for(whole).max_position(4096)
-    assert limit == 4 * config.get_text_config().max_position_embeddings
+    adapter, model_config = adapter_for(whole), whole.info.ctx.model_config
+    limit = adapter.max_position(4096)
+    assert limit == 4 * whole.info.get_hf_config().get_text_config().max_position_embeddings
 
     def check(span: int, positions: str = "keep") -> None:
-        plan = RetentionPlan((2, 5, 1), np.arange(5), positions)
-        whole._check_positions(100, [PrunedUpdateDetails([], None, plan, span)])
+        plan = RetentionPlan((2, 5, 1), np.arange(5), positions).with_layout(Layout.contiguous(1, 10), span)
+        check_positions(adapter, model_config, 100, [plan])
 
     most = limit - RESERVE - 1 - (100 - 5)
     check(most)
