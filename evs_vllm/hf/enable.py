@@ -7,8 +7,11 @@ prunes too and is independent of the original.
 """
 
 from collections.abc import Callable
+from inspect import signature
 from types import MethodType
 from typing import Any
+
+import transformers
 
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.plan import RetentionPlan
@@ -59,13 +62,19 @@ def enable(
 
     Raises:
         ConfigError: A value is not allowed.
-        UnsupportedError: The model is of another class, or its processor does not normalise.
+        UnsupportedError: The model is of another class, its processor does not normalise, or transformers is too old.
     """
     base = base_of(model)
     name = type(base).__name__
     family = family_of(name)
     if name not in CLASSES or family is None:
         raise UnsupportedError(f"EVS for transformers supports {SUPPORTED}, not {name}.")
+    if "mm_encoder_outputs" not in signature(type(base).forward).parameters:
+        # Such a forward takes the argument among **kwargs and ignores it: answers as if there were no video.
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} has no mm_encoder_outputs in {name}.forward, which EVS hands the "
+            "kept features to. Install transformers 5.18 or newer."
+        )
     unknown = sorted({"request_overrides", "rate"} & set(options))
     if unknown:
         raise ConfigError(f"{', '.join(unknown)} cannot be given here.")

@@ -141,8 +141,9 @@ def _plan_clips(
     for number, (clip_pixels, grid) in enumerate(zip(rows, grids, strict=True)):
         fields = {PIXELS: clip_pixels, GRID: grid}
         if seconds is not None:
-            # In fp32 and then in Python's floats, as vLLM does: the product is cut to integers.
-            fields["second_per_grid_ts"] = np.float32(seconds[number])
+            # As served: vLLM makes an fp32 tensor of it and casts that to the model's dtype, and the product with the
+            # IDs per second is cut to integers. In bf16, 1.5 frames a second are other IDs from about 64 units on.
+            fields["second_per_grid_ts"] = torch.tensor(float(seconds[number])).to(model.dtype)
         step = 1.0 if units_apart else state.adapter.ids_per_unit(fields)  # type: ignore[attr-defined]
         medium = MediaItem(_in_tokens(model, grid), step, units_apart)
         if plans is not None:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a wrong library or dtype would change without a word: the video is seen, and its positions are those of vLLM."""
+
+import copy
+
+import pytest
+import torch
+
+import evs_vllm.hf as hf
+from evs_vllm.errors import UnsupportedError
+from evs_vllm.hf.classes import CLASSES
+from evs_vllm.testing import FAMILIES as TINY
+from evs_vllm.testing import synthetic_clip
+from tests.families.processing import fields_in, process, processor_for
+
+CLASS_IDS = [name for name, row in TINY.items() if row.architecture in CLASSES]
+TEXT = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What moves?<|im_end|>\n"
+
+
+def test_every_class_has_a_tiny_model() -> None:
+    assert {TINY[name].architecture for name in CLASS_IDS} == CLASSES.keys()
+
+
+def inputs(ref, frames, fps=2.0):
+    from transformers.video_utils import VideoMetadata
+
+    meta = VideoMetadata(total_num_frames=len(frames), fps=fps, frames_indices=list(range(len(frames))))
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    return ref.processor(
+        text=[TEXT], videos=[video], video_metadata=[meta], do_sample_frames=False, return_tensors="pt"
+    )
+
+
+@pytest.mark.families(CLASS_IDS)
+@pytest.mark.parametrize("rate", [0, 0.5])
+def test_the_logits_depend_on_what_the_tower_returns(reference, family, rate) -> None:
+    """An argument that the stock method does not know would be ignored: the model would answer without the video."""
+    ref = reference(family)
+    model = hf.enable(copy.deepcopy(ref.model), rate, served_positions=True)
+    batch = inputs(ref, synthetic_clip(8, (64, 96), moving=0.3))
+    with torch.no_grad():
+        seen = model(**batch).logits
+        visual = model.model.visual
+        stock = visual.forward
+
+        def blind(*args, **kwargs):
+            out = stock(*args, **kwargs)
+            out.pooler_output = torch.zeros_like(out.pooler_output)
+            return out
+
+        visual.forward = blind
+        unseen = model(**batch).logits
+    assert seen.shape == unseen.shape and float((seen - unseen).abs().max()) > 0.1
+
+
+@pytest.mark.families(["qwen2_5_vl"])
+def test_a_transformers_without_the_argument_is_refused(reference, family, monkeypatch) -> None:
+    model = copy.deepcopy(reference(family).model)
+
+    def older(self, input_ids=None, pixel_values_videos=None, **kwargs):
+        raise AssertionError("called")
+
+    monkeypatch.setattr(type(model), "forward", older)
+    with pytest.raises(UnsupportedError, match=r"mm_encoder_outputs .*5\.18"):
+        hf.enable(model, 0.5)
+
+
+@pytest.mark.vllm
+@pytest.mark.families(["qwen2_5_vl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fps", [1.5, 2.997, 23.976, 29.97])
+def test_positions_of_odd_frame_rates_are_those_that_vllm_serves(model_dir, reference, family, dtype, fps) -> None:
+    """Of a clip of 100 units; vLLM rounds the seconds per unit to the model's dtype."""
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+    from evs_vllm.engine import compat
+
+    frames = synthetic_clip(200, (56, 56), moving=0.3)
+    processor = processor_for(model_dir(family), None, dtype=str(dtype).removeprefix("torch."))
+    served = process(processor, frames, fps_of_clip=fps)
+    seconds = fields_in(served)["second_per_grid_ts"]
+    assert seconds.dtype == dtype
+    feature = MultiModalFeatureSpec(
+        served["mm_kwargs"]["video"][0], "video", "x", served["mm_placeholders"]["video"][0]
+    )
+    cls = compat.stock_model_class(processor.info.ctx.model_config.architecture)
+    stock = cls.__new__(cls)  # without its weights
+    torch.nn.Module.__init__(stock)
+    stock.config = processor.info.get_hf_config()
+    expected, _ = stock.get_mrope_input_positions(served["prompt_token_ids"], [feature])
+
+    ref = reference(family)
+    model = hf.enable(copy.deepcopy(ref.model).to(dtype), 0, served_positions=True)
+    batch = inputs(ref, frames, fps)
+    batch["input_ids"] = torch.tensor([served["prompt_token_ids"]])
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch.pop("mm_token_type_ids", None)
+    batch["second_per_grid_ts"] = [2 / fps]  # Python's float, as the processor made it
+    with torch.no_grad():
+        model(**batch)
+    assert torch.equal(hf.last_batch(model).positions[:, 0], expected)
