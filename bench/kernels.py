@@ -128,7 +128,7 @@ def make_rows(clip: torch.Tensor, embeddings: torch.Tensor, budget: int, rate: f
     first = torch.zeros_like(scores[:1])
     dropped = clip.shape[0] * places - len(chosen.indices)
     stale = ek.select_stale(clip, chosen.indices, dropped // 8, backend="ref")
-    kept, cosine = embeddings[chosen.indices], ek.cosine_score(features, backend="ref")
+    cosine = ek.cosine_score(features, backend="ref")
     score, prune = {"group": "score", "nbytes": size}, {"group": "prune", "nbytes": size}
     add("torch eager score, unit by unit", eager_units, scores, **score, baseline=True)
     add("torch eager score, whole clip", eager_clip, scores, **score)
@@ -137,14 +137,6 @@ def make_rows(clip: torch.Tensor, embeddings: torch.Tensor, budget: int, rate: f
     mask = vllm_mask(embeddings, clip.shape[0], places, rate)
     if mask is not None:
         add("vLLM compute_retention_mask", mask, group="prune", note="other input: embeddings, after the tower")
-    add(
-        "torch index_select",
-        lambda: embeddings.index_select(0, chosen.indices),
-        kept,
-        group="gather",
-        baseline=True,
-        note="kept embeddings, bfloat16",
-    )
     for backend in ("cpu", "triton"):
         if not ek.supported("prune_topk", backend, clip.device)[0]:
             continue
@@ -154,9 +146,6 @@ def make_rows(clip: torch.Tensor, embeddings: torch.Tensor, budget: int, rate: f
         add(f"{ours}: prune_topk", lambda kw=kw: ek.prune_topk(clip, budget, **kw), chosen, **prune)
         add(f"{ours}: select_stale", lambda kw=kw: ek.select_stale(clip, chosen.indices, dropped // 8, **kw), stale)
         add(f"{ours}: cosine_score", lambda kw=kw: ek.cosine_score(features, **kw), cosine, note="embeddings")
-        add(
-            f"{ours}: gather_rows", lambda kw=kw: ek.gather_rows(embeddings, chosen.indices, **kw), kept, group="gather"
-        )
     return rows
 
 

@@ -163,7 +163,7 @@ class Tower:
 
     def plan(self, rate: float, **kwargs: Any) -> Any:
         from evs_vllm.core.plan import RetentionPlan
-        from evs_vllm.engine.processor import PLAN_FIELD
+        from evs_vllm.engine.plan_field import PLAN_FIELD
 
         return RetentionPlan.from_array(self.inputs(rate, **kwargs)[PLAN_FIELD][0].numpy())
 

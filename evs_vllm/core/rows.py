@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-import evs_kernels
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.errors import PlanError
 
@@ -55,6 +54,5 @@ def keep_rows(embeds: torch.Tensor, plan: RetentionPlan) -> torch.Tensor:
         raise PlanError(f"The encoder returned {tuple(embeds.shape)} for a clip laid out for {expected} rows.")
     if len(index) == expected:
         return embeds
-    if embeds.requires_grad:  # training (evs_vllm.hf); the kernel has no backward pass
-        return embeds[torch.from_numpy(index).to(embeds.device)]
-    return evs_kernels.gather_rows(embeds.contiguous(), torch.from_numpy(index).to(embeds.device))
+    # Not a kernel of ours: the worker would compile it in the first request, which vLLM's JIT monitor may not forgive.
+    return embeds.index_select(0, torch.from_numpy(index).to(embeds.device))

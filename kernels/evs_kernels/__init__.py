@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of Efficient Video Sampling: score, select, gather; each as plain torch, numba (CPU) and Triton."""
+"""Kernels of Efficient Video Sampling: score and select; each as plain torch, numba (CPU) and Triton."""
 
 from ._dispatch import BACKENDS, OPS, supported
 from ._types import Selection
 from ._warmup import warmup
 from .cosine_score import cosine_score
-from .gather_rows import gather_rows
 from .prune_topk import prune_topk
 from .select_stale import select_stale
 from .select_threshold import select_threshold
@@ -17,7 +16,6 @@ __all__ = [
     "OPS",
     "Selection",
     "cosine_score",
-    "gather_rows",
     "prune_topk",
     "select_stale",
     "select_threshold",

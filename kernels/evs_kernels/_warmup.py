@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 
 from .cosine_score import cosine_score
-from .gather_rows import gather_rows
 from .prune_topk import prune_topk
 from .select_stale import select_stale
 from .select_threshold import select_threshold
@@ -42,7 +41,3 @@ def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] 
                 select_stale(tokens, torch.arange(2, device=device), 1)
             if dtype.is_floating_point:
                 cosine_score(tokens)
-    rows = torch.zeros(1, dtype=torch.int64, device=device)
-    for dtype in (torch.uint8, torch.bfloat16, torch.float32):  # one of each element size, as rows are copied
-        for depth in depths:
-            gather_rows(torch.ones((2, depth), dtype=dtype, device=device), rows)

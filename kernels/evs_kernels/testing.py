@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import cosine_score, gather_rows, prune_topk, select_stale, select_threshold, select_topk, temporal_score
+from . import cosine_score, prune_topk, select_stale, select_threshold, select_topk, temporal_score
 
 TOLERANCE = {
     torch.float32: (1e-5, 2e-6),  # a sum of up to 10k float32 terms, in any order
@@ -103,12 +103,6 @@ def _threshold(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> 
         yield Call((scores, threshold), {"min_per_unit": reserved, "max_tokens": cap})
 
 
-def _gather(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
-    source = random_tensor(generator, dtype, shape)
-    for count in (0, 1, shape[0] + 2):
-        yield Call((source, torch.randint(0, shape[0], (count,), generator=generator)), {})
-
-
 def _prune(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
     clip = random_clip(generator, dtype, shape)
     for budget, reserved in _budgets(shape):
@@ -140,14 +134,6 @@ SPECS = (
     OpSpec("select_topk", select_topk, _topk, (torch.int32, torch.float32), _SCORES, ((33, 650), (3, 9001))),
     OpSpec("select_threshold", select_threshold, _threshold, (torch.int32, torch.float32), _SCORES, ((33, 650),)),
     OpSpec("select_stale", select_stale, _stale, (torch.uint8,), _STALE, ((9, 131, 1176), (17, 67, 4704))),
-    OpSpec(
-        "gather_rows",
-        gather_rows,
-        _gather,
-        (torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.bool, torch.complex128),
-        ((1, 1), (5, 3), (9, 272), (3, 2100)),
-        ((700, 3584),),
-    ),
     OpSpec("prune_topk", prune_topk, _prune, (torch.uint8, torch.float32), _CLIPS, ((9, 131, 1176),)),
 )
 """One row per op of evs_kernels.OPS."""

@@ -28,7 +28,6 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
     score = import_module("evs_kernels.temporal_score._triton_kernels")
     cosine = import_module("evs_kernels.cosine_score._triton_kernels")
     select = import_module("evs_kernels.select_topk._triton_kernels")
-    gather = import_module("evs_kernels.gather_rows._triton_kernels")
     stale = import_module("evs_kernels.select_stale._triton_kernels")
     for wide in (True, False):
         depth, tag = ({"depth"}, "wide") if wide else (set(), "odd")
@@ -39,16 +38,11 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
             if t != "u8":
                 args = [f"*{t}", "*fp32", "*fp32", "i32", "i32", "i32"]
                 yield f"cosine-{t}-{tag}", cosine.slice_kernel, args, {"SLICE": size}, depth, 1
-        for t in ("u8", "i16", "i32", "i64"):
-            args = [f"*{t}", "*i64", f"*{t}", "i32", "i32"]
-            size = gather.slice_width(16 if wide else 17, SIZES[t])
-            yield f"gather-{t}-{tag}", gather.copy_kernel, args, {"SLICE": size}, {"width"} if wide else set(), 4
     # Triton turns an argument that is 1 into a constant.
     args, one = ["*u8", "*i32", "i32", "i32"], {"depth": 1}
     yield "score-u8-one", score.slice_kernel, args, {**one, "INTEGER": True, "SLICE": 256}, set(), 1
     args = ["*bf16", "*fp32", "*fp32", "i32", "i32"]
     yield "cosine-bf16-one", cosine.slice_kernel, args, {**one, "SLICE": 128}, set(), 1
-    yield "gather-u8-one", gather.copy_kernel, ["*u8", "*i64", "*u8", "i32"], {"width": 1, "SLICE": 2048}, set(), 4
     for write in (True, False):
         args = ["*u8", "*u8", "*i32", "*i32", "*u8", "i32", "i32", "i32"]
         yield f"stale-{write:d}-wide", stale.scan_kernel, args, {"WRITE": write, "BLOCK": stale.BLOCK}, {"width"}, 1

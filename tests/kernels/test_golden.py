@@ -163,13 +163,6 @@ def test_float_order(backend):
     assert kept(ek.select_threshold(torch.tensor([[0.0], [0.7]]), 0.7, backend=backend))[0] == [0, 1]
 
 
-def test_gather_rows(backend):
-    source = torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.int16)
-    rows = ek.gather_rows(source, torch.tensor([2, 0, 2]), backend=backend)
-    assert rows.tolist() == [[5, 6], [1, 2], [5, 6]] and rows.dtype == torch.int16
-    assert ek.gather_rows(source, torch.empty(0, dtype=torch.int64), backend=backend).shape == (0, 2)
-
-
 def test_prune_topk(backend):
     clip = torch.tensor([[[0], [10], [20]], [[3], [10], [29]], [[4], [200], [29]]], dtype=torch.uint8)
     assert kept(ek.prune_topk(clip, 5, backend=backend)) == ([0, 1, 2, 5, 7], [3, 1, 1])
