@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from evs_vllm.config import EVSConfig
+from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import Layout
 from evs_vllm.core.selection import make_plan
 from evs_vllm.families import FAMILIES
@@ -52,7 +53,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
     stock = type("Fake", (FakeStock,), {"_processor_factory": Factories(processor=object)})
     cls = model.model_class(stock, FAMILIES[0])
     assert isinstance(cls._processor_factory.processor, ProcessorFactory)  # type: ignore[attr-defined]
-    model_config = SimpleNamespace(multimodal_config=SimpleNamespace())
+    model_config = SimpleNamespace(multimodal_config=SimpleNamespace(), hf_config=SimpleNamespace())
     attach_settings(model_config, EVSConfig(rate=0.5))
     scheduler = SimpleNamespace(max_num_encoder_input_tokens=30)
     config = SimpleNamespace(additional_config={"evs": {}}, model_config=model_config, scheduler_config=scheduler)
@@ -70,8 +71,8 @@ def test_clips_are_encoded_in_bounded_batches_and_gathered(fake: Any) -> None:
     rng = np.random.default_rng()
     for t, h, w in grids:
         tokens = torch.from_numpy(rng.integers(0, 3, (t, h * w // 4, 5), dtype=np.uint8))
-        plan = make_plan(tokens, (t, h // 2, w // 2), EVSConfig(rate=0.5))
-        plans.append(plan.with_layout(Layout.contiguous(1, plan.num_tokens)))
+        plan = make_plan(Clip(tokens, (t, h // 2, w // 2)), EVSConfig(rate=0.5))
+        plans.append(plan.with_layout(Layout.contiguous(1, plan.num_tokens), plan.num_tokens))
         expected.append((start + 4 * plan.kept).tolist())
         start += t * h * w
     arrays = [torch.from_numpy(plan.to_array()) for plan in plans]

@@ -109,8 +109,8 @@ def test_flags_reach_additional_config(tmp_path: Path, qwen2_5_vl: Path) -> None
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--evs-rate", "1"], "--evs-rate got 1; allowed: a number from 0"),
-        (["--evs-rate", "most"], "--evs-rate got 'most'"),
+        (["--evs-rate", "1"], "--evs-rate: got 1; allowed: a number from 0"),
+        (["--evs-rate", "most"], "--evs-rate: got 'most'"),
         (["--evs-positions", "kept"], "keep or sequential"),
         (["--evs-threshold", "300"], "255"),
     ],
@@ -245,7 +245,7 @@ def test_reuse_needs_the_stock_attention_path(qwen2_5_vl: Path) -> None:
     assert settings_of(model_config(qwen2_5_vl, {"rate": 0.5})).encoder == "reuse"
     for obstacle in ({"mm_encoder_tp_mode": "data"}, {"compilation_config": {"compile_mm_encoder": True}}):
         config = settings_of(model_config(qwen2_5_vl, {"rate": 0.5}, **obstacle))
-        assert config.encoder == "full" and config.reuse_obstacle
+        assert config.encoder == "full" and config.why_not_reuse
         with pytest.raises(ConfigError, match="not possible here"):
             model_config(qwen2_5_vl, {"rate": 0.5, "encoder": "reuse"}, **obstacle)
 
