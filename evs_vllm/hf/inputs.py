@@ -145,7 +145,8 @@ def _plan_clips(
             # IDs per second is cut to integers. In bf16, 1.5 frames a second are other IDs from about 64 units on.
             fields["second_per_grid_ts"] = torch.tensor(float(seconds[number])).to(model.dtype)
         step = 1.0 if units_apart else state.adapter.ids_per_unit(fields)  # type: ignore[attr-defined]
-        medium = MediaItem(_in_tokens(model, grid), step, units_apart)
+        shape = _in_tokens(model, grid)
+        medium = MediaItem(shape, step, units_apart, state.adapter.position_span(fields, shape))
         if plans is not None:
             plan = plans[number]
         elif judged:

@@ -26,23 +26,17 @@ class MediaItem(NamedTuple):
         grid: (T, H, W) in tokens.
         time_step: Position IDs from one temporal unit to the next.
         units_apart: Whether text stands between the temporal units (Qwen3-VL); each is then laid out as a picture.
+        position_span: Position IDs that a clip takes up.
     """
 
     grid: tuple[int, int, int]
     time_step: float = 1.0
     units_apart: bool = False
+    position_span: int = 0
 
     @property
     def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
-
-    @property
-    def position_span(self) -> int:
-        """Position IDs that the item takes up, without the text between its units."""
-        units, height, width = self.grid
-        if self.units_apart:
-            return units * max(height, width)
-        return max(int((units - 1) * self.time_step), height - 1, width - 1) + 1
 
 
 class PlacedItem(NamedTuple):
