@@ -24,7 +24,7 @@ from evs_vllm.engine.compat import settings_of
 from evs_vllm.engine.limits import check_positions
 from evs_vllm.engine.metrics import metrics
 from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD
-from evs_vllm.errors import RequestError, UnsupportedError
+from evs_vllm.errors import PlanError, RequestError, UnsupportedError
 from evs_vllm.families import Family
 from evs_vllm.families.base import FamilyAdapter
 from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
@@ -113,10 +113,19 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         settings = _settings.get()
         if not settings.active or not updates.get(MODALITY):  # empty when the processor cache has every clip
             return updates
-        pruned = [
-            self._prune(item, item_updates, settings)
-            for item, item_updates in zip(out_mm_kwargs[MODALITY], updates[MODALITY], strict=True)
-        ]
+        try:
+            pruned = [
+                self._prune(item, item_updates, settings)
+                for item, item_updates in zip(out_mm_kwargs[MODALITY], updates[MODALITY], strict=True)
+            ]
+        except (ArithmeticError, LookupError, RuntimeError, PlanError) as error:
+            if not hf_processor_mm_kwargs:
+                raise
+            # Arguments for Hugging Face's processor of which we do not know what they do to the pixels.
+            raise RequestError(
+                f"EVS cannot read the video that mm_processor_kwargs {sorted(hf_processor_mm_kwargs)} made "
+                f"({type(error).__name__}: {error}). Leave them out, or set evs_rate to 0 where the server admits it."
+            ) from error
         return {**updates, MODALITY: pruned}
 
     def _prune(self, item: Any, updates: Any, settings: EVSConfig) -> Any:

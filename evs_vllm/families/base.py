@@ -26,6 +26,16 @@ class PixelStats:
     std: tuple[float, ...]
 
 
+PIXEL_KWARGS = (
+    "merge_size", "patch_size", "temporal_patch_size", "pooling_kernel_size", "input_data_format",
+    "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+)  # fmt: skip
+"""Arguments of video processors that decide which pixel value stands where, and so what a token's pixels are.
+
+Others, such as sizes and frame rates, change the clip, and the adapter reads what came of it.
+"""
+
+
 class FamilyAdapter(ABC):
     """The contract of one model family, bound to one model. `item` is always one video's fields, name -> tensor.
 
@@ -98,8 +108,23 @@ class FamilyAdapter(ABC):
         return ""
 
     def unsupported_kwargs(self, mm_processor_kwargs: Mapping[str, Any]) -> str:
-        """Why clips cannot be pruned under these arguments of the Hugging Face processor, or ""."""
-        return ""
+        """Why clips cannot be pruned under these arguments of the Hugging Face processor, or "".
+
+        By default, those of `PIXEL_KWARGS` that differ from what the processor does anyway; all of them where no
+        processor is at hand.
+        """
+        source: Any = getattr(self._processor, "video_processor", None) or self._processor
+        given = dict(mm_processor_kwargs)
+        for nested in mm_processor_kwargs.values():  # {"videos_kwargs": {...}}
+            given |= nested if isinstance(nested, Mapping) else {}
+        changed = [
+            name
+            for name in PIXEL_KWARGS
+            if name in given and (source is None or given[name] != getattr(source, name, None))
+        ]
+        if not changed:
+            return ""
+        return f"{', '.join(changed)} would lay out or scale pixels otherwise than the model's files say"
 
     def max_position(self, max_model_len: int) -> int:
         """Number of position IDs that the language model's cos/sin cache holds. By default that of 1-D RoPE."""

@@ -28,7 +28,7 @@ class Qwen2_5Omni(Qwen2VL):
 
     def unsupported_kwargs(self, mm_processor_kwargs: Mapping[str, Any]) -> str:
         if not mm_processor_kwargs.get(AUDIO_IN_VIDEO):
-            return ""
+            return super().unsupported_kwargs(mm_processor_kwargs)
         return f"{AUDIO_IN_VIDEO} puts audio tokens between those of the clip"
 
     def select_clips(

@@ -11,8 +11,9 @@ import torch
 
 from evs_vllm.core.plan import Layout, RetentionPlan
 from evs_vllm.core.scorers import PixelChange
-from evs_vllm.errors import ConfigError, RequestError
+from evs_vllm.errors import ConfigError, EVSError, RequestError
 from evs_vllm.families import family_of, supported_architectures
+from evs_vllm.families.base import PIXEL_KWARGS
 from evs_vllm.families.plain_vit import packed_frames
 from evs_vllm.testing import synthetic_clip
 from tests.families.facts import Facts
@@ -341,3 +342,44 @@ def test_off_is_stock(model: Path, whole: Any, clip: np.ndarray, facts: Facts) -
     for part in "prompt_token_ids", "mm_hashes":
         assert one[part] == other[part]
     assert fields_in(one).keys() == fields_in(other).keys() and torch.equal(pixels_in(one), pixels_in(other))
+
+
+PROCESSOR_KWARGS = [
+    {"merge_size": 1}, {"merge_size": 3}, {"patch_size": 7}, {"patch_size": 28}, {"temporal_patch_size": 1},
+    {"temporal_patch_size": 4}, {"min_pixels": 784}, {"max_pixels": 3136}, {"do_resize": False},
+    {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1}, {"image_mean": [0.1, 0.2, 0.3]},
+    {"image_std": [1, 1, 1]}, {"size": {"shortest_edge": 784, "longest_edge": 25088}}, {"device": "cpu"},
+    {"return_tensors": None}, {"do_center_crop": True, "crop_size": 56}, {"input_data_format": "channels_last"},
+    {"do_sample_frames": True}, {"resample": 0}, {"do_pad": True}, {"fps": 1}, {"num_frames": 4},
+    {"videos_kwargs": {"merge_size": 1}},
+]  # fmt: skip
+
+
+def test_arguments_of_the_processor_prune_rightly_or_are_refused(model: Path, facts: Facts) -> None:
+    """What stock vLLM answers, we answer too, or refuse with a ``ValueError`` of ours, which is HTTP 400."""
+    on, off = processor_for(model, {"rate": 0.5, "encoder": "full"}), processor_for(model, None)
+    frames = synthetic_clip(8, facts.frame_size, moving=0.3)
+    refused, changes_size = set(), {"size", "min_pixels", "max_pixels", "do_center_crop", "do_resize", "resample"}
+    for kwargs in PROCESSOR_KWARGS:
+        try:
+            stock = process(off, frames, **kwargs)
+        except Exception:
+            with pytest.raises(Exception):  # noqa: B017  (vLLM's own, whatever it is)
+                process(on, frames, **kwargs)
+            continue
+        try:
+            result = process(on, frames, **kwargs)
+        except EVSError as error:
+            name = next(iter(kwargs.get("videos_kwargs", kwargs)))
+            assert name in str(error), "the text names the argument"
+            refused.add(name)
+            continue
+        plan = plan_in(result)
+        assert plan is not None, kwargs
+        (before,), (after,) = (r["mm_placeholders"]["video"] for r in (stock, result))
+        assert before.get_num_embeds() - after.get_num_embeds() == plan.num_tokens - plan.num_kept, kwargs
+        shown = adapter_for(on).frames(fields_in(result))
+        assert shown.std() > 20, f"{kwargs}: the pixels that are judged are not the clip's"
+        if not changes_size & kwargs.keys():
+            assert (shown == frames).all(), f"{kwargs}: the pixels that are judged are not the clip's"
+    assert refused <= {*PIXEL_KWARGS, "do_center_crop"}
