@@ -6,6 +6,7 @@
 | ``evs:clips_total`` | counter | clips of requests that EVS was active for |
 | ``evs:video_tokens_total`` | counter | their video tokens before pruning |
 | ``evs:video_tokens_kept_total`` | counter | their video tokens in the prompts |
+| ``evs:frames_as_images_total`` | counter | requests whose images look like the frames of a video (not pruned) |
 | ``evs:planning_time_seconds`` | histogram | score, select and lay out one clip (none on processor-cache hits) |
 
 The prefix is ``evs:`` because vLLM unregisters every collector with "vllm" in its name when it starts its own.
@@ -23,6 +24,7 @@ class Metrics(NamedTuple):
     clips: Counter
     tokens: Counter
     tokens_kept: Counter
+    frames_as_images: Counter
     planning_time: Histogram
 
 
@@ -33,5 +35,6 @@ def metrics() -> Metrics:
         Counter("evs:clips", "Number of video clips of requests that EVS was active for."),
         Counter("evs:video_tokens", "Number of video tokens of these clips before pruning."),
         Counter("evs:video_tokens_kept", "Number of video tokens of these clips kept in the prompts."),
+        Counter("evs:frames_as_images", "Number of requests whose images look like the frames of a video."),
         Histogram("evs:planning_time_seconds", "Time to score, select and lay out one clip.", buckets=_BUCKETS),
     )

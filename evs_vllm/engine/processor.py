@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PromptUpdateDetails
 
 from evs_vllm.config import EVSConfig
@@ -30,6 +32,9 @@ from evs_vllm.families.base import FamilyAdapter
 from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
 
 logger = init_logger("vllm.evs_vllm")
+
+FRAMES_IN_A_ROW = 4
+"""So many images of one size look like frames of a video."""
 
 _OFF = EVSConfig()
 # The settings of the request that this thread is processing. vLLM calls `apply` and all it calls synchronously.
@@ -57,6 +62,20 @@ class PrunedUpdateDetails(PromptUpdateDetails):
     """
 
     plan: RetentionPlan = field(kw_only=True)
+
+
+def look_like_frames(images: Any) -> bool:
+    """Whether `FRAMES_IN_A_ROW` images of a request have one size: a client may send a video so.
+
+    Args:
+        images: vLLM's items of the modality, or None; embeddings have no size.
+    """
+    if not isinstance(images, ImageProcessorItems):
+        return False
+    # What the processor cache holds already comes without its pixels.
+    sizes = [None if images.get(i) is None else images.get_image_size(i) for i in range(images.get_count())]
+    runs = ((size, len(list(run))) for size, run in groupby(sizes))
+    return any(size is not None and length >= FRAMES_IN_A_ROW for size, length in runs)
 
 
 class _FixedMask:
@@ -92,6 +111,13 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             raise RequestError(
                 f"EVS cannot prune this request's video: {why}. Leave that out, or set evs_rate to 0 where the server "
                 "admits it."
+            )
+        if settings.active and look_like_frames(inputs.mm_data_items.get("image")):
+            metrics().frames_as_images.inc()
+            logger.warning_once(
+                "EVS: a request has %d or more images of one size in a row. If they are the frames of a video, they "
+                "are not pruned: send them as one (data:video/jpeg;base64,FRAME,FRAME,...; see docs/options.md).",
+                FRAMES_IN_A_ROW,
             )
         with _set(_settings, settings):
             return super().apply(inputs, timing_ctx)

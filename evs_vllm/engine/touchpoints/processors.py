@@ -35,6 +35,13 @@ ROWS: tuple[Touchpoint, ...] = (
         gone_when=PUBLIC,
     ),
     Touchpoint(
+        what="frames sent as images are noticed (processor.look_like_frames)",
+        where="vllm.multimodal.parse:ImageProcessorItems",
+        attributes=("get", "get_count", "get_image_size"),
+        why="Images of one size in a row may be a video that its sender expects to be pruned.",
+        gone_when=PUBLIC,
+    ),
+    Touchpoint(
         what="memory is profiled unpruned (processor.EVSProcessorMixin.get_dummy_mm_inputs)",
         where="vllm.multimodal.processing.processor:BaseMultiModalProcessor.get_dummy_mm_inputs",
         source=("self.apply(",),
