@@ -160,6 +160,12 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         fields = {key: elem.data for key, elem in item.items()}
         clip = self._evs.clip(fields)
         if clip is None:
+            if not any("embeds" in name for name in fields):
+                raise RequestError(
+                    "EVS is on, and this request describes a video without its pixels, as encoder-cache and KV "
+                    "consumers take it: which tokens the producer kept is not known here. Send the pixels, or set "
+                    "evs_rate to 0 on both sides where the servers admit it."
+                )
             logger.warning_once("EVS: precomputed video embeddings have no pixels to compare; they are not pruned.")
             return updates
         plan = make_plan(clip, settings)

@@ -344,6 +344,22 @@ def test_off_is_stock(model: Path, whole: Any, clip: np.ndarray, facts: Facts) -
     assert fields_in(one).keys() == fields_in(other).keys() and torch.equal(pixels_in(one), pixels_in(other))
 
 
+@families(lambda facts: facts.embeds_with is not None)
+def test_a_clip_without_pixels_or_embeddings_is_refused(model: Path, facts: Facts) -> None:
+    """An encoder-cache or KV consumer takes requests that hold the grid alone, and cannot know what is kept of it."""
+    evs = {"rate": 0.75, "request_overrides": "any"}
+    processor = processor_for(model, evs, enable_mm_embeds=True)
+    processor.info.ctx.model_config.multimodal_config.allow_missing_mm_embeddings = True
+    consumer = type(processor)(processor.info, processor.dummy_inputs)
+    described = {"video_grid_thw": torch.tensor([[2, 8, 10]])}
+    described |= {name: torch.tensor(x) if name != "timestamps" else x for name, x in (facts.embeds_with or {}).items()}
+    items = consumer.info.parse_mm_data({"video": described})
+    with pytest.raises(RequestError, match="without its pixels"):
+        consumer(prompt_for(consumer), items)
+    unpruned = consumer(prompt_for(consumer), items, hf_processor_mm_kwargs={"evs_rate": 0})
+    assert unpruned["mm_placeholders"]["video"][0].get_num_embeds() == 40
+
+
 PROCESSOR_KWARGS = [
     {"merge_size": 1}, {"merge_size": 3}, {"patch_size": 7}, {"patch_size": 28}, {"temporal_patch_size": 1},
     {"temporal_patch_size": 4}, {"min_pixels": 784}, {"max_pixels": 3136}, {"do_resize": False},
