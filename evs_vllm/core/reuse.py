@@ -64,14 +64,32 @@ class ClipRows:
         return int(self.windows[-1])
 
     @cached_property
+    def unit_of_row(self) -> IntArray:
+        """(C,) which of the units that have rows each row is in."""
+        return np.repeat(np.arange(len(self.units) - 1), np.diff(self.units))
+
+    @cached_property
     def sources(self) -> IntArray:
         """(U, P) the row whose keys and values serve each slot in each unit that has rows."""
-        out = np.empty((len(self.units) - 1, self.tokens_per_unit), dtype=np.int64)
-        latest = np.full(self.tokens_per_unit, -1, dtype=np.int64)
-        for unit, (start, stop) in enumerate(zip(self.units, self.units[1:], strict=False)):
-            latest[self.slots[start:stop]] = np.arange(start, stop)
-            out[unit] = latest
-        return out
+        own = np.full((len(self.units) - 1, self.tokens_per_unit), -1, dtype=np.int64)
+        own[self.unit_of_row, self.slots] = np.arange(len(self.slots))
+        return np.maximum.accumulate(own, axis=0)  # later units have larger rows
+
+    def lengths(self) -> tuple[IntArray, IntArray, IntArray]:
+        """What `sequences` tells one by one, at once.
+
+        Returns:
+            The number of rows and of slots of each window that has rows, and, one window after the other, the row that
+            serves each of its slots.
+        """
+        window = np.searchsorted(self.windows, self.slots, side="right") - 1
+        sequence = self.unit_of_row * (len(self.windows) - 1) + window
+        found, queries = np.unique(sequence, return_counts=True)
+        unit, window = np.divmod(found, len(self.windows) - 1)
+        keys = np.diff(self.windows)[window]
+        first = unit * self.tokens_per_unit + self.windows[window]
+        within = np.arange(keys.sum()) - np.repeat(np.cumsum(keys) - keys, keys)
+        return queries, keys, self.sources.reshape(-1)[np.repeat(first, keys) + within]
 
     def sequences(self) -> Iterator[tuple[int, slice, slice]]:
         """(unit, its rows in a window, the window's slots) of each window that has rows."""
@@ -137,22 +155,18 @@ class ReuseSchedule:
         """The schedule for one variable-length kernel over gathered keys; built once, used by every layer."""
         if self._varlen is None:
             m = self.patches
-            tokens, queries, keys = [], [], []
-            start = 0
-            for clip in self.clips:
-                for unit, rows, slots in clip.sequences():
-                    tokens.append(start + clip.sources[unit, slots])
-                    queries.append((rows.stop - rows.start) * m)
-                    keys.append((slots.stop - slots.start) * m)
-                start += len(clip.slots)
+            parts = [clip.lengths() for clip in self.clips]
+            queries, keys = (np.concatenate([part[i] for part in parts]) * m for i in (0, 1))
+            starts = np.cumsum([0, *(len(clip.slots) for clip in self.clips)])
+            tokens = [start + part[2] for start, part in zip(starts, parts)]
             key_rows = (np.concatenate(tokens)[:, None] * m + np.arange(m)).reshape(-1)
             query_starts, key_starts = (np.cumsum([0, *lengths], dtype=np.int32) for lengths in (queries, keys))
             self._varlen = Varlen(
                 torch.from_numpy(key_rows).to(device),
                 torch.from_numpy(query_starts).to(device),
                 torch.from_numpy(key_starts).to(device),
-                max(queries),
-                max(keys),
+                int(queries.max()),
+                int(keys.max()),
             )
         return self._varlen
 

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ReuseSchedule, clip_rows
+from evs_vllm.core.reuse import ClipRows, ReuseSchedule, clip_rows
+
+
+def latest(clip: ClipRows, unit: int) -> list[int]:
+    """For each slot the last row that computed it, up to a unit, counted among those that have rows."""
+    found = [-1] * clip.tokens_per_unit
+    for row, slot in enumerate(clip.slots[: clip.units[unit + 1]].tolist()):
+        found[slot] = row
+    return found
 
 
 @settings(max_examples=60)
@@ -30,6 +38,12 @@ def test_varlen_equals_running_state(
             (units, height, width), np.flatnonzero(stays), encoder="reuse", refreshed=np.flatnonzero(again)
         )
         clips.append(clip_rows(plan, window)[0])
+    for clip in clips:
+        one_by_one = list(clip.sequences())
+        queries, keys, rows_of_keys = clip.lengths()
+        assert queries.tolist() == [rows.stop - rows.start for _, rows, _ in one_by_one]
+        assert keys.tolist() == [slots.stop - slots.start for _, _, slots in one_by_one]
+        assert rows_of_keys.tolist() == [row for unit, _, slots in one_by_one for row in latest(clip, unit)[slots]]
     schedule = ReuseSchedule(clips, patches)
     rows = sum(len(clip.slots) for clip in clips) * patches
     generator = torch.Generator().manual_seed(seed)
