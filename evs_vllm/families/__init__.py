@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model families: one table, read by the plugin, the tests, ``evs-vllm families`` and the README.
+"""The model families: one table, read by the plugin, the tests, ``evs-vllm families`` and the documentation.
 
-A new family is one small adapter file plus one row here (CONTRIBUTING.md, "Add a family"). This module imports neither
+A new family is one small adapter file plus one row here (docs/add-a-family.md). This module imports neither
 torch nor vLLM.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video models of vLLM that EVS refuses at start-up, and why: one table, read by the plugin, the CLI and the README.
+"""Video models of vLLM that EVS refuses at start-up, and why: one table, read by the plugin, the CLI and the docs.
 
 The reasons come from reading vLLM 0.32's sources. This module imports neither torch nor vLLM.
 """
