@@ -14,7 +14,15 @@ from . import _triton
 BACKENDS = ("auto", "ref", "cpu", "triton")
 """auto: the fastest for the tensor's device; ref: plain torch; cpu: numba; triton: GPU (or Triton's interpreter)."""
 
-OPS = ("temporal_score", "cosine_score", "select_topk", "select_threshold", "select_stale", "prune_topk")
+OPS = (
+    "temporal_score",
+    "cosine_score",
+    "select_topk",
+    "select_threshold",
+    "select_stale",
+    "select_anchored",
+    "prune_topk",
+)
 
 _MODULES = {"ref": "_ref", "cpu": "_cpu", "triton": "_triton_kernels"}
 

@@ -15,6 +15,9 @@ TOKEN_DTYPES = (torch.uint8, *FLOAT_DTYPES)
 MAX_TOKENS = 2**30
 # The largest depth whose worst case, 255 at every byte, still fits an int32 score.
 MAX_UINT8_DEPTH = (2**31 - 1) // 255
+# 255 * 256 * 4096 < 2**30: a weighted distance between two descriptors is an int32 with room to spare.
+MAX_DESCRIPTOR = 256
+MAX_WEIGHT = 4096
 
 
 def tensor(name: str, value: object, axes: str, dtypes: Iterable[torch.dtype] | None, *, smallest: int = 1) -> None:
@@ -62,6 +65,43 @@ def clip_size(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name}: got T*P={tokens} tokens; allowed: <= {MAX_TOKENS}. Split the clip.")
 
 
+def descriptors(name: str, value: torch.Tensor) -> None:
+    """Checks (T, P, F) uint8 descriptors, and that a weighted distance between two fits an int32."""
+    tensor(name, value, "TPF", (torch.uint8,))
+    clip_size(name, value)
+    if value.shape[2] > MAX_DESCRIPTOR:
+        raise ValueError(
+            f"{name}: got F={value.shape[2]}; allowed: F <= {MAX_DESCRIPTOR}. Describe a token by fewer values, for "
+            "example pool_tokens with fewer cells."
+        )
+
+
+def unit_weights(name: str, value: torch.Tensor, units: int) -> None:
+    """Checks (T,) weights of temporal units; on the CPU, so that looking at them makes nobody wait."""
+    tensor(name, value, "T", (torch.int32,))
+    if value.device.type != "cpu":
+        raise ValueError(f"{name}: got device {value.device}; allowed: cpu, wherever the clip is. Call .cpu() early.")
+    if len(value) != units:
+        raise ValueError(f"{name}: got {len(value)} of them; allowed: {units}, one for each temporal unit.")
+    least, most = int(value.min()), int(value.max())
+    if least < 0 or most > MAX_WEIGHT:
+        raise ValueError(
+            f"{name}: got values from {least} to {most}; allowed: 0 to {MAX_WEIGHT}. Only their ratios matter to a "
+            "budget, so scale them down."
+        )
+
+
+def token_mask(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Checks a (T, P) bool mask of the tokens of ``other``."""
+    tensor(name, value, "TP", (torch.bool,))
+    same_device(name, value, other_name, other)
+    if value.shape != other.shape[:2]:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}; allowed: {tuple(other.shape[:2])}, one for each token of "
+            f"{other_name}."
+        )
+
+
 def kept_indices(name: str, value: torch.Tensor, units: int, per_unit: int) -> None:
     """Checks sorted flat indices that hold unit 0 whole. On the CPU only: on a GPU looking would stall the stream."""
     if value.device.type != "cpu":
@@ -77,14 +117,14 @@ def kept_indices(name: str, value: torch.Tensor, units: int, per_unit: int) -> N
         raise ValueError(f"{name}: got part of unit 0; allowed: all {per_unit} of its tokens. Pass Selection.indices.")
 
 
-def count(name: str, value: int) -> int:
-    """Returns ``value`` as an int >= 0."""
+def count(name: str, value: int, *, smallest: int = 0) -> int:
+    """Returns ``value`` as an int of at least ``smallest``."""
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: got {value!r}; allowed: an integer >= 0. Round it as you mean it.") from None
-    if number < 0:
-        raise ValueError(f"{name}: got {number}; allowed: an integer >= 0. Use 0 for none.")
+        raise TypeError(f"{name}: got {value!r}; allowed: an integer >= {smallest}. Round it as you mean it.") from None
+    if number < smallest:
+        raise ValueError(f"{name}: got {number}; allowed: an integer >= {smallest}. Pass {smallest} for the least.")
     return number
 
 

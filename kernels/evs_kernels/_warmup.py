@@ -7,6 +7,7 @@ import torch
 
 from .cosine_score import cosine_score
 from .prune_topk import prune_topk
+from .select_anchored import select_anchored
 from .select_stale import select_stale
 from .select_threshold import select_threshold
 from .select_topk import select_topk
@@ -39,5 +40,13 @@ def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] 
                 select_threshold(scores, 1, min_per_unit=reserved)
             if dtype == torch.uint8:
                 select_stale(tokens, torch.arange(2, device=device), 1)
+                _warm_descriptors(device, depth)
             if dtype.is_floating_point:
                 cosine_score(tokens)
+
+
+def _warm_descriptors(device: str | torch.device, depth: int) -> None:
+    width = 16 if depth % 16 == 0 else 17
+    descriptors = torch.ones((3, 2, width), dtype=torch.uint8, device=device)
+    for reserved in (0, 1):
+        select_anchored(descriptors, 4, min_per_unit=reserved)

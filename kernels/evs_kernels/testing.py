@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import cosine_score, prune_topk, select_stale, select_threshold, select_topk, temporal_score
+from . import (
+    cosine_score,
+    prune_topk,
+    select_anchored,
+    select_stale,
+    select_threshold,
+    select_topk,
+    temporal_score,
+)
 
 TOLERANCE = {
     torch.float32: (1e-5, 2e-6),  # a sum of up to 10k float32 terms, in any order
@@ -123,9 +131,28 @@ def _stale(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iter
     yield Call((random_tensor(generator, dtype, shape), torch.arange(places), (units - 1) * places // 2), {})
 
 
+def _anchored(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    clip = random_clip(generator, dtype, shape)
+    units, places, width = shape
+    tokens = units * places
+    forced = torch.rand((units, places), generator=generator) < 0.2
+    weights = torch.randint(0, 4097, (units,), generator=generator).to(torch.int32)
+    for budget, reserved in _budgets(shape):
+        yield Call((clip, budget), {"min_per_unit": reserved})
+    for given in ({}, {"forced": forced}, {"weights": weights}, {"forced": forced, "weights": weights}):
+        yield Call((clip, (tokens + places) // 2), {"min_per_unit": 1, **given})
+    for threshold in (1, 60 * width, 255 * width, 255 * width + 9):
+        yield Call((clip,), {"threshold": threshold, "min_per_unit": 2})
+        yield Call((clip, tokens // 2), {"threshold": threshold, "forced": forced})
+    yield Call((clip, (tokens + places) // 2), {"weights": torch.zeros_like(weights)})
+    # Noise: distances are all about the same, so one level more or less changes much.
+    yield Call((random_tensor(generator, dtype, shape), (tokens + places) // 2), {})
+
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CLIPS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (6, 5, 33), (4, 3, 272), (3, 2, 1200))
 _STALE = ((1, 1, 1), (2, 1, 5), (5, 3, 33), (3, 2, 9500))
+_DESCRIPTORS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (5, 3, 33), (3, 19, 12), (2, 2, 256))
 _SCORES = ((1, 1), (1, 9), (4, 1), (2, 3), (3, 13))
 
 SPECS = (
@@ -134,6 +161,7 @@ SPECS = (
     OpSpec("select_topk", select_topk, _topk, (torch.int32, torch.float32), _SCORES, ((33, 650), (3, 9001))),
     OpSpec("select_threshold", select_threshold, _threshold, (torch.int32, torch.float32), _SCORES, ((33, 650),)),
     OpSpec("select_stale", select_stale, _stale, (torch.uint8,), _STALE, ((9, 131, 1176), (17, 67, 4704))),
+    OpSpec("select_anchored", select_anchored, _anchored, (torch.uint8,), _DESCRIPTORS, ((33, 131, 48), (9, 67, 192))),
     OpSpec("prune_topk", prune_topk, _prune, (torch.uint8, torch.float32), _CLIPS, ((9, 131, 1176),)),
 )
 """One row per op of evs_kernels.OPS."""

@@ -9,6 +9,7 @@ from evs_kernels import _dispatch, _validate
 
 CLIP = torch.zeros((2, 3, 4), dtype=torch.uint8)
 SCORES = torch.zeros((2, 3), dtype=torch.int32)
+WEIGHTS = torch.tensor([0, 4096], dtype=torch.int32)
 ROWS = torch.zeros((3, 4))
 
 
@@ -41,6 +42,28 @@ ROWS = torch.zeros((3, 4))
         (lambda: ek.select_stale(CLIP, torch.tensor([0, 1, 2, 6]), 1), ValueError, r"0 to 6, .*within \[0, 5\]"),
         (lambda: ek.select_stale(CLIP, torch.arange(3), -1), ValueError, "budget: got -1"),
         (lambda: ek.select_stale(CLIP, torch.arange(3, device="meta"), 1), ValueError, "kept: got device meta"),
+        (
+            lambda: ek.select_anchored(CLIP.int(), 3),
+            TypeError,
+            "descriptors: got dtype torch.int32; allowed: torch.uint8",
+        ),
+        (lambda: ek.select_anchored(CLIP[0], 3), ValueError, r"descriptors: got shape \(3, 4\); allowed: \(T, P, F\)"),
+        (lambda: ek.select_anchored(CLIP[..., ::2], 3), ValueError, "contiguous"),
+        (lambda: ek.select_anchored(CLIP.repeat(1, 1, 65), 3), ValueError, "got F=260; allowed: F <= 256"),
+        (lambda: ek.select_anchored(CLIP), ValueError, "budget: got None without a threshold"),
+        (lambda: ek.select_anchored(CLIP, -1), ValueError, "budget: got -1"),
+        (lambda: ek.select_anchored(CLIP, 1, threshold=0), ValueError, "threshold: got 0; allowed: an integer >= 1"),
+        (lambda: ek.select_anchored(CLIP, threshold=1.5), TypeError, "threshold: got 1.5; allowed: an integer >= 1"),
+        (lambda: ek.select_anchored(CLIP, 1, min_per_unit=-1), ValueError, "min_per_unit: got -1"),
+        (lambda: ek.select_anchored(CLIP, 1, weights=[1, 1]), TypeError, "weights: got list"),
+        (lambda: ek.select_anchored(CLIP, 1, weights=WEIGHTS.long()), TypeError, "weights: got dtype torch.int64"),
+        (lambda: ek.select_anchored(CLIP, 1, weights=WEIGHTS[:1]), ValueError, "weights: got 1 of them; allowed: 2"),
+        (lambda: ek.select_anchored(CLIP, 1, weights=WEIGHTS - 1), ValueError, "from -1 to 4095; allowed: 0 to 4096"),
+        (lambda: ek.select_anchored(CLIP, 1, weights=WEIGHTS + 1), ValueError, "from 1 to 4097; allowed: 0 to 4096"),
+        (lambda: ek.select_anchored(CLIP, 1, weights=WEIGHTS.to("meta")), ValueError, "weights: got device meta"),
+        (lambda: ek.select_anchored(CLIP, 1, forced=SCORES), TypeError, "forced: got dtype torch.int32"),
+        (lambda: ek.select_anchored(CLIP, 1, forced=SCORES[:1].bool()), ValueError, r"forced: got shape \(1, 3\)"),
+        (lambda: ek.select_anchored(CLIP, 1, forced=SCORES.bool().to("meta")), ValueError, "forced: got device meta"),
         (lambda: ek.prune_topk(torch.full((2, 1, 1), torch.nan), 1), ValueError, "scores: got NaN"),
         (lambda: ek.supported("score", "cpu", "cpu"), ValueError, "op: got 'score'"),
     ],

@@ -139,6 +139,70 @@ def test_select_stale_compares_every_ninth_value(backend):
     assert ek.select_stale(clip, torch.tensor([0]), 2, backend=backend).tolist() == [2]
 
 
+# Place 0 creeps by 4, place 1 jumps by 40 and returns, place 2 rests.
+MOVES = torch.tensor([[0, 50, 7], [4, 90, 7], [8, 50, 7], [12, 50, 7], [16, 50, 7]], dtype=torch.uint8)[:, :, None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "indices"),
+    [
+        ({"budget": 0}, []),  # unit 0 is kept whole
+        ({"budget": 4}, [4]),  # any level that takes the jump takes the return as well; at none the jump is furthest
+        ({"budget": 5}, [4, 7]),
+        ({"budget": 6}, [4, 7, 9]),  # the lowest level that fits is 9: place 0 has crept by 12 in unit 3
+        ({"budget": 7}, [4, 6, 7, 12]),  # level 5, which place 0 passes in units 2 and 4
+        ({"budget": 8}, [3, 4, 6, 7, 12]),  # as before, as level 4 costs 9; unit 1 and 3 of place 0 tie at 4
+        ({"budget": 9}, [3, 4, 6, 7, 9, 12]),
+        ({"budget": 10}, [3, 4, 5, 6, 7, 9, 12]),  # all that is left is 0 from its anchor: the lowest index
+        ({"budget": 99}, list(range(3, 15))),
+        ({"threshold": 9}, [4, 7, 9]),
+        ({"threshold": 12}, [4, 7, 9]),
+        ({"threshold": 13}, [4, 7, 12]),
+        ({"threshold": 41}, []),
+        ({"threshold": 10**9}, []),
+        ({"threshold": 41, "min_per_unit": 1}, [4, 6, 9, 12]),  # the jump is the furthest of unit 1
+        ({"threshold": 9, "min_per_unit": 1}, [4, 7, 9, 12]),
+        ({"threshold": 9, "min_per_unit": 9}, list(range(3, 15))),
+        ({"threshold": 9, "budget": 99}, [4, 7, 9]),  # a bound, not a number to fill
+        ({"threshold": 9, "budget": 6}, [4, 7, 9]),
+        ({"threshold": 9, "budget": 5}, [4, 7]),  # the bound bites: raised to 17
+        ({"threshold": 9, "budget": 4}, [4]),
+        ({"threshold": 1, "budget": 7}, [4, 6, 7, 12]),
+        ({"budget": 4, "min_per_unit": 1}, [4, 7, 9, 12]),  # minima are kept whatever the budget
+        ({"budget": 8, "min_per_unit": 1}, [4, 6, 7, 9, 12]),
+        ({"budget": 4, "weights": [1, 1, 3, 1, 1]}, [4]),
+        ({"threshold": 24, "weights": [9, 1, 3, 1, 1]}, [4, 6, 7]),  # of unit 2, 8 and 40 count 24 and 120
+        ({"threshold": 1, "weights": [1, 0, 0, 0, 0]}, []),
+        ({"threshold": 41, "forced": [4]}, [4]),
+        ({"threshold": 40, "forced": [4]}, [4, 7]),  # kept at the jump, so the return is far from its anchor
+        ({"threshold": 9, "forced": [6]}, [4, 6, 7]),  # measured from unit 2, place 0 never creeps by 9
+        ({"budget": 0, "forced": [6, 8]}, [6, 8]),
+        ({"budget": 0, "forced": [6, 8], "min_per_unit": 1}, [4, 6, 8, 9, 12]),
+    ],
+)
+def test_select_anchored(backend, arguments, indices):
+    given = dict(arguments)
+    if "weights" in given:
+        given["weights"] = torch.tensor(given["weights"], dtype=torch.int32)
+    if "forced" in given:
+        given["forced"] = (
+            torch.zeros(15, dtype=torch.bool).index_fill(0, torch.tensor(given["forced"]), True).view(5, 3)
+        )
+    selection = ek.select_anchored(MOVES, backend=backend, **given)
+    assert kept(selection)[0] == [0, 1, 2, *indices]
+    assert selection.counts.tolist() == torch.bincount(selection.indices // 3, minlength=5).tolist()
+
+
+def test_largest_weighted_distance_is_exact(backend):
+    clip = torch.zeros((3, 2, 256), dtype=torch.uint8)
+    clip[1], clip[2, 1, 0] = 255, 1
+    weights = torch.full((3,), 4096, dtype=torch.int32)
+    largest = 255 * 256 * 4096
+    assert kept(ek.select_anchored(clip, threshold=largest, weights=weights, backend=backend))[0] == [0, 1, 2, 3, 4]
+    assert kept(ek.select_anchored(clip, threshold=largest + 1, weights=weights, backend=backend))[0] == [0, 1]
+    assert kept(ek.select_anchored(clip, 5, weights=weights, backend=backend))[0] == [0, 1, 2, 3, 4]
+
+
 def test_int32_extremes(backend):
     low, high = -(2**31), 2**31 - 1
     scores = torch.tensor([[0, 0, 0, 0], [low, high, high - 1, low + 1]], dtype=torch.int32)

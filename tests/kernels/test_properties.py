@@ -93,3 +93,48 @@ def test_stale(array, budget, data):
     for t, p in zip(*np.nonzero(rest.reshape(units, places)), strict=True):
         latest = max(s for s in range(t) if not rest.reshape(units, places)[s, p])
         assert (samples[t, p] == samples[latest, p]).all()
+
+
+@SETTINGS
+@given(
+    hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 30))),
+    st.one_of(st.none(), st.integers(0, 130)),
+    st.one_of(st.none(), st.integers(1, 9000)),
+    st.integers(0, 25),
+    st.data(),
+)
+def test_anchored(array, budget, threshold, reserved, data):
+    if budget is None and threshold is None:
+        budget = 0
+    units, places, _ = array.shape
+    forced = data.draw(st.one_of(st.none(), hnp.arrays(np.bool_, (units, places))))
+    weights = data.draw(st.one_of(st.none(), hnp.arrays(np.int32, units, elements=st.integers(0, 4096))))
+    given_ = {
+        "threshold": threshold,
+        "min_per_unit": reserved,
+        "weights": None if weights is None else torch.from_numpy(weights),
+        "forced": None if forced is None else torch.from_numpy(forced),
+    }
+    got = ek.select_anchored(torch.from_numpy(array), budget, **given_)
+    same(got, ek.select_anchored(torch.from_numpy(array), budget, **given_, backend="ref"))
+    assert (got.indices.diff() > 0).all()
+    per_unit = torch.bincount(got.indices // places, minlength=units)
+    assert per_unit.tolist() == got.counts.tolist()
+    assert got.counts[0] == places and got.counts.min() >= min(reserved, places)
+    stays = np.zeros((units, places), np.bool_)
+    stays.reshape(-1)[got.indices] = True
+    must = np.zeros_like(stays) if forced is None else forced.copy()
+    must[0] = True
+    assert stays[must].all()
+    least = places + sum(max(int(n), min(reserved, places)) for n in must[1:].sum(axis=1))
+    bound = units * places if budget is None else min(units * places, max(budget, least))
+    assert len(got.indices) <= bound
+    if threshold is None:
+        assert len(got.indices) == bound
+    elif len(got.indices) < bound:
+        # The threshold stands, so by the walk alone nothing that is dropped is as far as it from its anchor.
+        values, anchors = array.astype(np.int64), array[0].astype(np.int64)
+        for t in range(1, units):
+            far = np.abs(values[t] - anchors).sum(axis=1) * (1 if weights is None else weights[t]) >= threshold
+            assert not (far & ~stays[t]).any()
+            anchors[far | must[t]] = values[t][far | must[t]]
