@@ -7,6 +7,7 @@ from ._warmup import warmup
 from .cosine_score import cosine_score
 from .prune_topk import prune_topk
 from .select_anchored import select_anchored
+from .select_hold import select_hold
 from .select_stale import select_stale
 from .select_threshold import select_threshold
 from .select_topk import select_topk
@@ -19,6 +20,7 @@ __all__ = [
     "cosine_score",
     "prune_topk",
     "select_anchored",
+    "select_hold",
     "select_stale",
     "select_threshold",
     "select_topk",

@@ -21,6 +21,7 @@ OPS = (
     "select_threshold",
     "select_stale",
     "select_anchored",
+    "select_hold",
     "prune_topk",
 )
 
