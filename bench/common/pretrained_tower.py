@@ -35,7 +35,7 @@ class PretrainedTower:
     """A DINOv2.
 
     Args:
-        weights: fp32, named and shaped as in the state of ``transformers.Dinov2Model``.
+        weights: fp32, named and shaped as in released checkpoints of DINOv2 for transformers.
     """
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -101,24 +101,18 @@ class PretrainedTower:
         out[computed] = self._norm("layernorm", rows)
         return out
 
-    def _layer(
-        self, prefix: str, rows: torch.Tensor, per_frame: list[int], seen: list[torch.Tensor]
-    ) -> torch.Tensor:
+    def _layer(self, prefix: str, rows: torch.Tensor, per_frame: list[int], seen: list[torch.Tensor]) -> torch.Tensor:
         """One layer over packed rows: (M, C) in and out."""
         before = self._norm(f"{prefix}norm1", rows)
         query, key, value = (
             self._linear(f"{prefix}attention.attention.{part}", before).view(len(rows), -1, HEAD)
             for part in ("query", "key", "value")
         )
-        # Frame by frame, as they differ in length: (1, heads, rows, HEAD) each.
-        attended = [
-            F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in (own, key[index], value[index])))[0]
-            for own, index in zip(query.split(per_frame), seen, strict=True)
-        ]
-        mixed = torch.cat(attended, dim=1).transpose(0, 1).reshape(rows.shape)
-        rows = rows + self._linear(f"{prefix}attention.output.dense", mixed) * self.weights[
-            f"{prefix}layer_scale1.lambda1"
-        ]
+        # Frame by frame, as they differ in length.
+        frames = zip(query.split(per_frame), seen, strict=True)
+        mixed = torch.cat([_attend(own, key[index], value[index]) for own, index in frames])
+        mixed = self._linear(f"{prefix}attention.output.dense", mixed)
+        rows = rows + mixed * self.weights[f"{prefix}layer_scale1.lambda1"]
         hidden = F.gelu(self._linear(f"{prefix}mlp.fc1", self._norm(f"{prefix}norm2", rows)))
         return rows + self._linear(f"{prefix}mlp.fc2", hidden) * self.weights[f"{prefix}layer_scale2.lambda1"]
 
@@ -129,6 +123,12 @@ class PretrainedTower:
         return F.layer_norm(
             rows, (self.width,), self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], eps=EPSILON
         )
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """(rows, heads, HEAD) each, keys and values of other rows than queries, to (rows, heads * HEAD)."""
+    query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1).flatten(1)
 
 
 def pretrained_path(folder: Path | None = None) -> Path:

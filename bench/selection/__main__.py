@@ -10,6 +10,7 @@ pictures; ``--config configs/selection/choose.yaml`` measures on other clips, fo
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from bench.common import harness
@@ -31,7 +32,8 @@ def main() -> None:
     if args.jobs < 1:
         parser.error(f"--jobs got {args.jobs}; at least 1 is needed.")
     try:
-        result = measure(Settings.from_yaml(CONFIGS / "smoke.yaml" if args.smoke else args.config), args.jobs)
+        settings = Settings.from_yaml(CONFIGS / "smoke.yaml" if args.smoke else args.config)
+        result = measure(settings, args.jobs, partial(print, flush=True))
     except MaterialError as error:
         raise SystemExit(str(error)) from None
     print(markdown(result))

@@ -48,7 +48,7 @@ def h264(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(each, format="rgb24")))
         container.mux(stream.encode())
     file.seek(0)
-    with av.open(file) as container:
+    with av.open(file, "r") as container:
         return np.stack([each.to_ndarray(format="rgb24") for each in container.decode(video=0)])
 
 
@@ -123,7 +123,7 @@ def _lit(pictures: np.ndarray, rng: np.random.Generator, gains: np.ndarray) -> n
 
 
 def _window(pictures: np.ndarray, zooms: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """What a camera sees that is zoomed in by `zooms` (T,), at least 1, and off by `shifts` (T, 2), x and y in pixels."""
+    """What a camera sees that is zoomed in by `zooms` (T,) >= 1, and off by `shifts` (T, 2), (x, y) in pixels."""
     import cv2
 
     width, height = _size(pictures)

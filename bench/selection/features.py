@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tower makes of frames: per token, kept on disk by the frame's pixels, so that a run starts where one ended."""
+"""What the tower makes of frames, token by token; kept on disk, so that a run goes on where another one ended."""
 
 import hashlib
 import os

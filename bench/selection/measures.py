@@ -2,8 +2,8 @@
 """What a selection loses, as a pretrained tower sees it.
 
 *Hold*: how far a token is from the last kept one of its place, which is what a reader who holds on to the last that was
-shown takes it for. *Coverage*: how far it is from whatever kept token within some units is nearest, at any place: content
-that nothing kept resembles. Both are 1 - cosine, of features without the clip's mean, over all tokens, kept ones too.
+shown takes it for. *Coverage*: how far it is from the nearest kept token within some units, at any place: content that
+nothing kept resembles. Both are 1 - cosine, of features without the clip's mean, over all tokens, kept ones too.
 """
 
 import torch

@@ -110,7 +110,10 @@ def _tails(rows: Rows, rates: Sequence[float], some: dict[str, Any]) -> list[str
                 for measure in MEASURES for rate in rates)]
         for way in distinct(rows, "selection")
     ]  # fmt: skip
-    note = "Cosine that 5 % of a clip's tokens do not reach, higher is better / loss of its worst unit; means over clips."
+    note = (
+        "Cosine that 5 % of a clip's tokens do not reach, higher is better, and loss of its worst unit; "
+        "means over the clips."
+    )
     return [note, "", *tables.markdown(head, cells, "lr")]
 
 
@@ -136,11 +139,12 @@ def _drift(rows: Rows) -> list[str]:
                 mean_of(rows, figure, way=way, rate=rate)
                 for figure in ("centred_cosine", "centred_cosine_p05", "computed")
             )
-            worst = min((row["centred_cosine"], row["clip"]) for row in rows if (row["way"], row["rate"]) == (way, rate))
-            cells[-1].append(f"{cosine:.3f} / {tail:.2f} / {share:.0%} / {worst[0]:.2f} {worst[1]}")
+            mine = [row for row in rows if (row["way"], row["rate"]) == (way, rate)]
+            worst = min(mine, key=lambda row: row["centred_cosine"])
+            cells[-1].append(f"{cosine:.3f} / {tail:.2f} / {share:.0%} / {worst['centred_cosine']:.2f} {worst['clip']}")
     note = (
-        "Cosine to the full tower's patches, without the clip's mean patch, of the kept tokens after unit 0: mean / what "
-        "5 % of the patches do not reach / share of the tokens computed, means over clips / the worst clip's mean. "
+        "Cosine to the full tower's patches, without the clip's mean patch, of the kept tokens after unit 0: mean / "
+        "what 5 % of the patches do not reach / share of the tokens computed / the mean of the worst clip. "
         "In JSON also with unit 0, which is exact."
     )
     return [note, "", *tables.markdown(["tower", *(f"q={rate:g}" for rate in rates)], cells, "lr")]

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from bench.common import harness
@@ -50,14 +49,11 @@ class Bench:
         """One row per selection and rate."""
         scene, rows = self.scene(name, condition), []
         judge = Judge(scene.features)
-        ways: dict[str, Callable[[Scene, int, float], Any]] = {
-            each: partial(of_package, name=each) for each in self.settings.selections or ()
-        }
-        ways |= {each: lambda scene, count, rate, way=way: way(scene, count) for each, way in WAYS.items()}
         for rate in self.settings.rates:
             count = math.floor(scene.features[..., 0].numel() * (1 - exact(rate)))
-            for way, choose in ways.items():
-                kept = choose(scene, count, rate)
+            chosen = {way: of_package(scene, count, rate, way) for way in self.settings.selections or ()}
+            chosen |= {way: choose(scene, count) for way, choose in WAYS.items()}
+            for way, kept in chosen.items():
                 if int(kept.sum()) != count:
                     raise RuntimeError(f"{way} keeps {int(kept.sum())} tokens of {scene.name}, not {count}.")
                 row = {"clip": name, "condition": condition, "selection": way, "rate": rate, "kept": count}

@@ -115,9 +115,7 @@ WAYS: dict[str, Callable[[Scene, int], torch.Tensor]] = {
 """By name; those of the package stand beside them by their own names."""
 
 
-def anchored(
-    distance: Callable[[int, torch.Tensor], torch.Tensor], values: torch.Tensor, count: int
-) -> torch.Tensor:
+def anchored(distance: Callable[[int, torch.Tensor], torch.Tensor], values: torch.Tensor, count: int) -> torch.Tensor:
     """Keeps whatever differs from the last kept token of its place by more than a threshold that bisection finds.
 
     Args:
@@ -141,7 +139,7 @@ def anchored(
             anchor = torch.where(kept[t, :, None], values[t], anchor)
         return kept, far
 
-    # Distances to unit 0 alone do not bound those to later anchors; four times their largest does, for L1 and 1 - cosine.
+    # Distances to unit 0 do not bound those to later anchors. Four times their largest does, for L1 and 1 - cosine.
     low, high = 0.0, 4 * float(walk(torch.inf)[1][1:].max()) + 1e-6
     for _ in range(STEPS):
         middle = (low + high) / 2
