@@ -39,7 +39,9 @@ class Library:
         else:
             self.paths = material.files_of(material.CLIPS[settings.clips])
             self.single = list(self.paths)
+        # Of one condition, all clips: half a gigabyte at full size.
         self.frames = lru_cache(maxsize=2 * len(self.single))(self._frames)
+        self.pictures = lru_cache(maxsize=len(self.single))(self._pictures)
 
     @property
     def names(self) -> list[str]:
@@ -62,7 +64,7 @@ class Library:
             return np.concatenate([middle(self.frames(each, condition), count) for each in self.single])
         apply = CONDITIONS[condition]
         assert apply is not None
-        return apply(self._pictures(name), rng)
+        return apply(self.pictures(name), rng)
 
     def _pictures(self, name: str) -> np.ndarray:
         """What a condition is applied to: (T, ROOM * H, ROOM * W, 3) uint8 RGB."""
@@ -86,19 +88,20 @@ def sample(path: Path, size: tuple[int, int], units: int, fps: float) -> np.ndar
     """
     import cv2
 
-    capture, frames = cv2.VideoCapture(str(path)), []
-    try:
-        count, rate = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
-        step = max(1, int(min(round(rate / fps), count // math.ceil(0.8 * units))))
-        for index in range(units * step):
-            if not capture.grab():
-                break
-            if index % step == 0:
-                frames.append(cv2.cvtColor(_cropped(capture.retrieve()[1], size), cv2.COLOR_BGR2RGB))
-    finally:
-        capture.release()
-    if not frames:
+    capture = cv2.VideoCapture(str(path))
+    # Counted, as some files have times without a frame: what a file says of its length is in such times.
+    count = sum(1 for _ in iter(capture.grab, False))
+    seconds = capture.get(cv2.CAP_PROP_FRAME_COUNT) / max(1, capture.get(cv2.CAP_PROP_FPS))
+    capture.release()
+    if not count:
         raise MaterialError(f"OpenCV reads no frame of {path}.")
+    step = max(1, min(round(count / seconds / fps), count // math.ceil(0.8 * units)))
+    capture, frames = cv2.VideoCapture(str(path)), []
+    for index in range(min(count, units * step)):
+        capture.grab()
+        if index % step == 0:
+            frames.append(cv2.cvtColor(_cropped(capture.retrieve()[1], size), cv2.COLOR_BGR2RGB))
+    capture.release()
     return np.stack(frames)
 
 

@@ -136,6 +136,7 @@ def test_a_file_is_sampled_evenly_and_cropped_in_the_middle():
     frames = clips.sample(path, (252, 448), units=40, fps=3)
     assert frames.shape == (36, 252, 448, 3)
     assert np.array_equal(clips.sample(path, (252, 448), units=10, fps=5)[1], clips.sample(path, (252, 448), 50, 5)[1])
+    assert len(clips.sample(path, (28, 28), units=400, fps=3)) == 250
     with pytest.raises(MaterialError, match="reads no frame"):
         clips.sample(ROOT / "LICENSE", (28, 28), 4, 3)
 
