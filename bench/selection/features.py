@@ -11,6 +11,9 @@ import torch
 from bench.common.fetch import cache_folder
 from bench.common.pretrained_tower import PretrainedTower
 
+VERSION = 1
+"""Raise it when the same weights and pixels give other features than before."""
+
 
 class Features:
     """Features of tokens.
@@ -23,7 +26,7 @@ class Features:
 
     def __init__(self, tower: PretrainedTower, grid: tuple[int, int], folder: Path | None = None) -> None:
         self.tower, self.grid = tower, grid
-        self.folder = (folder or cache_folder("features")) / tower.identity
+        self.folder = (folder or cache_folder("features")) / f"{VERSION}-{tower.identity}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def of(self, frames: np.ndarray) -> torch.Tensor:
