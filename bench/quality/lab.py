@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,6 +17,7 @@ import transformers
 
 from bench.common import harness, tables
 from bench.common.targets import add_bar, table
+from bench.common.workers import start_worker
 from bench.quality.ask import Variant, ask
 from bench.quality.models import Settings, claim, train_base, train_further
 from evs_vllm.train.synthetic import Example, make_example
@@ -69,19 +69,8 @@ def be_quiet() -> None:
 
 
 def _start(threads: int) -> None:
-    import torch
-
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+    start_worker(threads)
     be_quiet()
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when the main process is gone, however it ended: training would go on for minutes."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def measure(settings: Settings, folder: Path, jobs: int = 1, log: Callable[[str], None] = print) -> dict[str, Any]:
