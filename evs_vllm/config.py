@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evs_vllm.errors import ConfigError
-from evs_vllm.options import OPTIONS, Option, exact
+from evs_vllm.options import OPTIONS, SELECTION_NAMES, Option, exact
 
-IDENTITY_VERSION = "evs2"
+IDENTITY_VERSION = "evs3"
 """Bump it when what a plan holds or how tokens are counted changes: no cache may serve what an older version made."""
 
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -27,14 +27,13 @@ class EVSConfig:
 
     rate: float | None = None
     threshold: float | None = None
+    selection: str = SELECTION_NAMES[0]
     positions: str = "keep"
     min_tokens_per_unit: int = 0
     max_tokens: int | None = None
     encoder: str = "auto"
     encoder_refresh: int = 8
     request_overrides: str = "stricter"
-    selection: str = "paper"
-    """Not an option yet: the name in `evs_vllm.core.scorers.SELECTIONS` of how tokens are chosen."""
     why_not_reuse: str = ""
     """Not an option: why this server cannot run the encoder 'reuse', or "". Set at start-up by `resolve_encoder`."""
 
@@ -92,7 +91,7 @@ class EVSConfig:
         if not self.active:
             return ""
         shaping = (f"{o.name}={_spelled(getattr(self, o.name))}" for o in OPTIONS if o.affects and self._counts(o))
-        return " ".join((IDENTITY_VERSION, f"selection={self.selection}", *shaping))
+        return " ".join((IDENTITY_VERSION, *shaping))
 
     def _counts(self, option: Option) -> bool:
         """Whether an option changes anything beside the others."""
@@ -106,17 +105,19 @@ class EVSConfig:
         if self.rate:
             what.append(f"{100 * self.rate:g} % of the video tokens of each clip")
         elif self.threshold:
-            what.append(f"video tokens whose mean pixel change is below {self.threshold:g}")
+            what.append(f"video tokens that changed by less than {self.threshold:g}")
         if self.max_tokens:
             what.append(f"what exceeds {self.max_tokens} tokens per clip")
         kept = f", at least {self.min_tokens_per_unit} per unit kept" if self.min_tokens_per_unit else ""
         encoder = "" if self.encoder == "auto" else f", {self.encoder} encoder"
-        return f"{' and '.join(what)}{kept} ({self.positions} positions{encoder})"
+        return f"{' and '.join(what)}{kept} (selection {self.selection}, {self.positions} positions{encoder})"
 
     def is_at_most(self, other: "EVSConfig") -> bool:
         """Whether for every clip these settings keep and compute at most as many tokens as `other` does."""
         if not other.active or not self.active:
             return not other.active
+        if self.selection != other.selection and (self.threshold or other.threshold):
+            return False  # thresholds of two selections have nothing in common
         return all(
             option.no_more(getattr(self, option.name), getattr(other, option.name))
             for option in OPTIONS

@@ -24,6 +24,9 @@ REQUEST_PREFIX = "evs_"
 """Prefix of our keys in a request's ``mm_processor_kwargs``."""
 
 POSITIONS = ("keep", "sequential")
+SELECTION_NAMES = ("learned", "contrast", "paper")
+"""The names of `evs_vllm.core.scorers.SELECTIONS`, the default first."""
+
 ENCODERS = ("auto", "reuse", "full")
 MOST_TOKENS = 10**9
 """Largest number of tokens that an option takes: more than any clip has."""
@@ -178,11 +181,20 @@ OPTIONS: tuple[Option, ...] = (
         name="threshold",
         is_allowed=lambda v: _is_number(v) and 0 <= v <= 255,  # type: ignore[operator]
         allowed="a number from 0 (nothing is dropped) to 255",
-        help="Instead of a rate: keep every token whose mean absolute pixel change (0..255) is at least this.",
+        help="Instead of a rate: keep every token that changed by at least this, in the unit of the selection.",
         metavar="LEVEL",
         affects="prompt",
         no_more=_drops_as_much,
         nullable=True,
+    ),
+    _choice(
+        "selection",
+        SELECTION_NAMES,
+        "Which tokens stay: those that differ most from what was last kept at their place, by a 'learned' descriptor or "
+        "by 'contrast', or those whose pixels changed most since the unit before ('paper').",
+        affects="prompt",
+        # 'paper' keeps the same number of long clips and fewer of short ones.
+        no_more=lambda own, other: own in (other, "paper"),
     ),
     _choice(
         "positions",

@@ -64,7 +64,13 @@ def _with(server: EVSConfig, values: Mapping[str, Any]) -> EVSConfig:
             changed.setdefault("max_tokens", None)
     elif "threshold" in values:
         changed["rate"] = None
-    return replace(server, **changed)
+    settings = replace(server, **changed)
+    if settings.threshold and "threshold" not in values and settings.selection != server.selection:
+        raise ConfigError(
+            f"the server's threshold {server.threshold:g} is one of selection {server.selection!r} and means nothing to "
+            f"{settings.selection!r}. Set evs_threshold or evs_rate as well."
+        )
+    return settings
 
 
 def split_request_kwargs(kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,7 +14,7 @@ from bench.common.fetch import MaterialError
 from bench.common.pretrained_tower import PATCH
 from bench.selection.conditions import CONDITIONS, ROOM
 from bench.selection.settings import Settings
-from evs_vllm.core.clip import Clip
+from evs_vllm.core.clip import Clip, TokenPixels
 from evs_vllm.testing import synthetic_clip
 
 SEED = 15
@@ -129,7 +129,7 @@ def as_clip(frames: np.ndarray) -> Clip:
     rows, columns = height // TOKEN, width // TOKEN
     cut = torch.from_numpy(frames).view(units, rows, 2, PATCH, columns, 2, PATCH, 3)
     tokens = cut.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(units, rows * columns, -1)
-    return Clip(tokens.contiguous(), (units, rows, columns))
+    return Clip(tokens.contiguous(), (units, rows, columns), TokenPixels(2, 3, 1, PATCH))
 
 
 def _cropped(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:

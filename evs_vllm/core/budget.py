@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens of a clip stay.
-
-The rule for a rate equals that of vLLM's ``--video-pruning-rate``, with the rate read as an exact decimal.
-"""
+"""How many tokens of a clip stay. A rate is read as an exact decimal."""
 
 import math
 
@@ -19,19 +16,32 @@ def token_floor(num_units: int, tokens_per_unit: int, min_tokens_per_unit: int, 
     return max(1, num_units * least) if continues else tokens_per_unit + (num_units - 1) * least
 
 
-def token_budget(num_units: int, tokens_per_unit: int, config: EVSConfig, continues: bool = False) -> int:
+def token_budget(
+    num_units: int, tokens_per_unit: int, config: EVSConfig, continues: bool = False, stock_count: bool = False
+) -> int:
     """The number of tokens that `config` keeps of a clip when it sets a rate, or at most keeps when it does not.
+
+    A rate keeps ``floor(N * (1 - rate))`` of the N = T*P tokens. Unit 0 is whole and would take all of that in a short
+    clip, which would then be served as one still picture. So of the other units together at least half of their share
+    is kept: ``P + ceil((T - 1) * P * (1 - rate) / 2)``, which is the larger number up to ``T = (1 + rate) / (1 - rate)``
+    units: 7 at 0.75, 19 at 0.9.
 
     Args:
         num_units: T >= 1.
         tokens_per_unit: P >= 1.
         config: The settings.
-        continues: Whether the clip goes on from another one (`Clip.previous`).
+        continues: Whether the clip goes on from another one (`Clip.previous`); its unit 0 is not kept whole, and it
+            keeps ``floor(N * (1 - rate))``.
+        stock_count: Whether to keep exactly ``floor(N * (1 - rate))`` of short clips too, as vLLM's
+            ``--video-pruning-rate`` does.
 
     Returns:
-        ``max(floor, min(floor(N * (1 - rate)), max_tokens))`` with N = T*P and the floor of `token_floor`.
+        That number, at most ``max_tokens``, at least the floor of `token_floor`.
     """
-    budget = math.floor(num_units * tokens_per_unit * (1 - exact(config.rate or 0)))
+    kept = 1 - exact(config.rate or 0)
+    budget = math.floor(num_units * tokens_per_unit * kept)
+    if not continues and not stock_count:
+        budget = max(budget, tokens_per_unit + math.ceil((num_units - 1) * tokens_per_unit * kept / 2))
     if config.max_tokens is not None:
         budget = min(budget, config.max_tokens)
     return max(budget, token_floor(num_units, tokens_per_unit, config.min_tokens_per_unit, continues))

@@ -7,19 +7,45 @@ import torch
 
 
 @dataclass(frozen=True)
+class TokenPixels:
+    """How the pixel values of a token's row are ordered: merge row, merge column, channel, frame, pixel row, column.
+
+    Attributes:
+        merge: Patches along one side of a token.
+        channels: Colour channels.
+        frames: Frames of a temporal unit.
+        side: Pixels along one side of a patch.
+    """
+
+    merge: int
+    channels: int
+    frames: int
+    side: int
+
+    @property
+    def values(self) -> int:
+        """D, the length of a row."""
+        return self.merge**2 * self.channels * self.frames * self.side**2
+
+
+@dataclass(frozen=True)
 class Clip:
     """A clip's pixels, one row per language-model token.
 
     Attributes:
         tokens: (T, P, D) uint8, contiguous, CPU or CUDA.
         grid: (T, H, W) with H*W == P.
+        pixels: How a row is ordered, for selections that look at where a pixel is; None where that is not known.
         previous: (P, D) uint8, how each place looked before unit 0, for a clip that goes on from another one. None for
             a clip that stands alone, whose unit 0 is kept whole.
+        starts: (T,) seconds at which each unit begins, or None where the video does not say.
     """
 
     tokens: torch.Tensor
     grid: tuple[int, int, int]
+    pixels: TokenPixels | None = None
     previous: torch.Tensor | None = None
+    starts: tuple[float, ...] | None = None
 
     @property
     def num_units(self) -> int:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways to choose which tokens of a clip stay: one object each, in one table, `SELECTIONS`.
 
-A `Selection` returns the tokens. Most are a `Scorer`: they say how much each token is worth, and the rules of budget,
-threshold and ties are written here once. CONTRIBUTING.md, "Add a scorer", says how to add one. The choice is made from
-pixels: the prompt is laid out before the vision tower runs, so scores from the tower's features do not fit here.
+A `Selection` returns the tokens. `Anchored` compares each token with the last one kept at its place, by a descriptor; a
+`Scorer` says how much each token is worth by itself. The rules of budget, threshold and ties are written here once.
+CONTRIBUTING.md, "Add a selection", says how to add one. The choice is made from pixels: the prompt is laid out before
+the vision tower runs, so scores from the tower's features do not fit here.
 """
 
 import math
@@ -15,6 +16,8 @@ import evs_kernels
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.budget import token_budget
 from evs_vllm.core.clip import Clip
+from evs_vllm.core.descriptors import Contrast, Descriptor
+from evs_vllm.core.learned import Learned
 from evs_vllm.errors import ConfigError
 from evs_vllm.options import exact
 
@@ -24,9 +27,12 @@ class Selection(ABC):
 
     Attributes:
         name: Its name in `SELECTIONS`. It is part of the cache identity: a method that changes needs another name.
+        stock_count: Whether it keeps exactly the number of tokens that vLLM's ``--video-pruning-rate`` keeps, of short
+            clips too (see `token_budget`).
     """
 
     name: str
+    stock_count: bool = False
 
     @abstractmethod
     def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
@@ -40,6 +46,45 @@ class Selection(ABC):
             (K,) int64 on the clip's device, sorted flat indices ``t*P + p``, at least one. Of a clip without
             `Clip.previous`, all of unit 0 is among them if the vision tower is to reuse keys and values.
         """
+
+    def budget(self, clip: Clip, config: EVSConfig) -> int:
+        """`token_budget` of a clip."""
+        continues = clip.previous is not None
+        return token_budget(clip.num_units, clip.tokens_per_unit, config, continues, self.stock_count)
+
+
+class Anchored(Selection):
+    """Compares a token with the last one kept at its place, which is what the model was last shown of it.
+
+    Compared with the unit before, a slow change never counts, and everything after a cut is old news one unit later.
+    With a rate, tokens are chosen so that what is dropped differs least, in sum, from what was last shown of its place
+    (`evs_kernels.select_hold`). With a threshold, nothing that is dropped differs from that by the threshold or more
+    (`evs_kernels.select_anchored`), unless ``max_tokens`` bites.
+
+    Args:
+        name: Its name.
+        descriptor: What tokens are compared by.
+    """
+
+    def __init__(self, name: str, descriptor: Descriptor) -> None:
+        self.name, self._descriptor = name, descriptor
+
+    def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
+        descriptors = self._descriptor.describe(clip)
+        before = clip.tokens_per_unit if clip.previous is not None else 0
+        budget = before + self.budget(clip, config)
+        least = config.min_tokens_per_unit
+        if config.threshold:
+            level = max(1, math.ceil(exact(config.threshold) * exact(self._descriptor.unit)))
+            most = budget if config.max_tokens else None
+            kept = evs_kernels.select_anchored(descriptors, most, threshold=level, min_per_unit=least).indices
+        else:
+            kept = evs_kernels.select_hold(descriptors, budget, min_per_unit=least).indices
+        kept = kept[before:] - before
+        if len(kept):
+            return kept
+        # A prompt needs a token of the clip, also where nothing changed.
+        return evs_kernels.select_hold(descriptors, before + 1).indices[before:] - before
 
 
 class Scorer(Selection):
@@ -79,8 +124,7 @@ class Scorer(Selection):
                 max_tokens=None if config.max_tokens is None else config.max_tokens + before,
             ).indices
         else:
-            budget = token_budget(clip.num_units, clip.tokens_per_unit, config, continues=before > 0)
-            kept = self.top(tokens, budget + before, least)
+            kept = self.top(tokens, self.budget(clip, config) + before, least)
         kept = kept[before:] - before
         # A prompt needs a token of the clip, also where nothing changed.
         return kept if len(kept) else self.score(tokens)[1:].flatten().argmax()[None]
@@ -94,6 +138,7 @@ class PixelChange(Scorer):
     """
 
     name = "paper"
+    stock_count = True
 
     def score(self, tokens: torch.Tensor) -> torch.Tensor:
         """(T, P) int32: ``score[t, p] = sum_d |tokens[t, p, d] - tokens[t-1, p, d]|``."""
@@ -119,4 +164,7 @@ def named_selection(name: str) -> Selection:
     return SELECTIONS[name]
 
 
-SELECTIONS: dict[str, Selection] = {selection.name: selection for selection in (PixelChange(),)}
+SELECTIONS: dict[str, Selection] = {
+    selection.name: selection
+    for selection in (Anchored("learned", Learned()), Anchored("contrast", Contrast()), PixelChange())
+}

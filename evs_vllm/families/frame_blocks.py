@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evs_vllm.core.clip import Clip
+from evs_vllm.core.clip import Clip, TokenPixels
 from evs_vllm.families.base import FamilyAdapter, to_uint8
 
 
@@ -35,7 +35,7 @@ class FrameBlocks(FamilyAdapter):
         index = torch.tensor(starts, device=frames.device)[:, None] + torch.arange(block, device=frames.device)
         blocks = frames[:, :, index][..., index]  # (frame, channel, row, pixel row, column, pixel column)
         tokens = blocks.permute(0, 2, 4, 1, 3, 5).reshape(len(frames), side * side, -1)
-        return Clip(tokens, (len(frames), side, side))
+        return Clip(tokens, (len(frames), side, side), TokenPixels(1, frames.shape[1], 1, block))
 
     def frames(self, item: Mapping[str, Any]) -> np.ndarray:
         return self._uint8_frames(item).permute(0, 2, 3, 1).cpu().numpy()

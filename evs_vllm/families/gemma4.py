@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evs_vllm.core.clip import Clip
+from evs_vllm.core.clip import Clip, TokenPixels
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.families.base import FamilyAdapter, PixelStats, to_uint8
 
@@ -37,8 +37,10 @@ class Gemma4(FamilyAdapter):
         pool = vision.patch_size * vision.pooling_kernel_size // patches.shape[3]
         count, rows, columns = patches.shape[:3]
         grid = (count, rows // pool, columns // pool)
-        tokens = patches.reshape(count, grid[1], pool, grid[2], pool, -1).transpose(2, 3)
-        return Clip(tokens.reshape(count, grid[1] * grid[2], -1).contiguous(), grid)
+        side = patches.shape[3]
+        blocks = patches.reshape(count, grid[1], pool, grid[2], pool, side, side, 3)
+        tokens = blocks.permute(0, 1, 3, 2, 4, 7, 5, 6).reshape(count, grid[1] * grid[2], -1)
+        return Clip(tokens, grid, TokenPixels(pool, 3, 1, side))
 
     def frames(self, item: Mapping[str, Any]) -> np.ndarray:
         patches = self._patches(item)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from evs_vllm.core.clip import Clip
+from evs_vllm.core.clip import Clip, TokenPixels
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ClipRows, ReuseSchedule, clip_rows, scheduled
+from evs_vllm.core.reuse import Clip, TokenPixelsRows, ReuseSchedule, clip_rows, scheduled
 from evs_vllm.families.base import FamilyAdapter, ReuseTower, to_uint8
 from evs_vllm.families.rotary import MROPE_CACHE_FACTOR
 
@@ -33,7 +33,10 @@ class Qwen2VL(FamilyAdapter):
         units, height, width = (int(x) for x in item[GRID])
         rows = to_uint8(item[PIXELS], vision.in_channels, self.stats)
         grid = (units, height // merge, width // merge)
-        return Clip(rows.reshape(units, grid[1] * grid[2], -1), grid)
+        tokens = rows.reshape(units, grid[1] * grid[2], -1)
+        patch, channels = vision.patch_size, vision.in_channels
+        frames = tokens.shape[-1] // (merge**2 * channels * patch**2)
+        return Clip(tokens, grid, TokenPixels(merge, channels, frames, patch))
 
     def frames(self, item: Mapping[str, Any]) -> np.ndarray:
         vision = self.config.vision_config

@@ -92,7 +92,7 @@ def test_a_clip_that_goes_on_is_compared_with_what_was_before_it(
 ) -> None:
     units, per_unit, values = clip.shape
     previous = clip[0] if seed < 4 else random_tokens(seed, 1, per_unit, values, 3)[0]
-    plan = make_plan(Clip(clip, (units, 1, per_unit), previous), replace(config, encoder="reuse"))
+    plan = make_plan(Clip(clip, (units, 1, per_unit), previous=previous), replace(config, encoder="reuse"))
     assert plan.kept.tolist() == going_on(clip, previous, config)
     assert plan.encoder == "full", "unit 0 is not whole, so there is nothing to reuse"
 
@@ -100,7 +100,7 @@ def test_a_clip_that_goes_on_is_compared_with_what_was_before_it(
 def test_a_chunk_in_which_nothing_changed_keeps_one_token() -> None:
     still = torch.full((4, 6, 12), 77, dtype=torch.uint8)
     for config in (EVSConfig(threshold=5, encoder="reuse"), EVSConfig(rate=0.99)):
-        plan = make_plan(Clip(still, (4, 2, 3), still[0]), config)
+        plan = make_plan(Clip(still, (4, 2, 3), previous=still[0]), config)
         assert plan.kept.tolist() == [0] and plan.counts.tolist() == [1, 0, 0, 0]
     assert token_floor(4, 6, 0, continues=True) == 1 and token_floor(4, 6, 2, continues=True) == 8
 
