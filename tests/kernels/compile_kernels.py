@@ -29,6 +29,7 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
     cosine = import_module("evs_kernels.cosine_score._triton_kernels")
     select = import_module("evs_kernels.select_topk._triton_kernels")
     stale = import_module("evs_kernels.select_stale._triton_kernels")
+    anchored = import_module("evs_kernels.select_anchored._triton_kernels")
     for wide in (True, False):
         depth, tag = ({"depth"}, "wide") if wide else (set(), "odd")
         for t in ("u8", *FLOATS):
@@ -47,6 +48,23 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
         args = ["*u8", "*u8", "*i32", "*i32", "*u8", "i32", "i32", "i32"]
         yield f"stale-{write:d}-wide", stale.scan_kernel, args, {"WRITE": write, "BLOCK": stale.BLOCK}, {"width"}, 1
     yield "stale-step", stale.step_kernel, ["*i32", "*i32", "i32"], {}, set(), 1
+    for width in (32, 256, 50, 250):
+        (places, block), tag = anchored.block_of(width), "odd" if width % 16 else "even"
+        for forced, reserve, write in ((False, False, False), (True, True, False), (True, False, True)):
+            args = ["*u8", "*i32", "*u8" if forced else "*i32", "*i32", "*i32", "i32", "i32", "i32"]
+            constants = {"FORCED": forced, "PER_UNIT_COUNTS": reserve, "WRITE": write}
+            constants |= {"PLACES": places, "WIDTH": block}
+            aligned = {"width"} if tag == "even" else set()
+            yield (
+                f"anchored-{forced:d}{reserve:d}{write:d}-{width}-{tag}",
+                anchored.walk_kernel,
+                args,
+                constants,
+                aligned,
+                1,
+            )
+    args = ["*i32", "*i32", "i32", "i32", "i32"]
+    yield "anchored-step", anchored.step_kernel, args, {"BLOCK": anchored.BLOCK}, set(), 4
     args = ["*fp32", "*fp32", "*fp32", "i32", "i32", "i32"]
     yield "cosine-finish", cosine.finish_kernel, args, {"BLOCK": score.BLOCK}, set(), 4
     for s in ("i32", "fp32"):

@@ -11,6 +11,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OK, REASON = ek.supported("prune_topk", "triton", DEVICE)
 pytestmark = pytest.mark.skipif(not OK, reason=REASON)
 
+WAITING = ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__index__")
+"""Methods of a tensor for which the host waits until the device is done."""
+
+
+def wait(*_, **__):
+    raise AssertionError("the host waits for the device")
+
 
 @pytest.fixture
 def select():
@@ -44,16 +51,32 @@ def launches(monkeypatch, select):
 @pytest.mark.parametrize("reserved", [0, 1])
 def test_prune_topk_launches_and_never_waits(launches, monkeypatch, depth, reserved):
     clip = torch.ones((3, 2, depth), dtype=torch.uint8, device=DEVICE)
-
-    def wait(*_, **__):
-        raise AssertionError("the host waits for the device")
-
     with monkeypatch.context() as patch:
-        for name in ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__index__"):
+        for name in WAITING:
             patch.setattr(torch.Tensor, name, wait)
         selection = ek.prune_topk(clip, 3, min_per_unit=reserved, backend="triton")
     assert 2 <= len(launches) <= 3
     assert len(selection.indices) == max(3, 2 + 2 * reserved)
+
+
+@pytest.mark.parametrize("reserved", [0, 1])
+def test_select_anchored_never_waits_for_a_budget(monkeypatch, reserved):
+    descriptors = torch.ones((3, 2, 16), dtype=torch.uint8, device=DEVICE)
+    with monkeypatch.context() as patch:
+        for name in WAITING:
+            patch.setattr(torch.Tensor, name, wait)
+        selection = ek.select_anchored(descriptors, 3, min_per_unit=reserved, backend="triton")
+    assert len(selection.indices) == max(3, 2 + 2 * reserved)
+
+
+def test_select_anchored_counts_units_block_by_block(monkeypatch, generator):
+    from evs_kernels.select_anchored import _triton_kernels
+
+    monkeypatch.setattr(_triton_kernels, "BLOCK", 4)
+    descriptors = torch.randint(0, 256, (12, 37, 3), dtype=torch.uint8, generator=generator)
+    want = ek.select_anchored(descriptors, 200, min_per_unit=9, backend="ref")
+    got = ek.select_anchored(descriptors.to(DEVICE), 200, min_per_unit=9, backend="triton")
+    assert_same(tuple(part.cpu() for part in got), tuple(want))
 
 
 @pytest.mark.parametrize("name", ["select_topk", "select_threshold", "prune_topk"])

@@ -66,9 +66,8 @@ def select_anchored(
     if threshold is not None:
         threshold = _validate.count("threshold", threshold, smallest=1)
     min_per_unit = min(_validate.count("min_per_unit", min_per_unit), per_unit)
-    if weights is None:
-        weights = torch.ones(units, dtype=torch.int32)
-    _validate.unit_weights("weights", weights, units)
+    if weights is not None:
+        _validate.unit_weights("weights", weights, units)
     if forced is not None:
         _validate.token_mask("forced", forced, "descriptors", descriptors)
     run = implementation("select_anchored", backend, descriptors.device)

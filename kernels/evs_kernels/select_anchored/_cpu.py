@@ -14,8 +14,8 @@ from ..select_topk._cpu import run as select_topk
 _KEPT = np.int32(2**31 - 1)  # above every distance
 
 
-# Not cut into blocks of constant size: of this loop LLVM makes sums of absolute differences of bytes (4 ns for a token of
-# 32 values), of such blocks it does not.
+# Not cut into blocks of constant size: of this loop LLVM makes sums of absolute differences of bytes (4 ns for a token
+# of 32 values), of such blocks it does not.
 @njit()
 def _distance(a, b):
     total = np.int32(0)
@@ -74,18 +74,19 @@ def run(
     budget: int | None,
     threshold: int | None,
     min_per_unit: int,
-    weights: torch.Tensor,
+    weights: torch.Tensor | None,
     forced: torch.Tensor | None,
 ) -> Selection:
     """See evs_kernels.select_anchored."""
     units, per_unit, width = descriptors.shape
     stays = np.zeros((units, per_unit), np.bool_) if forced is None else forced.numpy()
-    clip = (descriptors.numpy(), weights.numpy(), stays)
+    factors = np.ones(units, np.int32) if weights is None else weights.numpy()
+    clip = (descriptors.numpy(), factors, stays)
     bound = units * per_unit
     if budget is not None:
         least = per_unit + int(stays[1:].sum(axis=1).clip(min=min_per_unit).sum())
         bound = min(bound, max(budget, least))
-    high = 255 * width * int(weights.max()) + 1  # no distance reaches it
+    high = 255 * width * int(factors.max()) + 1  # no distance reaches it
     level = 1 if threshold is None else min(threshold, high)
     anchors = np.empty(per_unit, np.int32)
     cost = _cost(*clip, level, min_per_unit, bound, anchors)

@@ -14,12 +14,14 @@ def run(
     budget: int | None,
     threshold: int | None,
     min_per_unit: int,
-    weights: torch.Tensor,
+    weights: torch.Tensor | None,
     forced: torch.Tensor | None,
 ) -> Selection:
     """See evs_kernels.select_anchored."""
     units, per_unit, width = descriptors.shape
     values = descriptors.int()
+    if weights is None:
+        weights = torch.ones(units, dtype=torch.int32)
 
     def walk(level: int) -> torch.Tensor:
         """(T, P) distances from the anchor, KEPT where the token is kept."""
