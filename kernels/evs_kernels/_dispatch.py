@@ -23,6 +23,7 @@ OPS = (
     "select_anchored",
     "select_hold",
     "prune_topk",
+    "pool_tokens",
 )
 
 _MODULES = {"ref": "_ref", "cpu": "_cpu", "triton": "_triton_kernels"}

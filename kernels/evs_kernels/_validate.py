@@ -20,6 +20,8 @@ MAX_DESCRIPTOR = 256
 MAX_WEIGHT = 4096
 # Over a block of 32 units; prices and two such costs are added up in an int32.
 MAX_HOLD = 2**29 // 32
+# 511 * 2**22 < 2**31: rounding a mean half up needs twice the sum and the number of values in an int32.
+MAX_PIXELS = 2**22
 
 
 def tensor(name: str, value: object, axes: str, dtypes: Iterable[torch.dtype] | None, *, smallest: int = 1) -> None:
@@ -144,3 +146,15 @@ def hold_weights(name: str, value: torch.Tensor, units: int, width: int) -> None
     most = MAX_HOLD // (255 * width)
     if (highest := int(value.max())) > most:
         raise ValueError(f"{name}: got {highest}; allowed: 0..{most} for descriptors of {width} values. Scale them down.")
+def pixels(name: str, value: torch.Tensor, merge: int, channels: int, frames: int, side: int) -> None:
+    """Checks (T, P, D) uint8 tokens of merge x merge patches, and that twice the sum of their values fits an int32."""
+    tensor(name, value, "TPD", (torch.uint8,))
+    clip_size(name, value)
+    depth = merge**2 * channels * frames * side**2
+    if value.shape[2] != depth:
+        raise ValueError(
+            f"{name}: got D={value.shape[2]}; allowed: {depth} = merge**2 * channels * frames * side**2, with "
+            f"merge={merge}, channels={channels}, frames={frames}, side={side}. Pass the numbers of the model."
+        )
+    if depth > MAX_PIXELS:
+        raise ValueError(f"{name}: got D={depth}; allowed: D <= {MAX_PIXELS}. Make the tokens smaller.")
