@@ -5,6 +5,7 @@ from ._dispatch import BACKENDS, OPS, supported
 from ._types import Selection
 from ._warmup import warmup
 from .cosine_score import cosine_score
+from .pool_tokens import pool_tokens
 from .prune_topk import prune_topk
 from .select_anchored import select_anchored
 from .select_stale import select_stale
@@ -17,6 +18,7 @@ __all__ = [
     "OPS",
     "Selection",
     "cosine_score",
+    "pool_tokens",
     "prune_topk",
     "select_anchored",
     "select_stale",

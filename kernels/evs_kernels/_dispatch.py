@@ -22,6 +22,7 @@ OPS = (
     "select_stale",
     "select_anchored",
     "prune_topk",
+    "pool_tokens",
 )
 
 _MODULES = {"ref": "_ref", "cpu": "_cpu", "triton": "_triton_kernels"}

@@ -18,6 +18,8 @@ MAX_UINT8_DEPTH = (2**31 - 1) // 255
 # 255 * 256 * 4096 < 2**30: a weighted distance between two descriptors is an int32 with room to spare.
 MAX_DESCRIPTOR = 256
 MAX_WEIGHT = 4096
+# 511 * 2**22 < 2**31: rounding a mean half up needs twice the sum and the number of values in an int32.
+MAX_PIXELS = 2**22
 
 
 def tensor(name: str, value: object, axes: str, dtypes: Iterable[torch.dtype] | None, *, smallest: int = 1) -> None:
@@ -134,3 +136,17 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
         raise ValueError(
             f"{name}: got device {value.device}; allowed: {other.device}, where {other_name} is. Move one of them."
         )
+
+
+def pixels(name: str, value: torch.Tensor, merge: int, channels: int, frames: int, side: int) -> None:
+    """Checks (T, P, D) uint8 tokens of merge x merge patches, and that twice the sum of their values fits an int32."""
+    tensor(name, value, "TPD", (torch.uint8,))
+    clip_size(name, value)
+    depth = merge**2 * channels * frames * side**2
+    if value.shape[2] != depth:
+        raise ValueError(
+            f"{name}: got D={value.shape[2]}; allowed: {depth} = merge**2 * channels * frames * side**2, with "
+            f"merge={merge}, channels={channels}, frames={frames}, side={side}. Pass the numbers of the model."
+        )
+    if depth > MAX_PIXELS:
+        raise ValueError(f"{name}: got D={depth}; allowed: D <= {MAX_PIXELS}. Make the tokens smaller.")

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 import torch
 
 from .cosine_score import cosine_score
+from .pool_tokens import pool_tokens
 from .prune_topk import prune_topk
 from .select_anchored import select_anchored
 from .select_stale import select_stale
 from .select_threshold import select_threshold
 from .select_topk import select_topk
 from .temporal_score import temporal_score
+
+# What the pixels of a token are in the models we know: (merge, channels, frames, side). Qwen2-VL and Qwen2.5-VL,
+# Qwen3-VL, InternVL.
+_LAYOUTS = ((2, 3, 2, 14), (2, 3, 2, 16), (1, 3, 1, 28))
 
 
 def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] = (torch.uint8,)) -> None:
@@ -40,13 +45,16 @@ def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] 
                 select_threshold(scores, 1, min_per_unit=reserved)
             if dtype == torch.uint8:
                 select_stale(tokens, torch.arange(2, device=device), 1)
-                _warm_descriptors(device, depth)
             if dtype.is_floating_point:
                 cosine_score(tokens)
+    _warm_descriptors(device)
 
 
-def _warm_descriptors(device: str | torch.device, depth: int) -> None:
-    width = 16 if depth % 16 == 0 else 17
-    descriptors = torch.ones((3, 2, width), dtype=torch.uint8, device=device)
-    for reserved in (0, 1):
-        select_anchored(descriptors, 4, min_per_unit=reserved)
+def _warm_descriptors(device: str | torch.device) -> None:
+    for merge, channels, frames, side in _LAYOUTS:
+        depth = merge**2 * channels * frames * side**2
+        pixels = torch.ones((3, 2, depth), dtype=torch.uint8, device=device)
+        for cells in (4, 5):  # cells within patches and across their borders are different kernels of the CPU
+            pooled = pool_tokens(pixels, merge, channels, frames, side, cells)
+            for reserved in (0, 1):
+                select_anchored(pooled.flatten(2), 4, min_per_unit=reserved)

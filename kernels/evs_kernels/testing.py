@@ -9,6 +9,7 @@ import torch
 
 from . import (
     cosine_score,
+    pool_tokens,
     prune_topk,
     select_anchored,
     select_stale,
@@ -149,10 +150,32 @@ def _anchored(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> I
     yield Call((random_tensor(generator, dtype, shape), (tokens + places) // 2), {})
 
 
+def _pool(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    tokens = random_tensor(generator, dtype, shape)
+    layout = merge, _, _, side = _LAYOUTS[shape[2]]
+    for cells in sorted({1, 2, 4, 5, side, merge * side} & set(range(merge * side + 1))):
+        yield Call((tokens, *layout, cells), {})
+    yield Call((torch.full_like(tokens, 255), *layout, 1), {})
+
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CLIPS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (6, 5, 33), (4, 3, 272), (3, 2, 1200))
 _STALE = ((1, 1, 1), (2, 1, 5), (5, 3, 33), (3, 2, 9500))
-_DESCRIPTORS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (5, 3, 33), (3, 19, 12), (2, 2, 256))
+_DESCRIPTORS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (3, 5, 33), (4, 19, 12), (2, 2, 256))
+_LAYOUTS = {
+    merge**2 * channels * frames * side**2: (merge, channels, frames, side)
+    for merge, channels, frames, side in (
+        (1, 1, 1, 1),
+        (2, 3, 1, 5),
+        (3, 1, 2, 8),
+        (1, 2, 3, 17),
+        (1, 3, 1, 28),
+        (2, 3, 2, 14),
+        (2, 3, 2, 16),
+    )
+}
+"""What the pixels of a token are, by how many: (merge, channels, frames, side)."""
+_PIXELS = ((1, 1, 1), (3, 1, 300), (1, 2, 1152), (2, 1, 1734))
 _SCORES = ((1, 1), (1, 9), (4, 1), (2, 3), (3, 13))
 
 SPECS = (
@@ -163,5 +186,6 @@ SPECS = (
     OpSpec("select_stale", select_stale, _stale, (torch.uint8,), _STALE, ((9, 131, 1176), (17, 67, 4704))),
     OpSpec("select_anchored", select_anchored, _anchored, (torch.uint8,), _DESCRIPTORS, ((33, 131, 48), (9, 67, 192))),
     OpSpec("prune_topk", prune_topk, _prune, (torch.uint8, torch.float32), _CLIPS, ((9, 131, 1176),)),
+    OpSpec("pool_tokens", pool_tokens, _pool, (torch.uint8,), _PIXELS, ((5, 67, 4704), (3, 41, 6144), (4, 33, 2352))),
 )
 """One row per op of evs_kernels.OPS."""
