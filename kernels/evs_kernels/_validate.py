@@ -146,6 +146,8 @@ def hold_weights(name: str, value: torch.Tensor, units: int, width: int) -> None
     most = MAX_HOLD // (255 * width)
     if (highest := int(value.max())) > most:
         raise ValueError(f"{name}: got {highest}; allowed: 0..{most} for descriptors of {width} values. Scale them down.")
+
+
 def pixels(name: str, value: torch.Tensor, merge: int, channels: int, frames: int, side: int) -> None:
     """Checks (T, P, D) uint8 tokens of merge x merge patches, and that twice the sum of their values fits an int32."""
     tensor(name, value, "TPD", (torch.uint8,))

@@ -161,7 +161,7 @@ def _pool(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Itera
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CLIPS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (6, 5, 33), (4, 3, 272), (3, 2, 1200))
 _STALE = ((1, 1, 1), (2, 1, 5), (5, 3, 33), (3, 2, 9500))
-_DESCRIPTORS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (5, 3, 33), (3, 19, 12), (2, 2, 256))
+_DESCRIPTORS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (3, 5, 33), (4, 19, 12), (2, 2, 256))
 _LAYOUTS = {
     merge**2 * channels * frames * side**2: (merge, channels, frames, side)
     for merge, channels, frames, side in (
@@ -175,7 +175,7 @@ _LAYOUTS = {
     )
 }
 """What the pixels of a token are, by how many: (merge, channels, frames, side)."""
-_PIXELS = ((1, 1, 1), (3, 1, 300), (1, 2, 1152), (2, 1, 1734), (1, 1, 2352), (1, 2, 4704))
+_PIXELS = ((1, 1, 1), (3, 1, 300), (1, 2, 1152), (2, 1, 1734))
 _SCORES = ((1, 1), (1, 9), (4, 1), (2, 3), (3, 13))
 
 SPECS = (

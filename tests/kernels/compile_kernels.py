@@ -29,6 +29,7 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
     cosine = import_module("evs_kernels.cosine_score._triton_kernels")
     select = import_module("evs_kernels.select_topk._triton_kernels")
     stale = import_module("evs_kernels.select_stale._triton_kernels")
+    pool = import_module("evs_kernels.pool_tokens._triton_kernels")
     anchored = import_module("evs_kernels.select_anchored._triton_kernels")
     for wide in (True, False):
         depth, tag = ({"depth"}, "wide") if wide else (set(), "odd")
@@ -65,6 +66,10 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
             )
     args = ["*i32", "*i32", "i32", "i32", "i32"]
     yield "anchored-step", anchored.step_kernel, args, {"BLOCK": anchored.BLOCK}, set(), 4
+    for size in (1, 28, 64, 448):
+        rows, width = pool.block_of(size)
+        args, constants = ["*u8", "*u8", *["i32"] * 5], {"ROWS": rows, "WIDTH": width}
+        yield f"pool-{size}", pool.pool_kernel, args, constants, set(), 1
     args = ["*fp32", "*fp32", "*fp32", "i32", "i32", "i32"]
     yield "cosine-finish", cosine.finish_kernel, args, {"BLOCK": score.BLOCK}, set(), 4
     for s in ("i32", "fp32"):

@@ -9,6 +9,7 @@ from evs_kernels import _dispatch, _validate
 
 CLIP = torch.zeros((2, 3, 4), dtype=torch.uint8)
 SCORES = torch.zeros((2, 3), dtype=torch.int32)
+PIXELS = torch.zeros((2, 3, 192), dtype=torch.uint8)
 WEIGHTS = torch.tensor([0, 4096], dtype=torch.int32)
 ROWS = torch.zeros((3, 4))
 
@@ -64,6 +65,20 @@ ROWS = torch.zeros((3, 4))
         (lambda: ek.select_anchored(CLIP, 1, forced=SCORES), TypeError, "forced: got dtype torch.int32"),
         (lambda: ek.select_anchored(CLIP, 1, forced=SCORES[:1].bool()), ValueError, r"forced: got shape \(1, 3\)"),
         (lambda: ek.select_anchored(CLIP, 1, forced=SCORES.bool().to("meta")), ValueError, "forced: got device meta"),
+        (lambda: ek.pool_tokens(PIXELS.float(), 2, 3, 1, 4), TypeError, "tokens: got dtype torch.float32"),
+        (
+            lambda: ek.pool_tokens(PIXELS[0], 2, 3, 1, 4),
+            ValueError,
+            r"tokens: got shape \(3, 192\); allowed: \(T, P, D\)",
+        ),
+        (lambda: ek.pool_tokens(PIXELS[..., ::2], 1, 6, 1, 4), ValueError, "contiguous"),
+        (lambda: ek.pool_tokens(PIXELS, 2, 3, 2, 4), ValueError, "tokens: got D=192; allowed: 384 = merge"),
+        (lambda: ek.pool_tokens(PIXELS, 0, 3, 1, 4), ValueError, "merge: got 0; allowed: an integer >= 1"),
+        (lambda: ek.pool_tokens(PIXELS, 2, 0, 1, 4), ValueError, "channels: got 0; allowed: an integer >= 1"),
+        (lambda: ek.pool_tokens(PIXELS, 2, 3, 0, 4), ValueError, "frames: got 0; allowed: an integer >= 1"),
+        (lambda: ek.pool_tokens(PIXELS, 2, 3, 1, 4.0), TypeError, "side: got 4.0; allowed: an integer >= 1"),
+        (lambda: ek.pool_tokens(PIXELS, 2, 3, 1, 4, 0), ValueError, "cells: got 0; allowed: an integer >= 1"),
+        (lambda: ek.pool_tokens(PIXELS, 2, 3, 1, 4, 9), ValueError, "cells: got 9; allowed: 1 to 8"),
         (lambda: ek.prune_topk(torch.full((2, 1, 1), torch.nan), 1), ValueError, "scores: got NaN"),
         (lambda: ek.supported("score", "cpu", "cpu"), ValueError, "op: got 'score'"),
     ],
@@ -78,6 +93,21 @@ def test_refuses_depth_whose_score_could_overflow():
     assert depth * 255 <= 2**31 - 1 < (depth + 1) * 255
     with pytest.raises(ValueError, match="cannot overflow"):
         ek.temporal_score(torch.zeros((1, 1, depth + 1), dtype=torch.uint8))
+
+
+def test_refuses_tokens_whose_sum_could_overflow():
+    pixels = _validate.MAX_PIXELS
+    assert 2 * 255 * pixels + pixels <= 2**31 - 1
+    with pytest.raises(ValueError, match=f"tokens: got D={pixels + 1}; allowed: D <= {pixels}"):
+        ek.pool_tokens(torch.zeros((1, 1, pixels + 1), dtype=torch.uint8), 1, pixels + 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 257, 258, 700])
+@pytest.mark.parametrize("backend", ["ref", "cpu"])
+def test_pixels_of_many_frames_do_not_wrap(backend, frames):
+    # The sum of a column over 257 frames is the largest that fits 16 bits.
+    tokens = torch.full((1, 2, frames * 64), 255, dtype=torch.uint8)
+    assert (ek.pool_tokens(tokens, 1, 1, frames, 8, 8, backend=backend) == 255).all()
 
 
 @pytest.mark.parametrize("backend", ["ref", "cpu"])

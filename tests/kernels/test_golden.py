@@ -203,6 +203,29 @@ def test_largest_weighted_distance_is_exact(backend):
     assert kept(ek.select_anchored(clip, 5, weights=weights, backend=backend))[0] == [0, 1, 2, 3, 4]
 
 
+def test_pool_tokens(backend):
+    # Two patches a side, two channels, two frames, two pixels a side: the layout of a token, position by position.
+    tokens = torch.arange(64, dtype=torch.uint8).view(1, 1, 64)
+    # A cell is a pixel of channel and patch: the mean of it in both frames, which lie 4 values apart.
+    pixels = [[0, 1, 16, 17], [2, 3, 18, 19], [32, 33, 48, 49], [34, 35, 50, 51]]
+    want = [[[x + 2, x + 10] for x in row] for row in pixels]
+    assert ek.pool_tokens(tokens, 2, 2, 2, 2, 4, backend=backend).tolist() == [[want]]
+    # A cell is a patch: the mean of its eight values, whose half is rounded up.
+    want = [[[4, 12], [20, 28]], [[36, 44], [52, 60]]]
+    assert ek.pool_tokens(tokens, 2, 2, 2, 2, 2, backend=backend).tolist() == [[want]]
+    # Three cells over four pixels: rows and columns 0-1, 1-2, 2-3, so neighbours share one.
+    want = [[[4, 12], [12, 20], [20, 28]], [[20, 28], [28, 36], [36, 44]], [[36, 44], [44, 52], [52, 60]]]
+    assert ek.pool_tokens(tokens, 2, 2, 2, 2, 3, backend=backend).tolist() == [[want]]
+    assert ek.pool_tokens(tokens, 2, 2, 2, 2, 1, backend=backend).tolist() == [[[[[28, 36]]]]]
+
+
+def test_pool_tokens_rounds_half_up(backend):
+    for total, mean in ((0, 0), (1, 0), (2, 1), (3, 1), (5, 1), (6, 2)):
+        token = torch.tensor([total, 0, 0, 0], dtype=torch.uint8).view(1, 1, 4)
+        assert ek.pool_tokens(token, 1, 1, 1, 2, 1, backend=backend).item() == mean
+    assert (ek.pool_tokens(torch.full((1, 3, 4704), 255, dtype=torch.uint8), 2, 3, 2, 14, backend=backend) == 255).all()
+
+
 def test_int32_extremes(backend):
     low, high = -(2**31), 2**31 - 1
     scores = torch.tensor([[0, 0, 0, 0], [low, high, high - 1, low + 1]], dtype=torch.int32)

@@ -37,12 +37,22 @@ def test_concurrent_calls(generator, threads):
     def work(i):
         clip, feature = clips[i % 4], features[i % 4]
         selection = ek.prune_topk(clip, 200, min_per_unit=2)
-        return *selection, ek.cosine_score(feature)
+        anchored = ek.select_anchored(ek.pool_tokens(clip, 2, 3, 2, 14).flatten(2), 200, min_per_unit=2)
+        return *selection, *anchored, ek.cosine_score(feature)
 
     want = [work(i) for i in range(4)]
     with ThreadPoolExecutor(8) as pool:
         for i, got in enumerate(pool.map(work, range(48))):
             assert all(torch.equal(a, b) for a, b in zip(got, want[i % 4], strict=True))
+
+
+@pytest.mark.parametrize("cells", [4, 5])
+def test_threads_share_the_tokens_of_a_clip(monkeypatch, generator, threads, cells):
+    monkeypatch.setattr(_parallel, "_cpus", lambda: 4)
+    clip = big_clip(generator)
+    assert torch.equal(
+        ek.pool_tokens(clip, 2, 3, 2, 14, cells), ek.pool_tokens(clip, 2, 3, 2, 14, cells, backend="ref")
+    )
 
 
 def _child(clip, queue):
@@ -135,6 +145,10 @@ with event.install_recorder("numba:compile") as seen:
     for m in (0, 2):
         e.prune_topk(clip, 9, min_per_unit=m); e.select_topk(s, 9, min_per_unit=m)
         e.select_threshold(s, 3.5, min_per_unit=m, max_tokens=9)
+        e.select_anchored(clip, 9, min_per_unit=m, threshold=5, forced=s > 5, weights=torch.ones(4, dtype=torch.int32))
+    for merge, channels, frames, side in ((2, 3, 2, 14), (2, 3, 2, 16), (1, 3, 1, 28), (1, 1, 1, 6)):
+        pixels = torch.ones((2, 3, merge**2 * channels * frames * side**2), dtype=torch.uint8)
+        e.pool_tokens(pixels, merge, channels, frames, side)
     e.cosine_score(clip.bfloat16()); e.select_topk(e.temporal_score(clip.bfloat16()), 9)
 print("compilations", len(seen.buffer))
 """

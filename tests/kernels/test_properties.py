@@ -138,3 +138,21 @@ def test_anchored(array, budget, threshold, reserved, data):
             far = np.abs(values[t] - anchors).sum(axis=1) * (1 if weights is None else weights[t]) >= threshold
             assert not (far & ~stays[t]).any()
             anchors[far | must[t]] = values[t][far | must[t]]
+
+
+@SETTINGS
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.sampled_from([1, 2, 5, 8, 14, 17]), st.data())
+def test_pool(merge, channels, frames, side, data):
+    size = merge * side
+    cells = data.draw(st.integers(1, size))
+    shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 4)))
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    pictures = np.random.default_rng(seed).integers(0, 256, (*shape, channels, frames, size, size), dtype=np.uint8)
+    split = pictures.reshape(*shape, channels, frames, merge, side, merge, side)
+    tokens = torch.from_numpy(split.transpose(0, 1, 4, 6, 2, 3, 5, 7).reshape(*shape, -1).copy())
+    got = ek.pool_tokens(tokens, merge, channels, frames, side, cells)
+    assert torch.equal(got, ek.pool_tokens(tokens, merge, channels, frames, side, cells, backend="ref"))
+    # torch's own pooling, of doubles: a mean that is not half an integer is further from it than they can be wrong.
+    means = torch.from_numpy(pictures).double().mean(dim=3).flatten(0, 1)
+    means = torch.nn.functional.adaptive_avg_pool2d(means, cells).view(*shape, channels, cells, cells)
+    assert torch.equal(got, (means + 0.5 + 1e-9).floor().to(torch.uint8).permute(0, 1, 3, 4, 2))
