@@ -190,11 +190,11 @@ OPTIONS: tuple[Option, ...] = (
     _choice(
         "selection",
         SELECTION_NAMES,
-        "Which tokens stay: those that differ most from what was last kept at their place, by a 'learned' descriptor or "
-        "by 'contrast', or those whose pixels changed most since the unit before ('paper').",
+        "Which tokens stay: those that differ most from what was last kept at their place, by a 'learned' descriptor "
+        "or by 'contrast', or those whose pixels changed most since the unit before ('paper').",
         affects="prompt",
         # 'paper' keeps the same number of long clips and fewer of short ones.
-        no_more=lambda own, other: own in (other, "paper"),
+        no_more=lambda own, other: own == "paper" or other != "paper",
     ),
     _choice(
         "positions",

@@ -67,8 +67,8 @@ def _with(server: EVSConfig, values: Mapping[str, Any]) -> EVSConfig:
     settings = replace(server, **changed)
     if settings.threshold and "threshold" not in values and settings.selection != server.selection:
         raise ConfigError(
-            f"the server's threshold {server.threshold:g} is one of selection {server.selection!r} and means nothing to "
-            f"{settings.selection!r}. Set evs_threshold or evs_rate as well."
+            f"the server's threshold {server.threshold:g} is one of selection {server.selection!r} and means nothing "
+            f"to {settings.selection!r}. Set evs_threshold or evs_rate as well."
         )
     return settings
 

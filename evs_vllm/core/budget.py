@@ -21,10 +21,10 @@ def token_budget(
 ) -> int:
     """The number of tokens that `config` keeps of a clip when it sets a rate, or at most keeps when it does not.
 
-    A rate keeps ``floor(N * (1 - rate))`` of the N = T*P tokens. Unit 0 is whole and would take all of that in a short
-    clip, which would then be served as one still picture. So of the other units together at least half of their share
-    is kept: ``P + ceil((T - 1) * P * (1 - rate) / 2)``, which is the larger number up to ``T = (1 + rate) / (1 - rate)``
-    units: 7 at 0.75, 19 at 0.9.
+    A rate keeps ``floor(N * (1 - rate))`` of the N = T*P tokens. Unit 0 is whole and would take all of that in a
+    short clip, which would then be served as one still picture. So of the other units together at least half of their
+    share is kept: ``P + ceil((T - 1) * P * (1 - rate) / 2)``, which is the larger number up to
+    ``T = (1 + rate) / (1 - rate)`` units: 7 at 0.75, 19 at 0.9.
 
     Args:
         num_units: T >= 1.

@@ -8,11 +8,7 @@ pixels have equal descriptors on every machine and device.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
-import numpy as np
 import torch
 
 import evs_kernels
@@ -26,6 +22,7 @@ SPREAD = 32
 """What a normalised value of one standard deviation is."""
 
 _GAIN_BITS = 20  # of the fixed-point quotient; products with it stay below 2**31
+
 
 def low_resolution(clip: Clip, cells: int) -> torch.Tensor:
     """The low-resolution picture of a clip.

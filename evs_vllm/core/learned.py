@@ -68,7 +68,10 @@ class Network:
         shifts = arrays["shifts"].tolist()
         return cls(
             [
-                Layer(*(torch.from_numpy(arrays[f"{part}{number}"].astype(np.float32)) for part in ("weight", "bias")), shift)
+                Layer(
+                    *(torch.from_numpy(arrays[f"{part}{number}"].astype(np.float32)) for part in ("weight", "bias")),
+                    shift,
+                )
                 for number, shift in enumerate(shifts)
             ]
         )

@@ -15,7 +15,7 @@ import transformers
 
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.scorers import Selection, named_selection
+from evs_vllm.core.scorers import Selection
 from evs_vllm.errors import ConfigError, UnsupportedError
 from evs_vllm.families import family_of
 from evs_vllm.families.base import PixelStats
@@ -51,8 +51,8 @@ def enable(
         served_positions: Also give prompts from which nothing is dropped (rate 0) the position IDs that vLLM gives.
             transformers resumes text after a long clip at other IDs; without this, rate 0 is the stock model bit for
             bit. For training.
-        selection: How tokens are chosen: an object, or a name in `evs_vllm.core.scorers.SELECTIONS`; by default as a
-            server does. For comparisons.
+        selection: How tokens are chosen: a name in `evs_vllm.core.scorers.SELECTIONS`, by default as a server does, or,
+            for comparisons, an object, which calls cannot replace.
         encode: What runs the tower under encoder "reuse", by default `evs_vllm.hf.tower.encode`. For comparisons.
         **options: Further fields of `EVSConfig`: threshold, positions, min_tokens_per_unit, max_tokens, encoder,
             encoder_refresh. The encoder is "full" by default; "reuse" has no backward pass.
@@ -78,6 +78,9 @@ def enable(
     unknown = sorted({"request_overrides", "rate"} & set(options))
     if unknown:
         raise ConfigError(f"{', '.join(unknown)} cannot be given here.")
+    own = selection if isinstance(selection, Selection) else None
+    if selection is not None and own is None:
+        options["selection"] = selection
     config = EVSConfig.from_mapping({"rate": rate, **options, "request_overrides": "any"})
     stats = CLASSES[name].stats
     if processor is not None:
@@ -85,10 +88,8 @@ def enable(
         if not (source.do_rescale and source.do_normalize):
             raise UnsupportedError("The processor must rescale and normalise pixels (do_rescale, do_normalize).")
         stats = PixelStats(tuple(source.image_mean), tuple(source.image_std))
-    if not isinstance(selection, Selection):
-        selection = named_selection(config.selection if selection is None else selection)
     adapter = family.bind(base.config, stats=stats)
-    setattr(base, STATE, State(resolved(config), adapter, selection, encode, served_positions))
+    setattr(base, STATE, State(resolved(config), adapter, own, encode, served_positions))
     for method_name, method in _methods(base).items():
         setattr(base, method_name, MethodType(method, base))
     return model

@@ -86,7 +86,10 @@ def _settings(
     """The settings of a call, the plans that it brings, and the arguments that are not ours."""
     overrides, rest = split_request_kwargs(kwargs)
     plans = overrides.pop(PLANS, None)
-    config = resolved(admit(state_of(model).config, overrides))
+    state = state_of(model)
+    if state.selection is not None and "evs_selection" in overrides:
+        raise RequestError("evs_selection is not possible here: enable() was given an object that chooses.")
+    config = resolved(admit(state.config, overrides))
     if config.encoder == "reuse" and not CLASSES[type(model).__name__].reuse:
         raise UnsupportedError(f"encoder 'reuse' does not run in transformers' {type(model).__name__}; use 'full'.")
     return config, plans, rest

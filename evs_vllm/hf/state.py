@@ -27,7 +27,7 @@ class State:
     Attributes:
         config: The settings of the model.
         adapter: The family's adapter, bound to the model.
-        selection: How tokens are chosen.
+        selection: What chooses the tokens in place of the selection that the settings name, or None.
         encode: Runs the tower on the computed tokens of a clip (`evs_vllm.hf.tower.encode`).
         served_positions: Whether prompts from which nothing is dropped get the position IDs of vLLM, too.
         plans: Those of the last call with clips.
@@ -36,7 +36,7 @@ class State:
 
     config: EVSConfig
     adapter: FamilyAdapter
-    selection: Selection
+    selection: Selection | None
     encode: Encode
     served_positions: bool
     plans: list[RetentionPlan] = field(default_factory=list)
