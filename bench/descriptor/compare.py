@@ -66,7 +66,9 @@ def compare(
     timed = Clip(largest, (32, 16, 16), as_clip(scenes[0]).pixels)
     rows = [
         {"name": name, "microseconds": _microseconds(ways[name], timed) if name in ways else None}
-        | dict(zip(("hold .75", "hold .9", "coverage .75", "coverage .9"), np.mean(losses, axis=0).tolist(), strict=True))
+        | dict(
+            zip(("hold .75", "hold .9", "coverage .75", "coverage .9"), np.mean(losses, axis=0).tolist(), strict=True)
+        )
         for name, losses in found.items()
     ]
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,10 @@ def _microseconds(describe: Describe, clip: Clip) -> float:
 
 
 def _table(rows: list[dict[str, float]]) -> str:
-    lines = ["| descriptor | µs a token | hold .75 | hold .9 | coverage .75 | coverage .9 |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| descriptor | µs a token | hold .75 | hold .9 | coverage .75 | coverage .9 |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
         micro = "" if row["microseconds"] is None else f"{row['microseconds']:.2f}"
         losses = [f"{1000 * row[key]:.0f}" for key in ("hold .75", "hold .9", "coverage .75", "coverage .9")]

@@ -178,7 +178,9 @@ def _moved(frames: np.ndarray, shifts: np.ndarray, growths: np.ndarray) -> np.nd
     height, width = frames.shape[1:3]
     moved = []
     for frame, shift, growth in zip(frames, shifts, growths, strict=True):
-        matrix = np.array([[1 + growth, 0, shift[0] - growth * width / 2], [0, 1 + growth, shift[1] - growth * height / 2]])
+        matrix = np.array(
+            [[1 + growth, 0, shift[0] - growth * width / 2], [0, 1 + growth, shift[1] - growth * height / 2]]
+        )
         moved.append(cv2.warpAffine(frame, matrix, (width, height), borderMode=cv2.BORDER_REFLECT))
     return np.stack(moved)
 

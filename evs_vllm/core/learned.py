@@ -66,15 +66,11 @@ class Network:
         """The network in the bytes of an ``.npz`` file as `bench.descriptor` writes it."""
         arrays = np.load(BytesIO(data))
         shifts = arrays["shifts"].tolist()
-        return cls(
-            [
-                Layer(
-                    *(torch.from_numpy(arrays[f"{part}{number}"].astype(np.float32)) for part in ("weight", "bias")),
-                    shift,
-                )
-                for number, shift in enumerate(shifts)
-            ]
-        )
+
+        def numbers(name: str) -> torch.Tensor:
+            return torch.from_numpy(arrays[name].astype(np.float32))
+
+        return cls([Layer(numbers(f"weight{i}"), numbers(f"bias{i}"), shift) for i, shift in enumerate(shifts)])
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Describes tokens.

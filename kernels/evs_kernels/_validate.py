@@ -145,7 +145,9 @@ def hold_weights(name: str, value: torch.Tensor, units: int, width: int) -> None
     unit_weights(name, value, units)
     most = MAX_HOLD // (255 * width)
     if (highest := int(value.max())) > most:
-        raise ValueError(f"{name}: got {highest}; allowed: 0..{most} for descriptors of {width} values. Scale them down.")
+        raise ValueError(
+            f"{name}: got {highest}; allowed: 0..{most} for descriptors of {width} values. Scale them down."
+        )
 
 
 def pixels(name: str, value: torch.Tensor, merge: int, channels: int, frames: int, side: int) -> None:

@@ -29,7 +29,9 @@ def _sum_up(descriptors, weights, sums):
             t = before + end - 1
             for start in range(1, end - 1):
                 for p in range(descriptors.shape[1]):
-                    sums[block, row + start, p] = _distance(descriptors[t, p], descriptors[before + start, p]) * weights[t]
+                    sums[block, row + start, p] = (
+                        _distance(descriptors[t, p], descriptors[before + start, p]) * weights[t]
+                    )
                 if start < end - 2:
                     sums[block, row + start] += sums[block, row - (end - 3) + start]
 
