@@ -231,11 +231,11 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="encoder_refresh",
-        is_allowed=lambda v: _is_count(v, 0),
-        allowed=f"an integer from 0 (none) to {MOST_TOKENS}",
-        help="With encoder 'reuse', compute up to one in N of the dropped tokens all the same: those that differ most "
-        "from when their place was last computed.",
-        metavar="N",
+        is_allowed=lambda v: _is_number(v) and 0 <= v <= 255,  # type: ignore[operator]
+        allowed="a number from 0 (none) to 255",
+        help="With encoder 'reuse', compute a dropped token all the same where it looks different from when its place "
+        "was last computed, by this many hundredths of the learned descriptor's distance or more.",
+        metavar="LEVEL",
         affects="reuse",
         no_more=_refreshes_as_seldom,
     ),

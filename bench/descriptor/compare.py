@@ -47,7 +47,7 @@ def compare(
     log: Callable[[str], None] = print,
 ) -> None:
     """Trains every size, measures all on the clips for choosing, and writes compare.json and compare.md."""
-    ways: dict[str, Describe] = {"contrast": Contrast().describe, "learned (4 x 4 cells, 128-64-32)": _with(chosen, 4)}
+    ways: dict[str, Describe] = {"contrast": Contrast().make, "learned (4 x 4 cells, 128-64-32)": _with(chosen, 4)}
     for name, (cells, widths) in SIZES.items():
         log(f"training {name}")
         samples = [Sample(inputs_of(low_resolution(clip, cells)), features, weight) for clip, features, weight in seen]

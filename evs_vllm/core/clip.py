@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A clip as the judge sees it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -39,6 +39,7 @@ class Clip:
         previous: (P, D) uint8, how each place looked before unit 0, for a clip that goes on from another one. None for
             a clip that stands alone, whose unit 0 is kept whole.
         starts: (T,) seconds at which each unit begins, or None where the video does not say.
+        described: Descriptors of this clip by name, as `evs_vllm.core.descriptors` makes them; each is made once.
     """
 
     tokens: torch.Tensor
@@ -46,6 +47,7 @@ class Clip:
     pixels: TokenPixels | None = None
     previous: torch.Tensor | None = None
     starts: tuple[float, ...] | None = None
+    described: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_units(self) -> int:

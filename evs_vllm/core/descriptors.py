@@ -87,14 +87,19 @@ class Descriptor(ABC):
     """A way to describe tokens.
 
     Attributes:
+        name: Tells it from others.
         unit: The L1 distance that the option ``threshold`` counts as 1.
     """
 
+    name: str
     unit: float
 
     @abstractmethod
+    def make(self, clip: Clip) -> torch.Tensor:
+        """Describes every token; `describe` says what is returned."""
+
     def describe(self, clip: Clip) -> torch.Tensor:
-        """Describes every token.
+        """Describes every token, once for each clip.
 
         Args:
             clip: The clip; what `Clip.previous` holds comes first, as one more unit.
@@ -105,6 +110,9 @@ class Descriptor(ABC):
         Raises:
             UnsupportedError: The clip does not say how its pixels are ordered.
         """
+        if self.name not in clip.described:
+            clip.described[self.name] = self.make(clip)
+        return clip.described[self.name]
 
 
 class Contrast(Descriptor):
@@ -113,9 +121,10 @@ class Contrast(Descriptor):
     A threshold counts hundredths of the local standard deviation, in the mean over the cells.
     """
 
+    name = "contrast"
     unit = 12 * SPREAD / 100
 
-    def describe(self, clip: Clip) -> torch.Tensor:
+    def make(self, clip: Clip) -> torch.Tensor:
         values, means, _ = normalised(low_resolution(clip, 4))
         units, rows, columns = values.shape[:3]
         quarters = values.view(units, rows, columns, 2, 2, 2, 2, 3).sum(dim=(4, 6), dtype=torch.int32)

@@ -116,6 +116,7 @@ class Learned(Descriptor):
     A threshold counts hundredths of the cosine distance between features, seen from their mean over the clip.
     """
 
+    name = "learned"
     unit = DISTANCE / 100
 
     @cached_property
@@ -123,6 +124,6 @@ class Learned(Descriptor):
         """Read on first use."""
         return Network.read(WEIGHTS.read_bytes())
 
-    def describe(self, clip: Clip) -> torch.Tensor:
+    def make(self, clip: Clip) -> torch.Tensor:
         rows = inputs_of(low_resolution(clip, CELLS))
         return self.network(rows.flatten(0, 1)).view(*rows.shape[:2], -1)

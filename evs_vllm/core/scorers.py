@@ -62,20 +62,19 @@ class Anchored(Selection):
     (`evs_kernels.select_anchored`), unless ``max_tokens`` bites.
 
     Args:
-        name: Its name.
-        descriptor: What tokens are compared by.
+        descriptor: What tokens are compared by; the selection has its name.
     """
 
-    def __init__(self, name: str, descriptor: Descriptor) -> None:
-        self.name, self._descriptor = name, descriptor
+    def __init__(self, descriptor: Descriptor) -> None:
+        self.name, self.descriptor = descriptor.name, descriptor
 
     def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
-        descriptors = self._descriptor.describe(clip)
+        descriptors = self.descriptor.describe(clip)
         before = clip.tokens_per_unit if clip.previous is not None else 0
         budget = before + self.budget(clip, config)
         least = config.min_tokens_per_unit
         if config.threshold:
-            level = max(1, math.ceil(exact(config.threshold) * exact(self._descriptor.unit)))
+            level = max(1, math.ceil(exact(config.threshold) * exact(self.descriptor.unit)))
             most = budget if config.max_tokens else None
             kept = evs_kernels.select_anchored(descriptors, most, threshold=level, min_per_unit=least).indices
         else:
@@ -164,7 +163,9 @@ def named_selection(name: str) -> Selection:
     return SELECTIONS[name]
 
 
+LEARNED = Anchored(Learned())
+
 SELECTIONS: dict[str, Selection] = {
     selection.name: selection
-    for selection in (Anchored("learned", Learned()), Anchored("contrast", Contrast()), PixelChange())
+    for selection in (LEARNED, Anchored(Contrast()), PixelChange())
 }

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a clip and the settings to a `RetentionPlan`."""
 
+import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import torch
 
 import evs_kernels
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.scorers import Selection, named_selection
+from evs_vllm.core.scorers import LEARNED, Selection, named_selection
+from evs_vllm.options import exact
 
-if TYPE_CHECKING:
-    import torch
+REFRESHED_AT_MOST = 2
+"""One in so many of the dropped tokens, at most, is computed all the same."""
 
 
 def make_plan(clip: Clip, config: EVSConfig, selection: Selection | None = None) -> RetentionPlan:
@@ -29,7 +32,7 @@ def make_plan(clip: Clip, config: EVSConfig, selection: Selection | None = None)
     return plan_keeping(chosen.select(clip, config), clip, config)
 
 
-def plan_keeping(kept: "torch.Tensor", clip: Clip, config: EVSConfig) -> RetentionPlan:
+def plan_keeping(kept: torch.Tensor, clip: Clip, config: EVSConfig) -> RetentionPlan:
     """The plan for tokens that were chosen, with what the vision tower computes beside them.
 
     Args:
@@ -46,7 +49,32 @@ def plan_keeping(kept: "torch.Tensor", clip: Clip, config: EVSConfig) -> Retenti
     if config.encoder != "reuse" or not dropped or clip.previous is not None:
         return RetentionPlan(clip.grid, indices, config.positions)
     plan = RetentionPlan(clip.grid, indices, config.positions, encoder="reuse")
-    budget = dropped // config.encoder_refresh if config.encoder_refresh else 0
-    if not budget:
-        return plan
-    return replace(plan, refreshed=evs_kernels.select_stale(clip.tokens, kept, budget).cpu().numpy())
+    return replace(plan, refreshed=stale(kept, clip, config).cpu().numpy()) if config.encoder_refresh else plan
+
+
+def stale(kept: torch.Tensor, clip: Clip, config: EVSConfig) -> torch.Tensor:
+    """The dropped tokens whose keys and values the vision tower should not take from before.
+
+    Going through the units, a dropped token is one of them if its learned descriptor differs by ``encoder_refresh``
+    hundredths or more from that of when its place was last computed, as a kept token or as one of them. So a still
+    scene has none, and a cut makes nearly all tokens of its unit that are not kept. They are at most one in
+    `REFRESHED_AT_MOST` of the dropped tokens; where that bites, the difference that counts is raised.
+
+    Args:
+        kept: (K,) int64, sorted indices of the tokens that stay, all of unit 0 among them.
+        clip, config: As for `make_plan`.
+
+    Returns:
+        (S,) int64 on the clip's device, sorted.
+    """
+    tokens = clip.num_units * clip.tokens_per_unit
+    forced = torch.zeros(tokens, dtype=torch.bool, device=kept.device)
+    forced[kept] = True
+    descriptor = LEARNED.descriptor
+    computed = evs_kernels.select_anchored(
+        descriptor.describe(clip),
+        len(kept) + (tokens - len(kept)) // REFRESHED_AT_MOST,
+        threshold=max(1, math.ceil(exact(config.encoder_refresh) * exact(descriptor.unit))),
+        forced=forced.view(clip.num_units, -1),
+    ).indices
+    return computed[~forced[computed]]
