@@ -17,11 +17,11 @@ from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.positions import PositionRequest, pruned_positions
 from evs_vllm.core.prompt import ClipSpan
 from evs_vllm.core.rows import encoder_batches, keep_rows
-from evs_vllm.engine.attention import wrap_attention
+from evs_vllm.engine.attention import wrap_tower
 from evs_vllm.engine.compat import settings_of, stock_model_class, widen_rotary_caches
 from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD, plan_of
 from evs_vllm.engine.processor import ProcessorFactory
-from evs_vllm.errors import UnsupportedError
+from evs_vllm.errors import PlanError, UnsupportedError
 from evs_vllm.families import Family, family_of
 from evs_vllm.options import CONFIG_KEY
 
@@ -52,8 +52,7 @@ class EVSModelMixin:
         self._evs = self._evs_family.bind(vllm_config.model_config.hf_config)
         self._evs_tower = None if config.why_not_reuse else self._evs.reuse_tower(self)
         if self._evs_tower is not None:
-            for attention in self._evs_tower.attentions():
-                wrap_attention(attention)
+            wrap_tower(self._evs_tower)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         stock = super().embed_multimodal  # type: ignore[misc]
@@ -64,13 +63,18 @@ class EVSModelMixin:
         kept: list[torch.Tensor] = []
         for start, stop in encoder_batches(plans, self._evs_encoder_tokens):
             batch = self._evs.select_clips(kwargs, plans, start, stop)
-            if plans[start].encoder == "reuse" and self._evs_tower is not None:
+            if plans[start].encoder == "reuse":
+                if self._evs_tower is None:
+                    raise PlanError(
+                        "A clip's plan has the vision tower reuse keys and values, which this worker cannot do. Start "
+                        "all processes of a deployment with the same options."
+                    )
                 embeds = self._evs_tower.encode(batch, plans[start:stop])
                 embeds = embeds.split([len(plan.computed) for plan in plans[start:stop]])
             else:
                 embeds = stock(**batch)
             # vLLM's LLaVA-OneVision leaves an axis of length 1 in front when clips differ in length.
-            kept += [keep_rows(e.flatten(0, -2), plan) for e, plan in zip(embeds, plans[start:stop], strict=True)]
+            kept += keep_rows([rows.flatten(0, -2) for rows in embeds], plans[start:stop])
         return tuple(kept)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
