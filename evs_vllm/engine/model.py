@@ -41,7 +41,7 @@ class EVSModelMixin:
             )
         if not wanted and cls.__dict__.get("_evs_stock") is not None:
             # Built whole and not an instance of cls, so Python does not call __init__ again.
-            return cls._evs_stock(*args, vllm_config=vllm_config, **kwargs)
+            return _refusing_plans(cls._evs_stock(*args, vllm_config=vllm_config, **kwargs))
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -110,6 +110,22 @@ class OneAxisMixin:
         if positions.ndim == 2:
             positions = positions[0]
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+
+
+def _refusing_plans(model: Any) -> Any:
+    """A stock model that does not take pruned clips for whole ones: its rows would be cut off in silence."""
+    stock = model.embed_multimodal
+
+    def embed_multimodal(**kwargs: Any) -> Any:
+        if PLAN_FIELD in kwargs:
+            raise UnsupportedError(
+                "This worker was started without EVS and got a clip that was pruned elsewhere. Start all processes of "
+                "a deployment, --headless ones too, with the same --evs-* options."
+            )
+        return stock(**kwargs)
+
+    model.embed_multimodal = embed_multimodal
+    return model
 
 
 def _moved(item: PositionRequest, offset: int) -> Any:
