@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evs_vllm.core.plan import Layout, RetentionPlan
-from evs_vllm.core.reuse import Padded, ReuseSchedule, Varlen, clip_rows, place
+from evs_vllm.core.reuse import ClipRows, Padded, ReuseSchedule, Varlen, clip_rows, place
 from evs_vllm.core.rows import keep_rows
 from evs_vllm.families.base import ReuseTower
 from evs_vllm.families.plain_vit import PlainTower, packed_blocks
@@ -212,6 +212,20 @@ def test_every_form_gives_what_the_loop_gives(
     assert set(used) == {form}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tower_without_the_kernel_is_named_in_the_log(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evs_vllm.engine import attention
+
+    said: list[str] = []
+    monkeypatch.setattr(attention, "logger", SimpleNamespace(info_once=lambda text, *args: said.append(text % args)))
+    attention.wrap_tower(qwen(backend, BACKENDS[backend][0])[0])
+    assert not said, "on a CPU the loop is as fast"
+    monkeypatch.setattr(attention, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    attention.wrap_tower(qwen(backend, BACKENDS[backend][0])[0])
+    named = [text for text in said if f"attention {backend} takes one length" in text and "--evs-encoder full" in text]
+    assert len(said) == len(named) == (backend != "FLASH_ATTN")
+
+
 def test_the_watcher_sees_what_it_is_for() -> None:
     rows = torch.zeros(3, 2, device=META)
     for bad, name in (
@@ -229,8 +243,9 @@ def test_the_watcher_sees_what_it_is_for() -> None:
     assert device.copies == 2
 
 
-def test_schedules_of_a_tower_share_one_copy() -> None:
+def test_schedules_of_a_tower_share_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, order = clip_rows(PLANS[0], 2)
+    monkeypatch.setattr(ClipRows, "sequences", None)  # window after window is for the loop only: it takes long
     for form in ("varlen", "padded"):
         with DeviceCopies() as device:
             place([ReuseSchedule([rows.whole_units()], 4), ReuseSchedule([rows], 4)], form, META, [order, order])
