@@ -30,6 +30,7 @@ def test_no_plan_compiles_on_the_cpu(tmp_path: Path) -> None:
     assert warmed > 0 and later == 0, names
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _triton.available()[0], reason=_triton.available()[1])
 def test_no_plan_compiles_on_a_gpu() -> None:
     warmed, launches, new, names = watched("triton", TRITON_INTERPRET="1", EVS_KERNELS_BACKEND="triton")
