@@ -103,10 +103,12 @@ class RetentionPlan:
             )
         if not len(self.kept) or not self._is_selection(self.kept):
             raise PlanError(f"Kept indices must be sorted, distinct and within 0..{self.num_tokens - 1}.")
-        if len(self.refreshed):
-            again = np.isin(self.refreshed, self.kept, assume_unique=True)
-            if self.encoder == "full" or not self._is_selection(self.refreshed) or again.any():
-                raise PlanError("Refreshed indices must be sorted, distinct, dropped, and of a plan that reuses.")
+        if len(self.refreshed) and (
+            self.encoder == "full"
+            or not self._is_selection(self.refreshed)
+            or len(self.computed) < len(self.kept) + len(self.refreshed)  # one of them is kept
+        ):
+            raise PlanError("Refreshed indices must be sorted, distinct, dropped, and of a plan that reuses.")
         if self.layout is not None and self.layout.is_visual.sum() != self.num_tokens:
             raise PlanError(
                 f"The prompt has {int(self.layout.is_visual.sum())} video tokens for a grid of {self.num_tokens}."
@@ -155,7 +157,11 @@ class RetentionPlan:
         """(C,) sorted flat indices of the tokens that the vision tower computes; the kept ones are among them."""
         if self.encoder == "full":
             return np.arange(self.num_tokens)
-        return np.union1d(self.kept, self.refreshed) if len(self.refreshed) else self.kept
+        if not len(self.refreshed):
+            return self.kept
+        computed = np.zeros(self.num_tokens, dtype=np.bool_)
+        computed[self.kept] = computed[self.refreshed] = True
+        return np.flatnonzero(computed)
 
     @cached_property
     def kept_in_computed(self) -> IntArray:

@@ -8,23 +8,34 @@ window without computed tokens costs nothing. Rotary phases depend on the slot a
 are.
 
 Everything here is independent of vLLM and of the family: a family's tower calls it with (rows, heads, head size)
-queries, keys and values. `scheduled` hands a `ReuseSchedule` to each of the tower's attention modules.
+queries, keys and values. `place` puts what its schedules need on the device, before the first layer; `scheduled` hands
+a `ReuseSchedule` to each of the tower's attention modules.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from evs_vllm.core.plan import IntArray, RetentionPlan
+from evs_vllm.core.rows import upload
 
 SCHEDULE = "evs_schedule"
 """Attribute of an attention module that holds the schedule of its layer while a tower runs on computed patches."""
+
+Form = Literal["loop", "padded", "varlen"]
+"""How the attention of a schedule is computed. "loop": window after window over a running state, the plain way and the
+fastest on a CPU; "padded": few calls over batches of windows (`Padded`), for any other device; "varlen": one call of a
+kernel that the caller has (`Varlen`)."""
+
+LEAST_PADDING = 64
+"""Queries of a sequence, in patches, up to which padding costs a GPU nothing: its kernels compute in such tiles."""
 
 
 def window_order(height: int, width: int, window: int | None) -> tuple[IntArray, IntArray]:
@@ -71,9 +82,19 @@ class ClipRows:
     @cached_property
     def sources(self) -> IntArray:
         """(U, P) the row whose keys and values serve each slot in each unit that has rows."""
-        own = np.full((len(self.units) - 1, self.tokens_per_unit), -1, dtype=np.int64)
-        own[self.unit_of_row, self.slots] = np.arange(len(self.slots))
-        return np.maximum.accumulate(own, axis=0)  # later units have larger rows
+        slots = self.tokens_per_unit
+        latest = np.full((len(self.units) - 1, slots), -1, dtype=np.int64)
+        latest.reshape(-1)[self.unit_of_row * slots + self.slots] = np.arange(len(self.slots))
+        for before, now in zip(latest, latest[1:]):
+            np.maximum(before, now, out=now)  # later units have larger rows
+        return latest
+
+    def whole_units(self) -> "ClipRows":
+        """The same rows without windows: a unit's tokens attend to all of it."""
+        whole = replace(self, windows=self.windows[[0, -1]])
+        # What windows have no part in is not made twice.
+        vars(whole).update(unit_of_row=self.unit_of_row, sources=self.sources)
+        return whole
 
     def lengths(self) -> tuple[IntArray, IntArray, IntArray]:
         """What `sequences` tells one by one, at once.
@@ -82,14 +103,19 @@ class ClipRows:
             The number of rows and of slots of each window that has rows, and, one window after the other, the row that
             serves each of its slots.
         """
-        window = np.searchsorted(self.windows, self.slots, side="right") - 1
-        sequence = self.unit_of_row * (len(self.windows) - 1) + window
-        found, queries = np.unique(sequence, return_counts=True)
-        unit, window = np.divmod(found, len(self.windows) - 1)
-        keys = np.diff(self.windows)[window]
-        first = unit * self.tokens_per_unit + self.windows[window]
-        within = np.arange(keys.sum()) - np.repeat(np.cumsum(keys) - keys, keys)
-        return queries, keys, self.sources.reshape(-1)[np.repeat(first, keys) + within]
+        sizes = np.diff(self.windows)
+        window_of_slot = np.repeat(np.arange(len(sizes)), sizes)
+        window_of_row = self.unit_of_row * len(sizes) + window_of_slot[self.slots]
+        # Rows are sorted by unit and window.
+        bounds = np.flatnonzero(window_of_row[1:] != window_of_row[:-1]) + 1
+        bounds = np.concatenate([[0], bounds, [len(self.slots)]])
+        found, queries = window_of_row[bounds[:-1]], np.diff(bounds)
+        units = len(self.units) - 1
+        if len(found) == units * len(sizes):
+            return queries, np.tile(sizes, units), self.sources.reshape(-1)
+        has_rows = np.zeros((units, len(sizes)), dtype=np.bool_)
+        has_rows.reshape(-1)[found] = True
+        return queries, sizes[found % len(sizes)], self.sources[has_rows[:, window_of_slot]]
 
     def sequences(self) -> Iterator[tuple[int, slice, slice]]:
         """(unit, its rows in a window, the window's slots) of each window that has rows."""
@@ -115,7 +141,10 @@ def clip_rows(plan: RetentionPlan, window: int | None) -> tuple[ClipRows, IntArr
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     unit, slot = np.divmod(plan.computed, plan.tokens_per_unit)
-    row_order = np.lexsort((rank[slot], unit))
+    # Sorted by where they would stand if all were computed; to mark places is faster than to sort.
+    index_at = np.full(plan.num_tokens, -1, dtype=np.int64)
+    index_at[unit * plan.tokens_per_unit + rank[slot]] = np.arange(len(slot))
+    row_order = index_at[index_at >= 0]
     counts = np.bincount(unit, minlength=units)
     return ClipRows(rank[slot][row_order], np.concatenate([[0], np.cumsum(counts[counts > 0])]), starts), row_order
 
@@ -124,18 +153,32 @@ class Varlen(NamedTuple):
     """A schedule in the form that variable-length attention kernels take.
 
     Attributes:
-        key_rows: (sum of key lengths,) int64, for each key of each sequence the row that lends it.
-        query_starts: (sequences + 1,) int32, cumulative query lengths; queries are all rows in order.
-        key_starts: (sequences + 1,) int32, cumulative key lengths.
-        longest_query: Largest number of queries of a sequence.
-        longest_key: Largest number of keys of a sequence.
+        key_tokens: (sum of the sequences' slots,) int32, for each of them the token that lends keys and values; a token
+            is `ReuseSchedule.patches` consecutive rows.
+        query_starts: (sequences + 1,) int32, cumulative query lengths in rows; queries are all rows in order.
+        key_starts: (sequences + 1,) int32, cumulative key lengths in rows.
+        longest_query: Largest number of queries of a sequence, in rows.
+        longest_key: Largest number of keys of a sequence, in rows.
     """
 
-    key_rows: torch.Tensor
+    key_tokens: torch.Tensor
     query_starts: torch.Tensor
     key_starts: torch.Tensor
     longest_query: int
     longest_key: int
+
+
+class Padded(NamedTuple):
+    """A schedule as few batches of equal shape: sequences of as many keys and about as many queries.
+
+    Attributes:
+        batches: For each, (sequences, longest) int32, the tokens whose queries it computes, where shorter sequences
+            repeat their last one; and (sequences, slots) int32, the tokens that lend keys and values.
+        places: (C,) int32, for each token where it stands among the queries of all batches.
+    """
+
+    batches: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    places: torch.Tensor
 
 
 class ReuseSchedule:
@@ -144,34 +187,29 @@ class ReuseSchedule:
     Args:
         clips: The clips in the order of their rows.
         patches: Patches per token (4 for 2x2 merging); each token is that many consecutive rows of the tower.
+
+    Attributes:
+        placed: What `place` put on the device; None for the form "loop", which needs nothing.
     """
 
     def __init__(self, clips: Sequence[ClipRows], patches: int) -> None:
         self.clips = clips
         self.patches = patches
-        self._varlen: Varlen | None = None
+        self.placed: Varlen | Padded | None = None
 
-    def varlen(self, device: torch.device) -> Varlen:
-        """The schedule for one variable-length kernel over gathered keys; built once, used by every layer."""
-        if self._varlen is None:
-            m = self.patches
-            parts = [clip.lengths() for clip in self.clips]
-            queries, keys = (np.concatenate([part[i] for part in parts]) * m for i in (0, 1))
-            starts = np.cumsum([0, *(len(clip.slots) for clip in self.clips)])
-            tokens = [start + part[2] for start, part in zip(starts, parts)]
-            key_rows = (np.concatenate(tokens)[:, None] * m + np.arange(m)).reshape(-1)
-            query_starts, key_starts = (np.cumsum([0, *lengths], dtype=np.int32) for lengths in (queries, keys))
-            self._varlen = Varlen(
-                torch.from_numpy(key_rows).to(device),
-                torch.from_numpy(query_starts).to(device),
-                torch.from_numpy(key_starts).to(device),
-                int(queries.max()),
-                int(keys.max()),
-            )
-        return self._varlen
+    @cached_property
+    def lengths(self) -> tuple[IntArray, IntArray, IntArray]:
+        """`ClipRows.lengths` of all clips, one after the other, as tokens of the batch."""
+        queries, keys, rows = zip(*(clip.lengths() for clip in self.clips))
+        starts = np.cumsum([0, *(len(clip.slots) for clip in self.clips)])
+        return (
+            np.concatenate(queries),
+            np.concatenate(keys),
+            np.concatenate([own + start if start else own for start, own in zip(starts, rows)]),
+        )
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attention of the computed patches.
+        """Attention of the computed patches, in the form that was placed; "varlen" is for who has such a kernel.
 
         Args:
             query, key, value: (R, heads, head size), the computed patches of all clips, keys rotated.
@@ -180,6 +218,8 @@ class ReuseSchedule:
         Returns:
             (R, heads, head size).
         """
+        if isinstance(self.placed, Padded):
+            return self._attend_padded(self.placed, query, key, value, scale)
         out = torch.empty_like(query)
         start = 0
         for clip in self.clips:
@@ -187,6 +227,55 @@ class ReuseSchedule:
             self._attend_clip(clip, query[rows], key[rows], value[rows], out[rows], scale)
             start = rows.stop
         return out
+
+    def take(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The rows of some tokens.
+
+        Args:
+            rows: (R, ...), one for each patch.
+            tokens: (..., n) int32, on the same device.
+
+        Returns:
+            (..., n * `patches`, ...).
+        """
+        return rows.unflatten(0, (-1, self.patches))[tokens].flatten(tokens.ndim - 1, tokens.ndim)
+
+    def _attend_padded(
+        self, form: Padded, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        attended = []
+        for queries, keys in form.batches:
+            q = self.take(query, queries).transpose(1, 2)
+            k, v = (self.take(x, keys).transpose(1, 2) for x in (key, value))
+            attended.append(scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+        return self.take(torch.cat(attended), form.places)
+
+    def varlen_arrays(self) -> list[IntArray]:
+        """The arrays of `Varlen`."""
+        queries, keys, tokens = self.lengths
+        return [tokens, *(np.concatenate([[0], np.cumsum(lengths * self.patches)]) for lengths in (queries, keys))]
+
+    def padded_arrays(self) -> list[IntArray]:
+        """The arrays of `Padded`: those of each batch, then the places."""
+        queries, keys, tokens = self.lengths
+        first_query, first_key = (np.cumsum(lengths) - lengths for lengths in (queries, keys))
+        # A batch is padded to at most twice its queries, or to what costs nothing.
+        doublings = np.ceil(np.log2(np.maximum(queries * self.patches / LEAST_PADDING, 1))).astype(np.int64)
+        kind = keys * 64 + doublings
+        arrays: list[IntArray] = []
+        first_place = np.empty_like(queries)
+        filled = 0
+        for this in np.flatnonzero(np.bincount(kind)):
+            members = np.flatnonzero(kind == this)
+            lengths, slots = queries[members], np.arange(this // 64)
+            longest = int(lengths.max())
+            # Padding repeats the last query.
+            columns = np.minimum(np.arange(longest), lengths[:, None] - 1)
+            arrays += [first_query[members, None] + columns, tokens[first_key[members, None] + slots]]
+            first_place[members] = filled + np.arange(len(members)) * longest
+            filled += len(members) * longest
+        places = np.repeat(first_place - first_query, queries) + np.arange(int(queries.sum()))
+        return [*arrays, places]
 
     def _attend_clip(
         self,
@@ -214,6 +303,46 @@ class ReuseSchedule:
                 query[r].transpose(0, 1)[None], state[0][None, :, p], state[1][None, :, p], scale=scale
             )
             out[r] = attended[0].transpose(0, 1)
+
+
+def form_on(device: torch.device, has_varlen: bool = False) -> Form:
+    """The fastest form on a device, where the caller may have a kernel for variable lengths off the CPU."""
+    if device.type == "cpu":
+        return "loop"
+    return "varlen" if has_varlen else "padded"
+
+
+def place(
+    schedules: Sequence[ReuseSchedule], form: Form, device: torch.device, arrays: Sequence[IntArray] = ()
+) -> list[torch.Tensor]:
+    """Puts on the device what schedules need there, in one copy together with index arrays of the caller.
+
+    Called before the first layer: a copy between layers would have the host wait for all that is queued before it.
+
+    Args:
+        schedules: The schedules of a tower; each is `placed` afterwards.
+        form: How their attention is to be computed.
+        device: Where the tower is.
+        arrays: Further index arrays, of values below 2**31.
+
+    Returns:
+        `arrays` as int32 tensors on the device.
+    """
+    if form == "loop":
+        return upload(arrays, device)
+    own = [schedule.varlen_arrays() if form == "varlen" else schedule.padded_arrays() for schedule in schedules]
+    tensors = iter(upload([*arrays, *chain(*own)], device))
+    callers = [next(tensors) for _ in arrays]
+    for schedule, parts in zip(schedules, own):
+        placed = [next(tensors) for _ in parts]
+        if form == "varlen":
+            queries, keys, _ = schedule.lengths
+            longest = [int(lengths.max()) * schedule.patches for lengths in (queries, keys)]
+            schedule.placed = Varlen(placed[0], placed[1], placed[2], longest[0], longest[1])
+        else:
+            *batches, places = placed
+            schedule.placed = Padded(tuple(zip(batches[::2], batches[1::2])), places)
+    return callers
 
 
 @contextmanager

@@ -7,8 +7,38 @@ A family's tower hands out schedules (`evs_vllm.core.reuse.scheduled`), and the 
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from evs_vllm.core.reuse import SCHEDULE, ReuseSchedule, Varlen
+from evs_vllm.families.base import ReuseTower
+
+logger = init_logger("vllm.evs_vllm")
+
+
+def wrap_tower(tower: ReuseTower) -> None:
+    """Wraps a tower's attention modules and tells it which form their schedules have. Says so where that is no kernel
+    of vLLM's."""
+    attentions: list[Any] = list(tower.attentions())
+    for attention in attentions:
+        wrap_attention(attention)
+    tower.has_varlen = all(map(has_varlen, attentions))
+    others = {attention.attn_backend.name for attention in attentions if not has_varlen(attention)}
+    if others and not current_platform.is_cpu():
+        logger.info_once(
+            "EVS: attention %s takes one length for queries and keys, so this vision tower encodes pruned clips with "
+            "batches of SDPA instead; --evs-encoder full leaves them to it.",
+            ", ".join(sorted(others)),
+        )
+
+
+def has_varlen(attention: Any) -> bool:
+    """Whether a vision attention module's own kernel takes queries and keys of different lengths.
+
+    vLLM's FlashAttention on NVIDIA GPUs does. Its Triton, FlashInfer and SDPA backends take one length for both, and
+    what FlashAttention is on ROCm depends on what is installed.
+    """
+    return attention.attn_backend.name == "FLASH_ATTN" and attention._fa_version is not None
 
 
 def wrap_attention(attention: Any) -> None:
@@ -24,8 +54,8 @@ def wrap_attention(attention: Any) -> None:
             return stock(query, key, value, *others, **named)
         heads = (query.shape[1], attention.num_heads, attention.head_size)
         q, k, v = (x.reshape(heads) for x in (query, key, value))
-        if query.is_cuda and getattr(attention, "is_flash_attn_backend", False):
-            out = flash_attention(attention, schedule.varlen(query.device), q, k, v)
+        if isinstance(schedule.placed, Varlen):
+            out = flash_attention(attention, schedule, schedule.placed, q, k, v)
         else:
             out = schedule.attend(q, k, v, attention.scale)
         return out.reshape(query.shape)
@@ -34,13 +64,19 @@ def wrap_attention(attention: Any) -> None:
 
 
 def flash_attention(
-    attention: Any, varlen: Varlen, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    attention: Any,
+    schedule: ReuseSchedule,
+    form: Varlen,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
 ) -> torch.Tensor:
     """vLLM's FlashAttention with different query and key lengths. Written from its signature; not run on a GPU.
 
     Args:
         attention: The stock vision attention module.
-        varlen: Sequence boundaries and the rows to gather.
+        schedule: The schedule of its layer.
+        form: What is placed of it: sequence boundaries and the tokens to gather.
         query, key, value: (rows, heads, head size) on CUDA.
 
     Returns:
@@ -48,17 +84,16 @@ def flash_attention(
     """
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-    version = {} if attention._fa_version is None else {"fa_version": attention._fa_version}
     out: torch.Tensor = flash_attn_varlen_func(
         query.contiguous(),
-        key[varlen.key_rows],
-        value[varlen.key_rows],
-        cu_seqlens_q=varlen.query_starts,
-        cu_seqlens_k=varlen.key_starts,
-        max_seqlen_q=varlen.longest_query,
-        max_seqlen_k=varlen.longest_key,
+        schedule.take(key, form.key_tokens),
+        schedule.take(value, form.key_tokens),
+        cu_seqlens_q=form.query_starts,
+        cu_seqlens_k=form.key_starts,
+        max_seqlen_q=form.longest_query,
+        max_seqlen_k=form.longest_key,
         softmax_scale=attention.scale,
         causal=False,
-        **version,
+        fa_version=attention._fa_version,
     )
     return out

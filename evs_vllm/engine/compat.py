@@ -16,12 +16,14 @@ from typing import Any
 import vllm
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from evs_vllm.errors import UnsupportedError
 from evs_vllm.families.rotary import MROPE_CACHE_FACTOR
 from evs_vllm.options import REQUEST_PREFIX
 
 _SETTINGS = "_evs_config"
+_WHY_NOT_KEEP = "_evs_why_not_keep"
 _WRAPPED = "__evs_wrapped__"
 
 _REQUEST_CHECK = "validate_request_mm_kwargs"
@@ -90,6 +92,20 @@ def wrap_create_model_config(check: Callable[[Any, Any], None]) -> None:
         return create_model_config
 
     _wrap(EngineArgs, "create_model_config", make)
+
+
+def wrap_create_engine_config(check: Callable[[Any], None]) -> None:
+    """Calls `check(vllm_config)` on every new engine config: all options are settled in it."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            vllm_config = original(self, *args, **kwargs)
+            check(vllm_config)
+            return vllm_config
+
+        return create_engine_config
+
+    _wrap(EngineArgs, "create_engine_config", make)
 
 
 def wrap_request_check(check: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -200,6 +216,17 @@ def settings_of(model_config: Any) -> Any | None:
     return None
 
 
+def forbid_keep(model_config: Any, why: str) -> None:
+    """Notes on a ``ModelConfig`` why no request may ask for kept positions; `why_keep_is_forbidden` finds it."""
+    object.__setattr__(model_config, _WHY_NOT_KEEP, why)
+
+
+def why_keep_is_forbidden(model_config: Any) -> str:
+    """What `forbid_keep` noted, or ""."""
+    why: str = getattr(model_config, _WHY_NOT_KEEP, "")
+    return why
+
+
 _stock: dict[str, tuple[str, str]] = {}
 
 
@@ -272,3 +299,45 @@ def why_not_reuse(engine_args: Any, model_config: Any) -> str:
     if getattr(engine_args.compilation_config, "compile_mm_encoder", False):
         return "compile_mm_encoder compiles the tower's stock attention."
     return ""
+
+
+def refuse_consumers(vllm_config: Any) -> None:
+    """Refuses an engine that takes its clips from another one's encoder or KV cache.
+
+    Raises:
+        UnsupportedError: It is such a consumer and no producer at the same time.
+    """
+    for flag, config, consumes, produces in (
+        ("--ec-transfer-config", vllm_config.ec_transfer_config, "is_ec_consumer", "is_ec_producer"),
+        ("--kv-transfer-config", vllm_config.kv_transfer_config, "is_kv_consumer", "is_kv_producer"),
+    ):
+        if config is not None and getattr(config, consumes) and not getattr(config, produces):
+            raise UnsupportedError(
+                f"This engine is a consumer ({flag}): it is sent videos without their pixels, and which tokens the "
+                "producer kept is not known here, so its prompts would not fit the producer's rows. Drop the --evs-* "
+                "options on both sides."
+            )
+
+
+def why_not_keep(vllm_config: Any) -> str:
+    """Why this engine cannot work with kept positions, or ""."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or not speculative.uses_draft_kv_cache() or vllm_config.use_v2_model_runner:
+        return ""
+    return (
+        f"with speculative method {speculative.method!r}, vLLM's first model runner, which this engine uses, takes "
+        "position IDs for places in the draft model's KV cache, and kept positions run ahead of them, possibly past "
+        "the end of the draft's rotary table."
+    )
+
+
+def clips_arrive_on_gpu(engine_args: Any, model_config: Any) -> bool:
+    """Whether processed pixels of clips may be on the GPU in an API server, where they are scored."""
+    mm_config = model_config.multimodal_config
+    # Other transports have the processor copy what it made back to the host.
+    if mm_config.mm_tensor_ipc != "torch_shm" or current_platform.device_type != "cuda":
+        return False
+    asked = mm_config.get_mm_processor_device_type()
+    decoded_on = str((mm_config.media_io_kwargs or {}).get("video", {}).get("device", ""))
+    encode_only = engine_args.ec_transfer_config is not None and engine_args.ec_transfer_config.is_encode_only
+    return asked == "cuda" or decoded_on.startswith("cuda") or (asked is None and encode_only)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.engine.compat import why_keep_is_forbidden
 from evs_vllm.engine.plan_field import plan_of
 from evs_vllm.errors import RequestError
 from evs_vllm.families import family_of
@@ -35,10 +36,12 @@ def check_positions(
     """Refuses a request whose position IDs would leave the rotary cache.
 
     Raises:
-        RequestError: They would.
+        RequestError: They would, or this engine cannot work with kept positions.
     """
     if all(plan.positions != "keep" for plan in plans):
         return
+    if why := why_keep_is_forbidden(model_config):
+        raise RequestError(f"evs_positions 'keep' is not possible here: {why} Leave it out or set 'sequential'.")
     # Where the scheduler cannot see the plan it cannot end the answer in time, so the whole context has to fit.
     whole_context = model_config.multimodal_config.mm_processor_cache_type == "shm"
     length = max(prompt_tokens, model_config.max_model_len) if whole_context else prompt_tokens

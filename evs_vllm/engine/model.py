@@ -17,11 +17,11 @@ from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.positions import PositionRequest, pruned_positions
 from evs_vllm.core.prompt import ClipSpan
 from evs_vllm.core.rows import encoder_batches, keep_rows
-from evs_vllm.engine.attention import wrap_attention
+from evs_vllm.engine.attention import wrap_tower
 from evs_vllm.engine.compat import settings_of, stock_model_class, widen_rotary_caches
 from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD, plan_of
 from evs_vllm.engine.processor import ProcessorFactory
-from evs_vllm.errors import UnsupportedError
+from evs_vllm.errors import PlanError, UnsupportedError
 from evs_vllm.families import Family, family_of
 from evs_vllm.options import CONFIG_KEY
 
@@ -41,7 +41,7 @@ class EVSModelMixin:
             )
         if not wanted and cls.__dict__.get("_evs_stock") is not None:
             # Built whole and not an instance of cls, so Python does not call __init__ again.
-            return cls._evs_stock(*args, vllm_config=vllm_config, **kwargs)
+            return _refusing_plans(cls._evs_stock(*args, vllm_config=vllm_config, **kwargs))
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -52,8 +52,7 @@ class EVSModelMixin:
         self._evs = self._evs_family.bind(vllm_config.model_config.hf_config)
         self._evs_tower = None if config.why_not_reuse else self._evs.reuse_tower(self)
         if self._evs_tower is not None:
-            for attention in self._evs_tower.attentions():
-                wrap_attention(attention)
+            wrap_tower(self._evs_tower)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         stock = super().embed_multimodal  # type: ignore[misc]
@@ -64,13 +63,18 @@ class EVSModelMixin:
         kept: list[torch.Tensor] = []
         for start, stop in encoder_batches(plans, self._evs_encoder_tokens):
             batch = self._evs.select_clips(kwargs, plans, start, stop)
-            if plans[start].encoder == "reuse" and self._evs_tower is not None:
+            if plans[start].encoder == "reuse":
+                if self._evs_tower is None:
+                    raise PlanError(
+                        "A clip's plan has the vision tower reuse keys and values, which this worker cannot do. Start "
+                        "all processes of a deployment with the same options."
+                    )
                 embeds = self._evs_tower.encode(batch, plans[start:stop])
                 embeds = embeds.split([len(plan.computed) for plan in plans[start:stop]])
             else:
                 embeds = stock(**batch)
             # vLLM's LLaVA-OneVision leaves an axis of length 1 in front when clips differ in length.
-            kept += [keep_rows(e.flatten(0, -2), plan) for e, plan in zip(embeds, plans[start:stop], strict=True)]
+            kept += keep_rows([rows.flatten(0, -2) for rows in embeds], plans[start:stop])
         return tuple(kept)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
@@ -106,6 +110,22 @@ class OneAxisMixin:
         if positions.ndim == 2:
             positions = positions[0]
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+
+
+def _refusing_plans(model: Any) -> Any:
+    """A stock model that does not take pruned clips for whole ones: its rows would be cut off in silence."""
+    stock = model.embed_multimodal
+
+    def embed_multimodal(**kwargs: Any) -> Any:
+        if PLAN_FIELD in kwargs:
+            raise UnsupportedError(
+                "This worker was started without EVS and got a clip that was pruned elsewhere. Start all processes of "
+                "a deployment, --headless ones too, with the same --evs-* options."
+            )
+        return stock(**kwargs)
+
+    model.embed_multimodal = embed_multimodal
+    return model
 
 
 def _moved(item: PositionRequest, offset: int) -> Any:

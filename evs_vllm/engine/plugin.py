@@ -33,6 +33,7 @@ def register() -> None:
     compat.add_cli_options(_add_cli_options)
     compat.wrap_from_cli_args(_read_cli_options)
     compat.wrap_create_model_config(_start)
+    compat.wrap_create_engine_config(_check_engine)
     if compat.may_run_engine_core():
         compat.wrap_add_request(_cap_answer_length)
     for architecture in supported_architectures():
@@ -97,7 +98,7 @@ def _start(engine_args: Any, model_config: Any) -> None:
     compat.force_position_ids(model_config)
     compat.wrap_add_request(_cap_answer_length)
     _server_config = config
-    _compile_kernels()
+    _compile_kernels(on_gpu=compat.clips_arrive_on_gpu(engine_args, model_config))
     logger.info(
         "EVS (evs-vllm) for %s: drops %s; request overrides: %s.",
         family.name,
@@ -106,18 +107,38 @@ def _start(engine_args: Any, model_config: Any) -> None:
     )
 
 
+def _check_engine(vllm_config: Any) -> None:
+    """Checks what is known only of the whole engine."""
+    from evs_vllm.engine import compat
+
+    model_config = vllm_config.model_config
+    config: EVSConfig | None = compat.settings_of(model_config)
+    if config is None:
+        return
+    compat.refuse_consumers(vllm_config)
+    if why := compat.why_not_keep(vllm_config):
+        if config.positions == "keep":
+            raise UnsupportedError(
+                f"--evs-positions keep is not possible here: {why} Set --evs-positions sequential, drop speculation or "
+                "use a method without a draft model, such as ngram."
+            )
+        compat.forbid_keep(model_config, why)
+
+
 def _cap_answer_length(model_config: Any, request: Any) -> None:
     from evs_vllm.engine.limits import cap_answer_length
 
     cap_answer_length(model_config, request)
 
 
-def _compile_kernels() -> None:
-    """Compiles before the first request what the first request will need."""
+def _compile_kernels(on_gpu: bool) -> None:
+    """Compiles before the first request what the first request will need; `on_gpu` if clips may be there."""
     import evs_kernels
     from evs_vllm.engine import compat
 
     evs_kernels.warmup()
+    if on_gpu:
+        evs_kernels.warmup(device="cuda")
     compat.guard_llvmlite_getattr()
 
 

@@ -151,14 +151,22 @@ class FamilyAdapter(ABC):
 
 
 class ReuseTower(ABC):
-    """A vision tower that can compute some tokens of a clip and reuse keys and values for the rest."""
+    """A vision tower that can compute some tokens of a clip and reuse keys and values for the rest.
+
+    Attributes:
+        has_varlen: Whether its attention modules follow schedules of the form "varlen" off the CPU. Set by who wraps
+            them.
+    """
+
+    has_varlen: bool = False
 
     @abstractmethod
     def attentions(self) -> Iterable[torch.nn.Module]:
         """Its attention modules, one for each layer.
 
         They are called with query, key, value of (1, rows, heads, head size) or (1, rows, heads * head size). During
-        `encode` each has the schedule of its layer on itself (`evs_vllm.core.reuse.scheduled`).
+        `encode` each has the schedule of its layer on itself (`evs_vllm.core.reuse.scheduled`), which has been placed
+        on the device before the first one is called (`evs_vllm.core.reuse.place`).
         """
 
     @abstractmethod

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ClipRows, ReuseSchedule, scheduled
+from evs_vllm.core.reuse import ClipRows, ReuseSchedule, form_on, place, scheduled
 from evs_vllm.families.base import ReuseTower
 
 
@@ -107,25 +107,33 @@ class PlainTower(ReuseTower):
         patches = patches.view(count, width, side, ratio, side, ratio).permute(0, 2, 4, 3, 5, 1)
         patches = patches.reshape(count, side * side, ratio**2, width)
         table = self.pos_embed()
-        by_token = torch.arange(across**2).view(side, ratio, side, ratio).permute(0, 2, 1, 3).reshape(side * side, -1)
-        positions = table[1:][by_token.to(table.device)]
 
-        rows, hidden, is_patch = [], [], []
-        start = 0
+        rows, slots, blocks, patch_rows = [], [], [], []
+        row, frame = 0, 0
         for plan in plans:
             clip, patch = frame_rows(plan, ratio**2)
-            packed = packed_frames(plan)
-            tokens = patches[start : start + packed].flatten(0, 1)[: len(plan.computed)]
-            slot = torch.from_numpy(plan.computed % plan.tokens_per_unit).to(table.device)
-            own = table[:1].repeat(len(patch), 1)
-            own[torch.from_numpy(patch).to(own.device)] = (tokens + positions[slot]).flatten(0, 1)
             rows.append(clip)
-            hidden.append(own)
-            is_patch.append(patch)
-            start += packed
-        out = self._run(self.pre_norm(torch.cat(hidden))[None], ReuseSchedule(rows, 1))[0]
-        out = out[torch.from_numpy(np.concatenate(is_patch)).to(out.device)]
-        return self.project(out.view(-1, ratio, ratio, width))
+            slots.append(clip.slots)
+            # The packed tokens lie one after the other, but the last frame of a clip may not be full.
+            blocks.append(frame * side**2 + np.arange(len(plan.computed)))
+            patch_rows.append(row + np.flatnonzero(patch))
+            row += len(patch)
+            frame += packed_frames(plan)
+        # A row's slot is its place in a unit, token by token; the table of positions goes row by row of the picture.
+        by_token = np.arange(across**2).reshape(side, ratio, side, ratio).transpose(0, 2, 1, 3).reshape(-1)
+        position_of_slot = np.concatenate([[0], 1 + by_token])
+        schedule = ReuseSchedule(rows, 1)
+        positions, tokens, places = place(
+            [schedule],
+            form_on(table.device, self.has_varlen),
+            table.device,
+            [position_of_slot[np.concatenate(slots)], np.concatenate(blocks), np.concatenate(patch_rows)],
+        )
+        hidden = table[positions]
+        computed = patches.flatten(0, 1)[tokens].flatten(0, 1)
+        hidden[places] = (hidden[places] + computed).to(hidden.dtype)
+        out = self._run(self.pre_norm(hidden)[None], schedule)[0]
+        return self.project(out[places].view(-1, ratio, ratio, width))
 
     def _run(self, hidden: torch.Tensor, schedule: ReuseSchedule) -> torch.Tensor:
         with scheduled(self.attentions(), [schedule] * len(self.layers)):

@@ -6,7 +6,6 @@ consecutive rows, each row holds (channel, frame of the unit, row, column). The 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 
 from evs_vllm.core.clip import Clip, TokenPixels
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ClipRows, ReuseSchedule, clip_rows, scheduled
+from evs_vllm.core.reuse import ClipRows, ReuseSchedule, clip_rows, form_on, place, scheduled
 from evs_vllm.families.base import FamilyAdapter, ReuseTower, to_uint8
 from evs_vllm.families.rotary import MROPE_CACHE_FACTOR
 
@@ -95,39 +94,45 @@ class Qwen2VLTower(ReuseTower):
         window = visual.window_size // merge // visual.patch_size if self._windowed else None
         clips: list[ClipRows] = []
         order: list[np.ndarray] = []
-        per_slot: list[dict[str, torch.Tensor]] = []
+        slots: list[np.ndarray] = []
         start = 0
         for plan in plans:
             rows, row_order = clip_rows(plan, window)
-            _, height, width = plan.grid
-            slot = torch.from_numpy(plan.computed[row_order] % plan.tokens_per_unit)
-            whole_unit = self._per_slot(height * merge, width * merge)
-            per_slot.append({name: values[slot.to(values.device)] for name, values in whole_unit.items()})
             clips.append(rows)
             order.append(row_order + start)
+            slots.append(plan.computed[row_order] % plan.tokens_per_unit)
             start += len(row_order)
-        index = torch.from_numpy(np.concatenate(order)).to(visual.device)
-        whole = ReuseSchedule([replace(rows, windows=rows.windows[[0, -1]]) for rows in clips], merge**2)
-        windows = ReuseSchedule(clips, merge**2) if self._windowed else whole
+        index = np.concatenate(order)
+        reverse = np.empty_like(index)
+        reverse[index] = np.arange(start)
+        schedules = [ReuseSchedule([rows.whole_units() for rows in clips], merge**2)]
+        if self._windowed:
+            schedules.append(ReuseSchedule(clips, merge**2))
+        form = form_on(visual.device, self.has_varlen)
+        window_index, reverse_indices, *slots_there = place(schedules, form, visual.device, [index, reverse, *slots])
+        grids = {(plan.grid[1] * merge, plan.grid[2] * merge) for plan in plans}
+        units = {grid: self._per_slot(*grid) for grid in grids}
+        per_slot = [
+            {name: values[slot] for name, values in units[plan.grid[1] * merge, plan.grid[2] * merge].items()}
+            for plan, slot in zip(plans, slots_there)
+        ]
+        whole, windows = schedules[0], schedules[-1]
         full = visual.fullatt_block_indexes if self._windowed else ()
         patches = start * merge**2
         # As if all rows were one sequence.
         boundaries = torch.arange(0, patches + 1, patches, dtype=torch.int32, device=visual.device)
         metadata = {
-            **{
-                name: torch.cat([values[name] for values in per_slot]).flatten(0, 1).to(visual.device)
-                for name in per_slot[0]
-            },
+            **{name: torch.cat([values[name] for values in per_slot]).flatten(0, 1) for name in per_slot[0]},
             "cu_seqlens": boundaries,
             "cu_window_seqlens": boundaries,
-            "window_index": index,
-            "reverse_indices": torch.argsort(index),
+            "window_index": window_index,
+            "reverse_indices": reverse_indices,
             "max_seqlen": None,
             "max_seqlen_full": None,
             "max_seqlen_window": None,
         }
-        schedules = [whole if number in full else windows for number in range(len(visual.blocks))]
-        with scheduled(self.attentions(), schedules):
+        of_layers = [whole if number in full else windows for number in range(len(visual.blocks))]
+        with scheduled(self.attentions(), of_layers):
             return self._run(batch[PIXELS], metadata)
 
     def _run(self, pixels: torch.Tensor, metadata: dict[str, Any]) -> torch.Tensor:
@@ -135,7 +140,8 @@ class Qwen2VLTower(ReuseTower):
         return embeds
 
     def _per_slot(self, height: int, width: int) -> dict[str, torch.Tensor]:
-        """What depends on the slot alone, in a unit of height x width patches: each (P, patches per token, size)."""
+        """What depends on the slot alone, in a unit of height x width patches: each (P, patches per token, size), on
+        the tower's device."""
         if self._windowed:
             cos, sin = self._visual.rotary_pos_emb_thw(1, height, width)
         else:

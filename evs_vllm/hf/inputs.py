@@ -84,7 +84,7 @@ def _video_features(model: Any, pixels: torch.Tensor, grids: Any, plans: Sequenc
     """The kept embedding rows of each clip, as ``get_video_features`` returns them."""
 
     def stay(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return tuple(keep_rows(rows, plan) for rows, plan in zip(embeds, plans, strict=True))
+        return tuple(keep_rows(embeds, plans))
 
     visual = model.model.visual
     if all(plan.encoder == "full" for plan in plans):

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """K/V reuse (`evs_vllm.core.reuse`) in the vision towers of transformers' Qwen2-VL and Qwen2.5-VL. No backward pass."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ReuseSchedule, clip_rows
+from evs_vllm.core.reuse import ReuseSchedule, clip_rows, form_on, place
 
 
 @torch.no_grad()
@@ -36,10 +35,13 @@ def encode(
     coordinates = np.stack([row[:, None] * merge + i, column[:, None] * merge + j], axis=-1).reshape(-1, 2)
 
     device = pixels.device
-    hidden = visual.patch_embed(pixels[torch.from_numpy(patches).to(device)].to(visual.dtype))
-    cos, sin = (x[:, None] for x in visual.rotary_pos_emb(hidden, torch.from_numpy(coordinates).to(device)))
-    whole = schedule([replace(rows, windows=rows.windows[[0, -1]])], merge**2)
-    windows = schedule([rows], merge**2)
+    reverse = np.empty_like(order)
+    reverse[order] = np.arange(len(order))
+    whole, windows = schedule([rows.whole_units()], merge**2), schedule([rows], merge**2)
+    used = [whole, windows] if windowed else [whole]
+    taken, at, back = place(used, form_on(device), device, [patches, coordinates, reverse])
+    hidden = visual.patch_embed(pixels[taken].to(visual.dtype))
+    cos, sin = (x[:, None] for x in visual.rotary_pos_emb(hidden, at))
     for number, block in enumerate(visual.blocks):
         attention = block.attn
         own = whole if not windowed or number in visual.fullatt_block_indexes else windows
@@ -48,10 +50,8 @@ def encode(
         attended = own.attend(query, key, qkv[:, 2], attention.scaling)
         hidden = hidden + attention.proj(attended.reshape(len(hidden), -1))
         hidden = hidden + block.mlp(block.norm2(hidden))
-    merged = visual.merger(hidden)
-    out = torch.empty_like(merged)
-    out[torch.from_numpy(order).to(device)] = merged
-    return out
+    merged: torch.Tensor = visual.merger(hidden)
+    return merged[back]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from evs_vllm.config import EVSConfig
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import Layout
 from evs_vllm.core.selection import make_plan
+from evs_vllm.errors import PlanError
 from evs_vllm.families import FAMILIES
 
 pytestmark = pytest.mark.vllm
@@ -62,6 +63,27 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_video_leaves_the_encoder_graph(fake: Any) -> None:
     assert fake.get_encoder_cudagraph_config().modalities == ["image"]
+
+
+def test_a_plan_for_a_tower_that_reuses_is_refused_where_none_does(fake: Any) -> None:
+    tokens = torch.from_numpy(np.random.default_rng().integers(0, 255, (3, 4, 5), dtype=np.uint8))
+    plan = make_plan(Clip(tokens, (3, 2, 2)), EVSConfig(rate=0.5, encoder="reuse"))
+    array = torch.from_numpy(plan.with_layout(Layout.contiguous(1, plan.num_tokens), plan.num_tokens).to_array())
+    assert plan.encoder == "reuse"
+    fake._evs_tower = None
+    rows = torch.zeros(4 * len(plan.computed), 1)
+    with pytest.raises(PlanError, match="which this worker cannot do.*same options"):
+        fake.embed_multimodal(pixel_values_videos=rows, video_grid_thw=torch.tensor([(3, 4, 4)]), evs_plan=[array])
+
+
+def test_rows_that_do_not_fit_the_plan_are_refused(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStock, "embed_multimodal", lambda self, **kwargs: [torch.zeros(11, 1)])
+    plan = make_plan(Clip(torch.zeros(3, 4, 5, dtype=torch.uint8), (3, 2, 2)), EVSConfig(rate=0.5))
+    array = torch.from_numpy(plan.with_layout(Layout.contiguous(1, plan.num_tokens), plan.num_tokens).to_array())
+    with pytest.raises(PlanError, match=r"returned \(11, 1\) for a clip laid out for 12 rows"):
+        fake.embed_multimodal(
+            pixel_values_videos=torch.zeros(48, 1), video_grid_thw=torch.tensor([(3, 4, 4)]), evs_plan=[array]
+        )
 
 
 def test_clips_are_encoded_in_bounded_batches_and_gathered(fake: Any) -> None:

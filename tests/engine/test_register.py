@@ -46,7 +46,7 @@ def test_twice_is_once() -> None:
 
     from evs_vllm.engine import compat
 
-    for name in ("add_cli_args", "from_cli_args", "create_model_config"):
+    for name in ("add_cli_args", "from_cli_args", "create_model_config", "create_engine_config"):
         function = getattr(EngineArgs, name)
         assert not hasattr(function.__wrapped__, "__wrapped__"), name
     for architecture in supported_architectures():
@@ -129,12 +129,12 @@ def test_contradiction_ends_the_start() -> None:
         EngineArgs.from_cli_args(parse(["--model", "m", "--evs-rate", "0.5", "--evs-threshold", "6"]))
 
 
-def text_model(directory: Path) -> Path:
+def text_model(directory: Path, vocab_size: int = 128) -> Path:
     from transformers import Qwen2Config
 
     Qwen2Config(
         architectures=["Qwen2ForCausalLM"], hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, intermediate_size=64, vocab_size=128,
+        num_key_value_heads=2, intermediate_size=64, vocab_size=vocab_size,
     ).save_pretrained(directory)  # fmt: skip
     return directory
 
@@ -227,10 +227,16 @@ def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
             self.prefix = prefix
             self.visual = SimpleNamespace(blocks=[])
 
+        def embed_multimodal(self, **kwargs: Any) -> Any:
+            return kwargs
+
     cls = model.model_class(Stock, FAMILIES[0])
     scheduler = SimpleNamespace(max_num_encoder_input_tokens=1)
     built = cls(vllm_config=SimpleNamespace(additional_config={}, model_config=off), prefix="p")
     assert type(built) is Stock and built.prefix == "p"
+    assert built.embed_multimodal(pixels=1) == {"pixels": 1}
+    with pytest.raises(UnsupportedError, match=r"without EVS.*same --evs-\* options"):
+        built.embed_multimodal(pixels=1, evs_plan=[])
     on = model_config(qwen2_5_vl, {"rate": 0.5})
     extra = {"evs": {"rate": 0.5}}
     config = SimpleNamespace(additional_config=extra, model_config=on, scheduler_config=scheduler)
@@ -248,6 +254,78 @@ def test_reuse_needs_the_stock_attention_path(qwen2_5_vl: Path) -> None:
         assert config.encoder == "full" and config.why_not_reuse
         with pytest.raises(ConfigError, match="not possible here"):
             model_config(qwen2_5_vl, {"rate": 0.5, "encoder": "reuse"}, **obstacle)
+
+
+@pytest.mark.parametrize("kind", ["ec", "kv"])
+def test_consumers_are_refused(qwen2_5_vl: Path, kind: str) -> None:
+    from vllm.config import ECTransferConfig, KVTransferConfig
+
+    from evs_vllm.engine.plugin import _check_engine
+
+    made = {"ec": ECTransferConfig, "kv": KVTransferConfig}[kind]
+    on, off = model_config(qwen2_5_vl, {"rate": 0.5}), SimpleNamespace(multimodal_config=None)
+    others = {"speculative_config": None, "ec_transfer_config": None, "kv_transfer_config": None}
+
+    def check(role: str, model: Any = on) -> None:
+        config = made(**{f"{kind}_connector": "Some", f"{kind}_role": f"{kind}_{role}"})
+        _check_engine(SimpleNamespace(model_config=model, **{**others, f"{kind}_transfer_config": config}))
+
+    with pytest.raises(UnsupportedError, match=rf"consumer \(--{kind}-transfer-config\).*without their pixels"):
+        check("consumer")
+    check("producer")
+    check("both")
+    check("consumer", model=off)
+
+
+def test_drafts_of_the_first_runner_get_no_kept_positions(tmp_path: Path, qwen2_5_vl: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from evs_vllm.engine.compat import why_keep_is_forbidden
+    from evs_vllm.engine.limits import check_positions
+
+    size = EngineArgs(model=str(qwen2_5_vl)).create_model_config().get_vocab_size()
+    draft = {"method": "draft_model", "model": str(text_model(tmp_path, size)), "num_speculative_tokens": 2}
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+
+    def start(speculative: Any, **evs: Any) -> Any:
+        args = EngineArgs(model=str(qwen2_5_vl), speculative_config=speculative, additional_config={"evs": evs})
+        return args.create_engine_config().model_config
+
+    with pytest.raises(UnsupportedError, match=r"keep is not possible here.*'draft_model'.*--evs-positions sequential"):
+        start(draft, rate=0.5)
+    config = start(draft, rate=0.5, positions="sequential")
+    assert why_keep_is_forbidden(config) and not why_keep_is_forbidden(start(ngram, rate=0.5))
+    check_positions(None, config, 5, [SimpleNamespace(positions="sequential")])  # type: ignore[arg-type, list-item]
+    with pytest.raises(RequestError, match="'keep' is not possible here.*'sequential'"):
+        check_positions(None, config, 5, [SimpleNamespace(positions="keep")])  # type: ignore[arg-type, list-item]
+
+
+def test_kernels_are_compiled_where_clips_arrive(qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import ECTransferConfig
+
+    import evs_kernels
+    from evs_vllm.engine import compat
+
+    def warmed(**kwargs: Any) -> list[str]:
+        devices: list[str] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(evs_kernels, "warmup", lambda device="cpu": devices.append(device))
+            model_config(qwen2_5_vl, {"rate": 0.5}, **kwargs)
+        return devices
+
+    producer = ECTransferConfig(ec_connector="Some", ec_role="ec_producer")
+    cuda = {"mm_processor_kwargs": {"device": "cuda"}}
+    assert warmed() == ["cpu"] == warmed(mm_tensor_ipc="torch_shm", ec_transfer_config=producer)
+    monkeypatch.setattr(compat, "current_platform", SimpleNamespace(device_type="cuda"))
+    assert warmed() == ["cpu"] == warmed(mm_tensor_ipc="torch_shm") == warmed(**cuda)
+    for gpu in (
+        {"ec_transfer_config": producer},
+        cuda,
+        {"media_io_kwargs": {"video": {"device": "cuda:0"}}},
+    ):
+        assert warmed(mm_tensor_ipc="torch_shm", **gpu) == ["cpu", "cuda"]
+    host = {"mm_processor_kwargs": {"device": "cpu"}}
+    assert warmed(mm_tensor_ipc="torch_shm", ec_transfer_config=producer, **host) == ["cpu"]
 
 
 def test_long_rotary_cache_with_evs_only(model_dir: Callable[[str], Path]) -> None:

@@ -14,6 +14,7 @@ from evs_vllm.testing import synthetic_clip
 from tests.families.registry import families, most_engine_tests
 from tests.reference.hf import Clip, Picture, Settings
 from tests.reference.tower import TowerReference, TowerSettings
+from tests.unit.device_copies import META, DeviceCopies
 
 TOLERANCE = 1e-4
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -112,6 +113,28 @@ def test_encoder_reuse(model, model_dir, family, refresh):
     check(model, ref, [ASK, ASK], media, TowerSettings(0.75, refresh=refresh))
     plan = hf.last_plans(model)[0]
     assert plan.encoder == "reuse" and (len(plan.refreshed) > 0) == (refresh > 0)
+
+
+@torch.inference_mode()
+def test_reuse_off_the_cpu(model, ref, family, monkeypatch):
+    """There it attends in padded batches, to the same end, after one copy of indices and without waiting."""
+    from evs_vllm.core.reuse import ReuseSchedule, form_on
+    from evs_vllm.hf import tower
+
+    hf.enable(model, 0.75, encoder="reuse")
+    batch = inputs(ref, [ASK], [[synthetic_clip(16, seed=1, noise=2)]])
+    want = model(**batch).logits
+    (plan,) = hf.last_plans(model)
+    visual = copy.deepcopy(model.model.visual).to(META)
+    pixels = batch["pixel_values_videos"].to(META)
+    with DeviceCopies() as device:
+        embeds = tower.encode(visual, pixels, plan)
+    assert len(embeds) == len(plan.computed) and (device.copies, device.waits) == (1, [])
+
+    monkeypatch.setattr(tower, "form_on", lambda device: form_on(META))
+    monkeypatch.setattr(ReuseSchedule, "_attend_clip", None)
+    got = model(**batch).logits
+    torch.testing.assert_close(got, want, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @families(most_engine_tests)

@@ -73,10 +73,10 @@ def test_counts_rows_and_placeholders_agree(plan: RetentionPlan) -> None:
     assert len(plan.layout.token_ids) - len(ids) == dropped
     rows = torch.arange(len(plan.layout.is_visual))[:, None].float()
     whole = replace(plan, encoder="full", refreshed=plan.refreshed[:0])
-    assert keep_rows(rows, whole)[:, 0].long().tolist() == plan.embed_index.tolist()
+    assert keep_rows([rows], [whole])[0][:, 0].long().tolist() == plan.embed_index.tolist()
     if plan.encoder == "reuse":
         rows = torch.from_numpy(plan.computed)[:, None].float()
-        assert keep_rows(rows, plan)[:, 0].long().tolist() == plan.kept.tolist()
+        assert keep_rows([rows], [plan])[0][:, 0].long().tolist() == plan.kept.tolist()
 
 
 @pytest.mark.parametrize("cut", [0, 3, -1])
@@ -111,7 +111,7 @@ def test_mismatches_are_refused() -> None:
         Layout(np.array([1, 2]), np.array([True, False]), np.array([True, True]))
     plan = RetentionPlan((2, 1, 2), np.array([0, 1]), layout=Layout.contiguous(PAD, 4))
     with pytest.raises(PlanError, match="laid out for 4"):
-        keep_rows(torch.zeros(5, 3), plan)
+        keep_rows([torch.zeros(5, 3)], [plan])
     with pytest.raises(PlanError, match="does not fit"):
         unprune([PAD], [ClipSpan(0, plan)])
 

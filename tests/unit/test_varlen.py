@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The form that GPU kernels take: gathered keys and cumulative lengths give what the running state gives."""
+"""The forms for GPUs: keys gathered with cumulative lengths or in padded batches give what the running state gives."""
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ClipRows, ReuseSchedule, clip_rows
+from evs_vllm.core.reuse import LEAST_PADDING, ClipRows, Padded, ReuseSchedule, Varlen, clip_rows, place
 
 
 def latest(clip: ClipRows, unit: int) -> list[int]:
@@ -49,13 +51,31 @@ def test_varlen_equals_running_state(
     generator = torch.Generator().manual_seed(seed)
     query, key, value = torch.randn(3, rows, 2, 8, generator=generator)
     expected = schedule.attend(query, key, value, 0.3)
-    form = schedule.varlen(torch.device("cpu"))
-    assert form.query_starts[-1] == rows and form.key_starts[-1] == len(form.key_rows)
-    keys, values = key[form.key_rows], value[form.key_rows]
+    tokens = rng.permutation(rows // patches)
+    for form in ("varlen", "padded"):
+        placed = ReuseSchedule(clips, patches)
+        (uploaded,) = place([placed], form, torch.device("cpu"), [tokens.reshape(-1, 1)])
+        assert uploaded.dtype == torch.int32 and uploaded.tolist() == tokens.reshape(-1, 1).tolist()
+        attend = placed.attend if form == "padded" else partial(by_sequence, placed)
+        torch.testing.assert_close(attend(query, key, value, 0.3), expected, rtol=1e-5, atol=1e-5)
+    assert isinstance(placed.placed, Padded)
+    queries = sum(batch.numel() for batch, _ in placed.placed.batches) * patches
+    assert queries <= max(2 * rows, LEAST_PADDING * sum(len(clip.lengths()[0]) for clip in clips)), "padding is bounded"
+
+
+def by_sequence(
+    schedule: ReuseSchedule, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """What a kernel for variable lengths does, one sequence after the other."""
+    form = schedule.placed
+    assert isinstance(form, Varlen)
+    keys, values = schedule.take(key, form.key_tokens), schedule.take(value, form.key_tokens)
+    assert form.query_starts[-1] == len(query) and form.key_starts[-1] == len(keys)
+    out = torch.empty_like(query)
     for i in range(len(form.query_starts) - 1):
         q = slice(form.query_starts[i], form.query_starts[i + 1])
         k = slice(form.key_starts[i], form.key_starts[i + 1])
         assert 0 < q.stop - q.start <= form.longest_query and k.stop - k.start <= form.longest_key
-        scores = torch.einsum("qhd,khd->hqk", query[q], keys[k]) * 0.3
-        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values[k])
-        torch.testing.assert_close(out, expected[q], rtol=1e-5, atol=1e-5)
+        scores = torch.einsum("qhd,khd->hqk", query[q], keys[k]) * scale
+        out[q] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values[k])
+    return out

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What encoder reuse builds on: the attention of vision towers, and the towers around it."""
 
-from evs_vllm.engine.touchpoints.row import MODELS, TOWERS, Touchpoint, parts
+from evs_vllm.engine.touchpoints.row import MODELS, PUBLIC, TOWERS, Touchpoint, parts
 
 ROWS: tuple[Touchpoint, ...] = (
     Touchpoint(
         what="attention follows schedules (attention.wrap_attention)",
         where="vllm.model_executor.layers.attention.mm_encoder_attention:MMEncoderAttention",
-        attributes=("num_heads", "head_size", "scale", "is_flash_attn_backend", "_fa_version"),
+        attributes=("num_heads", "head_size", "scale", "attn_backend", "_fa_version"),
         why="Its ``forward`` is replaced on each module, and its sizes are read.",
         gone_when=TOWERS,
     ),
@@ -17,6 +17,20 @@ ROWS: tuple[Touchpoint, ...] = (
         parameters=("self", "query", "key", "value", "cu_seqlens", "max_seqlen", "sequence_lengths"),
         why="Towers pass these, by name or in this order.",
         gone_when=TOWERS,
+    ),
+    Touchpoint(
+        what="the tower's kernel is known (attention.has_varlen)",
+        where="vllm.model_executor.layers.attention.mm_encoder_attention:MMEncoderAttention.__init__",
+        source=("AttentionBackendEnum.FLASH_ATTN", "get_flash_attn_version(head_size=head_size)"),
+        why="FlashAttention of a version is NVIDIA's, with lengths of its own for queries and keys; others are not.",
+        gone_when=TOWERS,
+    ),
+    Touchpoint(
+        what="the device is known (attention.wrap_tower)",
+        where="vllm.platforms",
+        attributes=("current_platform",),
+        why="On a CPU the tower's reuse needs no kernel.",
+        gone_when=PUBLIC,
     ),
     Touchpoint(
         what="different query and key lengths (attention.flash_attention)",

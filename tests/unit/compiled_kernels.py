@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints what plans compile after ``evs_kernels.warmup``: run by test_warmup.py in a process of its own.
+
+``python compiled_kernels.py numba`` listens to numba's compiler. ``python compiled_kernels.py triton``, in Triton's
+interpreter, finds for each launch the key by which Triton would look for a compiled kernel on a GPU.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import evs_kernels
+from evs_vllm.config import EVSConfig
+from evs_vllm.core.clip import Clip
+from evs_vllm.core.selection import make_plan
+
+# Bytes of a token, in whole groups of 16 (as Qwen-VL's) and others, for one program and for several. Few and small:
+# Triton's interpreter is slow.
+DEPTHS = (1040, 588, 48, 50)
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"rate": 0.5},
+    {"rate": 0.5, "min_tokens_per_unit": 2},
+    {"max_tokens": 9, "min_tokens_per_unit": 1},
+    {"threshold": 3.5},
+    {"threshold": 3.5, "max_tokens": 7, "min_tokens_per_unit": 1},
+    {"threshold": 200.0, "max_tokens": 9},
+)
+
+
+def plan_clips() -> None:
+    """Plans random clips as first requests would, under all kinds of settings."""
+    for depth in DEPTHS:
+        for units, side in ((1, 2), (4, 2)):
+            tokens = torch.randint(0, 256, (units, side * side, depth), dtype=torch.uint8)
+            for options in OPTIONS:
+                for encoder in ("full", "reuse"):
+                    config = EVSConfig(**options, encoder=encoder, encoder_refresh=2)
+                    make_plan(Clip(tokens, (units, side, side)), config)
+
+
+@contextmanager
+def numba_compilations() -> Iterator[list[str]]:
+    from numba.core import event
+
+    found: list[str] = []
+    with event.install_recorder("numba:compile") as recorder:
+        yield found
+    found += [str(each.data["dispatcher"]) for _, each in recorder.buffer if each.is_start]
+
+
+@contextmanager
+def triton_keys() -> Iterator[list[str]]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    found: list[str] = []
+    run = InterpretedFunction.run
+
+    def recording(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        named = {name: value for name, value in self.kwargs.items() if name.startswith("do_not_specialize")}
+        kernel = triton.JITFunction(self.fn, **named)
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        found.append(f"{self.fn.__qualname__} {binder(*args, **kwargs)[1:]}")
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    InterpretedFunction.run = recording
+    try:
+        yield found
+    finally:
+        InterpretedFunction.run = run
+
+
+watch = {"numba": numba_compilations, "triton": triton_keys}[sys.argv[1]]
+with watch() as first:
+    evs_kernels.warmup()
+with watch() as later:
+    plan_clips()
+new = set(later) - (set(first) if sys.argv[1] == "triton" else set())
+print("warmed up", len(set(first)), "then", len(later), "new", len(new))
+for name in sorted(new):
+    print(name)
