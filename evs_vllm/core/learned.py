@@ -33,8 +33,8 @@ class Layer:
     """``floor((rows @ weight + bias) / 2**shift)``, in integers below 2**24.
 
     Attributes:
-        weight: (inputs, outputs) float32, whole numbers.
-        bias: (outputs,) float32, whole numbers; half of 2**shift, which makes it round, is in it.
+        weight: (inputs, outputs) float32 or float64, whole numbers.
+        bias: (outputs,) of the same, whole numbers; half of 2**shift, which makes it round, is in it.
         shift: Bits that are cut off.
     """
 
@@ -43,11 +43,11 @@ class Layer:
     shift: int
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """(n, inputs) float32 whole numbers to (n, outputs)."""
+        """(n, inputs) whole numbers of the same type to (n, outputs)."""
         return torch.addmm(self.bias, rows, self.weight).mul_(0.5**self.shift).floor_()
 
-    def to(self, device: torch.device) -> "Layer":
-        return Layer(self.weight.to(device), self.bias.to(device), self.shift)
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Layer":
+        return Layer(self.weight.to(device, dtype), self.bias.to(device, dtype), self.shift)
 
 
 class Network:
@@ -59,18 +59,17 @@ class Network:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = tuple(layers)
-        self._on_device = {self.layers[0].weight.device: self.layers}
+        self._made: dict[tuple[torch.device, torch.dtype], tuple[Layer, ...]] = {}
 
     @classmethod
     def read(cls, data: bytes) -> "Network":
         """The network in the bytes of an ``.npz`` file as `bench.descriptor` writes it."""
         arrays = np.load(BytesIO(data))
-        shifts = arrays["shifts"].tolist()
-
-        def numbers(name: str) -> torch.Tensor:
-            return torch.from_numpy(arrays[name].astype(np.float32))
-
-        return cls([Layer(numbers(f"weight{i}"), numbers(f"bias{i}"), shift) for i, shift in enumerate(shifts)])
+        layers = []
+        for number, shift in enumerate(arrays["shifts"].tolist()):
+            weight, bias = (arrays[f"{part}{number}"].astype(np.float32) for part in ("weight", "bias"))
+            layers.append(Layer(torch.from_numpy(weight), torch.from_numpy(bias), shift))
+        return cls(layers)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Describes tokens.
@@ -81,19 +80,30 @@ class Network:
         Returns:
             (n, F) uint8.
         """
-        layers = self._layers(rows.device)
+        dtype = _exact_in(rows.device)
+        layers = self._layers(rows.device, dtype)
         described = []
-        for some in rows.split(_ROWS):
-            values = some.float()
-            for layer in layers[:-1]:
-                values = layer(values).clamp_(0, 255)
-            described.append(layers[-1](values).add_(128).clamp_(0, 255).to(torch.uint8))
+        with torch.autocast(rows.device.type, enabled=False):  # a training step may have it on
+            for some in rows.split(_ROWS):
+                values = some.to(dtype)
+                for layer in layers[:-1]:
+                    values = layer(values).clamp_(0, 255)
+                described.append(layers[-1](values).add_(128).clamp_(0, 255).to(torch.uint8))
         return torch.cat(described)
 
-    def _layers(self, device: torch.device) -> tuple[Layer, ...]:
-        if device not in self._on_device:
-            self._on_device[device] = tuple(layer.to(device) for layer in self.layers)
-        return self._on_device[device]
+    def _layers(self, device: torch.device, dtype: torch.dtype) -> tuple[Layer, ...]:
+        if (device, dtype) not in self._made:
+            self._made[device, dtype] = tuple(layer.to(device, dtype) for layer in self.layers)
+        return self._made[device, dtype]
+
+
+def _exact_in(device: torch.device) -> torch.dtype:
+    """float32 where torch multiplies all of its bits; float64, to which TF32 and its like never apply, elsewhere."""
+    try:
+        whole = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch does not say where its backends differ in that
+        whole = False
+    return torch.float32 if whole else torch.float64
 
 
 def inputs_of(cells: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,7 @@ class Settings:
     positions: str = "keep"
     min_tokens_per_unit: int = 0
     max_tokens: int | None = None
+    selection: str = "paper"
 
     @property
     def off(self) -> bool:

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The independent reference of the selections `learned` and `contrast`, in plain loops and whole numbers.
+
+Nothing here comes from `evs_vllm` or `evs_kernels`, and nothing is fast; of the package it reads the numbers in
+`learned.npz`. It starts from frames as the model sees them, so it knows nothing of the order of pixel rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WEIGHTS = Path(__file__).parents[2] / "evs_vllm" / "core" / "learned.npz"
+CELLS = 4
+BLOCK = 32
+"""Units of which a place's kept ones are chosen together."""
+
+UNIT = {"contrast": Fraction(12 * 32, 100), "learned": Fraction(512, 100)}
+"""The distance that a threshold of 1 means."""
+
+
+def pictures(frames: np.ndarray, unit_frames: int, tops: Sequence[int], lefts: Sequence[int], side: int) -> np.ndarray:
+    """Low-resolution pictures of tokens.
+
+    Args:
+        frames: (F, height, width, 3) uint8. The last one stands also for those that a whole last unit lacks.
+        unit_frames: Frames in a unit.
+        tops, lefts: First pixel row of every row of tokens, first pixel column of every column.
+        side: Side of a token in pixels.
+
+    Returns:
+        (T, rows, columns, 4, 4, 3) int64: the mean of every cell, halves rounded up.
+    """
+    units = -(-len(frames) // unit_frames)
+    out = np.empty((units, len(tops), len(lefts), CELLS, CELLS, 3), dtype=np.int64)
+    for t in range(units):
+        several = np.stack([frames[min(f, len(frames) - 1)] for f in range(t * unit_frames, (t + 1) * unit_frames)])
+        for row, top in enumerate(tops):
+            for column, left in enumerate(lefts):
+                for i in range(CELLS):
+                    for j in range(CELLS):
+                        cell = several[
+                            :,
+                            top + math.floor(i * side / CELLS) : top + math.ceil((i + 1) * side / CELLS),
+                            left + math.floor(j * side / CELLS) : left + math.ceil((j + 1) * side / CELLS),
+                        ].astype(np.int64)
+                        pixels = cell[..., 0].size
+                        for colour in range(3):
+                            mean = Fraction(int(cell[..., colour].sum()), pixels)
+                            out[t, row, column, i, j, colour] = math.floor(mean + Fraction(1, 2))
+    return out
+
+
+def normalised(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every cell less the mean around its token, over the deviation there; that mean; that deviation. In integers.
+
+    The last quotient is fixed-point, 20 bits of a factor that is cut off: that is how it is defined.
+    """
+    units, rows, columns = cells.shape[:3]
+    values = np.empty_like(cells)
+    means, deviations = np.empty((2, units, rows, columns, 3), dtype=np.int64)
+    for t in range(units):
+        for row in range(rows):
+            for column in range(columns):
+                for colour in range(3):
+                    count, total, squares = 0, 0, 0
+                    for down in (-1, 0, 1):
+                        for right in (-1, 0, 1):
+                            weight = (2 - abs(down)) * (2 - abs(right))
+                            at = min(max(row + down, 0), rows - 1), min(max(column + right, 0), columns - 1)
+                            around = cells[t, at[0], at[1], :, :, colour].flatten().tolist()
+                            count += weight * len(around)
+                            total += weight * sum(around)
+                            squares += weight * sum(value * value for value in around)
+                    deviation = math.sqrt(count * squares - total * total) / count
+                    factor = math.floor(32 * 2**20 // count / (deviation + 6))
+                    means[t, row, column, colour] = math.floor(Fraction(total, count) + Fraction(1, 2))
+                    deviations[t, row, column, colour] = round(deviation)
+                    for i in range(CELLS):
+                        for j in range(CELLS):
+                            product = (int(cells[t, row, column, i, j, colour]) * count - total) * factor
+                            value = math.floor(Fraction(product, 2**20) + Fraction(1, 2))
+                            values[t, row, column, i, j, colour] = min(max(value, -127), 127)
+    return values, means, deviations
+
+
+def contrast(cells: np.ndarray) -> np.ndarray:
+    """(T, P, 21) int64: 2 x 2 means of normalised cells, and three times each the mean colour around."""
+    values, means, _ = normalised(cells)
+    units, rows, columns = cells.shape[:3]
+    out = []
+    for token in np.ndindex(units, rows, columns):
+        mine = []
+        for i in (0, 2):
+            for j in (0, 2):
+                for colour in range(3):
+                    four = values[token][i : i + 2, j : j + 2, colour]
+                    mine.append(128 + math.floor(Fraction(int(four.sum()), 4) + Fraction(1, 2)))
+        for colour in range(3):
+            mine += [int(means[token][colour])] * 3
+        out.append(mine)
+    return np.array(out).reshape(units, rows * columns, -1)
+
+
+@cache
+def layers() -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """Weights, biases and shifts of the learned descriptor, as int64."""
+    numbers = np.load(WEIGHTS)
+    return [
+        (numbers[f"weight{i}"].astype(np.int64), numbers[f"bias{i}"].astype(np.int64), int(shift))
+        for i, shift in enumerate(numbers["shifts"])
+    ]
+
+
+def network_inputs(cells: np.ndarray) -> np.ndarray:
+    """(T * P, 54) int64: normalised cells, mean and deviation around."""
+    values, means, deviations = normalised(cells)
+    rows = [
+        [*values[token].flatten(), *(means[token] - 128), *np.minimum(deviations[token], 127)]
+        for token in np.ndindex(*cells.shape[:3])
+    ]
+    return np.array(rows)
+
+
+def learned(cells: np.ndarray) -> np.ndarray:
+    """(T, P, F) int64: a network in integers."""
+    values = network_inputs(cells)
+    for number, (weight, bias, shift) in enumerate(layers()):
+        sums = values @ weight + bias
+        values = np.floor_divide(sums, 2**shift)
+        values = np.clip(values + (128 if number == len(layers()) - 1 else 0), 0, 255)
+    return values.reshape(cells.shape[0], cells.shape[1] * cells.shape[2], -1)
+
+
+DESCRIBE = {"contrast": contrast, "learned": learned}
+
+
+def prices(highest: int) -> list[int]:
+    """The whole numbers that have at most 7 bits before their zeros, up to the first above `highest`."""
+    out = [0]
+    while out[-1] <= highest:
+        following = out[-1] + 1
+        out.append(following + -following % 2 ** max(following.bit_length() - 7, 0))
+    return out
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one - other).sum())
+
+
+def cheapest_units(looks: np.ndarray, price: int) -> list[int]:
+    """The units that one place keeps, unit 0 among them, where each kept one costs `price`.
+
+    Args:
+        looks: (T, F), the place's descriptors.
+    """
+    kept = [0]
+    for first in range(1, len(looks), BLOCK):
+        end = min(first + BLOCK, len(looks))
+
+        @cache
+        def best(last: int, at: int, end: int = end) -> tuple[int, tuple[int, ...]]:
+            """The lowest cost of units `at` to `end` after `last` was kept, and the units kept there."""
+            ways = []
+            held = 0
+            for following in range(at, end):
+                rest, units = best(following, following + 1, end)
+                ways.append((held + price + rest, (following, *units)))
+                held += distance(looks[following], looks[last])
+            ways.append((held, ()))
+            lowest = min(cost for cost, _ in ways)
+            return [way for way in ways if way[0] == lowest][-1]  # that which keeps the next one latest
+
+        kept += best(kept[-1], first)[1]
+    return kept
+
+
+def filled(units: int, per_unit: int, kept: set[int], far: dict[int, int], least: int, budget: int) -> np.ndarray:
+    """`kept` with the minimum of every unit and then the budget filled up by the tokens farthest from their anchors."""
+    kept = set(kept)
+    ranked = sorted((i for i in range(units * per_unit) if i not in kept), key=lambda i: (-far[i], i))
+    for t in range(1, units):
+        here = [i for i in ranked if i // per_unit == t]
+        lacking = min(least, per_unit) - (per_unit - len(here))
+        kept.update(here[: max(lacking, 0)])
+    ranked = [i for i in ranked if i not in kept]
+    kept.update(ranked[: max(budget - len(kept), 0)])
+    return np.array(sorted(kept))
+
+
+def cost(units: int, per_unit: int, kept: set[int], least: int) -> int:
+    counts = [sum(i // per_unit == t for i in kept) for t in range(units)]
+    return counts[0] + sum(max(count, min(least, per_unit)) for count in counts[1:])
+
+
+def hold(looks: np.ndarray, budget: int, least: int) -> np.ndarray:
+    """What stays of (T, P, F) descriptors within a budget."""
+    units, per_unit, width = looks.shape
+    budget = min(units * per_unit, max(budget, per_unit + (units - 1) * min(least, per_unit)))
+
+    def at(price: int) -> tuple[set[int], dict[int, int]]:
+        kept, far = set(), {}
+        for p in range(per_unit):
+            mine = cheapest_units(looks[:, p], price)
+            kept |= {t * per_unit + p for t in mine}
+            for t in range(units):
+                if t not in mine:
+                    anchor = max(s for s in mine if s < t)
+                    far[t * per_unit + p] = distance(looks[t, p], looks[anchor, p])
+        return kept, far
+
+    kept, far = at(0)
+    if cost(units, per_unit, kept, least) > budget:
+        offered = prices(255 * width * BLOCK)
+        too_low, enough = 0, len(offered) - 1
+        while enough - too_low > 1:
+            middle = (too_low + enough) // 2
+            if cost(units, per_unit, at(offered[middle])[0], least) > budget:
+                too_low = middle
+            else:
+                enough = middle
+        kept, far = at(offered[enough])
+    return filled(units, per_unit, kept, far, least, budget)
+
+
+def anchored(looks: np.ndarray, level: int, least: int, most: int | None) -> np.ndarray:
+    """What stays of (T, P, F) descriptors that differs by `level` from what was last kept at its place."""
+    units, per_unit, width = looks.shape
+
+    def at(level: int) -> tuple[set[int], dict[int, int]]:
+        kept, far = set(range(per_unit)), {}
+        for p in range(per_unit):
+            anchor = 0
+            for t in range(1, units):
+                moved = distance(looks[t, p], looks[anchor, p])
+                if moved >= level:
+                    kept.add(t * per_unit + p)
+                    anchor = t
+                else:
+                    far[t * per_unit + p] = moved
+        return kept, far
+
+    top = 255 * width + 1
+    level = min(level, top)
+    kept, far = at(level)
+    if most is None:
+        return filled(units, per_unit, kept, far, least, 0)
+    most = min(units * per_unit, max(most, per_unit + (units - 1) * min(least, per_unit)))
+    if cost(units, per_unit, kept, least) <= most:
+        return filled(units, per_unit, kept, far, least, 0)
+    too_low, enough = level, top
+    while enough - too_low > 1:
+        middle = (too_low + enough) // 2
+        if cost(units, per_unit, at(middle)[0], least) > most:
+            too_low = middle
+        else:
+            enough = middle
+    return filled(units, per_unit, *at(enough), least, most)
+
+
+def tokens_allowed(units: int, per_unit: int, settings: Any, continues: bool) -> int:
+    """How many tokens stay with a rate, or at most without one."""
+    share = 1 - Fraction(str(settings.rate or 0))
+    allowed = math.floor(units * per_unit * share)
+    if not continues:
+        allowed = max(allowed, per_unit + math.ceil((units - 1) * per_unit * share / 2))
+    if settings.max_tokens is not None:
+        allowed = min(allowed, settings.max_tokens)
+    least = min(settings.min_tokens_per_unit, per_unit)
+    return max(allowed, max(1, units * least) if continues else per_unit + (units - 1) * least)
+
+
+def choose(looks: np.ndarray, settings: Any, continues: bool = False) -> np.ndarray:
+    """Which tokens of a clip stay.
+
+    Args:
+        looks: (T, P, F) descriptors; of a clip that goes on from another one, first what was there before.
+        settings: With the fields of `tests.reference.hf.Settings`.
+        continues: Whether it does.
+
+    Returns:
+        Sorted flat indices, not counting what was there before.
+    """
+    units, per_unit, _ = looks.shape
+    before = per_unit if continues else 0
+    budget = before + tokens_allowed(units - continues, per_unit, settings, continues)
+    least = settings.min_tokens_per_unit
+    if settings.threshold:
+        level = max(1, math.ceil(Fraction(str(settings.threshold)) * UNIT[settings.selection]))
+        kept = anchored(looks, level, least, None if settings.max_tokens is None else budget)
+    else:
+        kept = hold(looks, budget, least)
+    kept = kept[kept >= before] - before
+    if len(kept):
+        return kept
+    kept = hold(looks, before + 1, 0)  # the one token that a prompt needs
+    return kept[kept >= before] - before
+
+
+def select(cells: np.ndarray, settings: Any) -> np.ndarray:
+    """`choose` for the pictures of a clip that stands alone."""
+    return choose(DESCRIBE[settings.selection](cells), settings)
