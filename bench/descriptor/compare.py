@@ -21,7 +21,7 @@ from bench.selection.measures import Judge, figures
 from bench.selection.settings import Settings
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.descriptors import Contrast, low_resolution
-from evs_vllm.core.learned import Network, inputs_of
+from evs_vllm.core.learned import CELLS, Learned, Network, inputs_of
 
 RATES = (0.75, 0.9)
 SIZES: dict[str, tuple[int, list[int]]] = {
@@ -72,10 +72,30 @@ def compare(
         for name, losses in found.items()
     ]
     folder.mkdir(parents=True, exist_ok=True)
+    levels = {condition: _levels(library, condition, chosen) for condition in settings.conditions}
     result = {"environment": harness.environment(), "steps": steps, "seed": seed, "scenes": len(scenes), "rows": rows}
-    (folder / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "compare.md").write_text(_table(rows))
-    log(_table(rows))
+    (folder / "compare.json").write_text(json.dumps(result | {"levels": levels}, indent=1) + "\n")
+    (folder / "compare.md").write_text(_table(rows) + "\n" + _level_table(levels))
+    log((folder / "compare.md").read_text())
+
+
+def _levels(library: Library, condition: str, chosen: Network) -> dict[str, list[float]]:
+    """By selection, in the unit of its threshold, how tokens differ from 4 units ago: median and 95th percentile."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in ("paper", "contrast", "learned")}
+    for name in library.single:
+        clip = as_clip(library.frames(name, condition))
+        pixels = clip.tokens.to(torch.int16)
+        found["paper"].append((pixels[4:] - pixels[:-4]).abs().float().mean(-1).flatten())
+        for way, unit, described in (
+            ("contrast", Contrast.unit, Contrast().make(clip)),
+            ("learned", Learned.unit, _with(chosen, CELLS)(clip)),
+        ):
+            values = described.to(torch.int16)
+            found[way].append((values[4:] - values[:-4]).abs().float().sum(-1).flatten() / unit)
+    return {
+        way: [float(np.quantile(torch.cat(values).numpy(), share)) for share in (0.5, 0.95)]
+        for way, values in found.items()
+    }
 
 
 def _with(network: Network, cells: int) -> Describe:
@@ -105,6 +125,14 @@ def _microseconds(describe: Describe, clip: Clip) -> float:
         describe(clip)
         times.append(time.perf_counter() - started)
     return 1e6 * statistics.median(times) / (clip.num_units * clip.tokens_per_unit)
+
+
+def _level_table(levels: dict[str, dict[str, list[float]]]) -> str:
+    lines = ["| tokens against 4 units ago: median, 95 % | paper | contrast | learned |", "|---|---:|---:|---:|"]
+    for condition, ways in levels.items():
+        cells = (f"{middle:.1f}, {high:.1f}" for middle, high in ways.values())
+        lines.append(f"| {condition} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _table(rows: list[dict[str, float]]) -> str:
