@@ -14,7 +14,7 @@ import torch
 
 from evs_vllm.core.clip import Clip, TokenPixels
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import Clip, TokenPixelsRows, ReuseSchedule, clip_rows, scheduled
+from evs_vllm.core.reuse import ClipRows, ReuseSchedule, clip_rows, scheduled
 from evs_vllm.families.base import FamilyAdapter, ReuseTower, to_uint8
 from evs_vllm.families.rotary import MROPE_CACHE_FACTOR
 
