@@ -30,10 +30,11 @@ def make_html(clip: Inspection, max_units: int = 60) -> str:
         "rows": rows,
         "columns": columns,
         "perUnit": rows * columns,
-        "values": clip.values_per_token,
-        "scoresBase64": base64.b64encode(np.ascontiguousarray(clip.scores, dtype="<i4").tobytes()).decode(),
+        **evidence(clip),
         "seconds": clip.unit_seconds,
         "settings": settings(clip.config),
+        "thresholdCounts": clip.selection.threshold_counts,
+        "highThreshold": clip.selection.high_threshold,
         "fade": FADE,
         "tiles": [{"unit": unit, "frame": _data_uri(clip.frames[unit * clip.frames_per_unit])} for unit in shown],
     }
@@ -50,6 +51,18 @@ def make_html(clip: Inspection, max_units: int = 60) -> str:
     for mark, content in page.items():
         text = text.replace(mark, content)
     return text
+
+
+def evidence(clip: Inspection) -> dict[str, Any]:
+    """What ``select.js`` chooses from, as its ``prepare`` takes it."""
+    width = clip.evidence.shape[2] if clip.evidence.ndim == 3 else None
+    raw = clip.evidence.astype("<i4" if width is None else np.uint8, casting="safe").tobytes()
+    return {
+        "evidenceBase64": base64.b64encode(raw).decode(),
+        "width": width,
+        "unit": _decimal(clip.unit),
+        "stockCount": clip.selection.stock_count,
+    }
 
 
 def settings(config: EVSConfig) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def subtitle(clip: Inspection, num_shown: int) -> list[str]:
     parts = [
         clip.family,
         _setting(clip),
+        f"selection {clip.selection.name}",
         f"{units} units of {rows} x {columns} tokens, {width} x {height} pixels",
     ]
     if clip.frames_per_unit > 1:

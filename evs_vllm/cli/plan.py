@@ -56,9 +56,22 @@ def lines(clip: Inspection) -> list[str]:
         f"{clip.video.name}: {count} frames of {width}x{height} as {clip.family} sees them, {units} units of "
         f"{rows}x{columns} = {per_unit} tokens",
         f"EVS drops {clip.config.describe()}".replace("drops nothing by default", "is off"),
+        *_short_clip(clip),
         "",
         *table([("unit", "second", "before", "kept", ""), *body, total], right=(0, 1, 2, 3)),
         "",
         f"prompt  {before} -> {after} tokens for this clip",
         "time    " + ", ".join(f"{stage} {seconds(clip.seconds[stage])}" for stage in STAGES),
+    ]
+
+
+def _short_clip(clip: Inspection) -> list[str]:
+    """A line that says why more is kept than the rate says, if so."""
+    if not clip.is_short:
+        return []
+    kept = clip.plan.num_kept
+    cap = f", cut to {kept} at most" if kept == clip.config.max_tokens else ""
+    return [
+        f"short clip: unit 0 whole and at least half of the share of the others{cap}: {kept} tokens, where "
+        f"--video-pruning-rate would keep {clip.stock_kept}"
     ]

@@ -89,10 +89,12 @@ class Descriptor(ABC):
     Attributes:
         name: Tells it from others.
         unit: The L1 distance that the option ``threshold`` counts as 1.
+        counts: What that is, in words.
     """
 
     name: str
     unit: float
+    counts: str
 
     @abstractmethod
     def make(self, clip: Clip) -> torch.Tensor:
@@ -123,6 +125,7 @@ class Contrast(Descriptor):
 
     name = "contrast"
     unit = 12 * SPREAD / 100
+    counts = "hundredths of the local contrast"
 
     def make(self, clip: Clip) -> torch.Tensor:
         values, means, _ = normalised(low_resolution(clip, 4))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of one clip before an engine sees it: frames, scores, plan, times. Imports neither torch nor vLLM.
+"""What is known of one clip before an engine sees it: frames, evidence, plan, times. Imports neither torch nor vLLM.
 
 `evs_vllm.engine.inspect.inspect_clip` makes it, the command line prints and draws it.
 """
@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evs_vllm.config import EVSConfig
+from evs_vllm.core.budget import token_budget
 
 if TYPE_CHECKING:
     import numpy as np
 
     from evs_vllm.core.plan import RetentionPlan
+    from evs_vllm.core.scorers import Selection
 
 STAGES = ("decode", "HF processor", "score", "select", "layout")
-"""The stages of `Inspection.seconds`, in their order."""
+"""The stages of `Inspection.seconds`, in their order. To score is to find the evidence: scores or descriptors."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class Inspection:
         family: Name of its row in `evs_vllm.families.FAMILIES`.
         config: The settings.
         plan: What stays.
-        scores: (T, P) int32 pixel change of each token since the unit before; unit 0 scores 0.
-        values_per_token: Pixel values behind one token; score / values is the mean change, 0..255.
+        selection: What chose it, as `config` names it.
+        evidence: What it was chosen from (`Selection.evidence`): (T, P) int32 scores or (T, P, F) uint8 descriptors.
+        unit: The score or distance that the option ``threshold`` counts as 1 (`Selection.unit`).
         frames: (T * frames per unit, height, width, 3) uint8, as the model sees them.
         unit_seconds: Start of each unit in the video, or None if the loader does not say.
         prompt_tokens: Tokens of the clip's part of the prompt, (before, after).
@@ -44,8 +47,9 @@ class Inspection:
     family: str
     config: EVSConfig
     plan: "RetentionPlan"
-    scores: "np.ndarray"
-    values_per_token: int
+    selection: "Selection"
+    evidence: "np.ndarray"
+    unit: float
     frames: "np.ndarray"
     unit_seconds: tuple[float, ...] | None
     prompt_tokens: tuple[int, int]
@@ -60,6 +64,23 @@ class Inspection:
         """Fraction of the clip's tokens that is dropped."""
         return 1 - self.plan.num_kept / self.plan.num_tokens
 
+    @property
+    def stock_kept(self) -> int | None:
+        """Tokens that vLLM's ``--video-pruning-rate`` would keep at the same rate, None where no rate is set."""
+        if not self.config.rate:
+            return None
+        rate = EVSConfig(rate=self.config.rate)
+        return token_budget(self.plan.num_units, self.plan.tokens_per_unit, rate, stock_count=True)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether more is kept because the clip is short than its rate says (see `token_budget`)."""
+
+        def kept(stock_count: bool) -> int:
+            return token_budget(self.plan.num_units, self.plan.tokens_per_unit, self.config, stock_count=stock_count)
+
+        return kept(self.selection.stock_count) > kept(True)
+
     def to_mapping(self) -> dict[str, Any]:
         """Everything but the pixels, ready for JSON."""
         plan, (count, height, width, _) = self.plan, self.frames.shape
@@ -73,6 +94,8 @@ class Inspection:
             "grid": list(plan.grid),
             "tokens": plan.num_tokens,
             "tokens_kept": plan.num_kept,
+            "video_pruning_rate_keeps": self.stock_kept,
+            "short_clip": self.is_short,
             "dropped_share": self.dropped_share,
             "counts": plan.counts.tolist(),
             "kept": plan.kept.tolist(),

@@ -128,6 +128,7 @@ class Learned(Descriptor):
 
     name = "learned"
     unit = DISTANCE / 100
+    counts = "hundredths of the feature distance"
 
     @cached_property
     def network(self) -> Network:

@@ -18,7 +18,7 @@ from evs_vllm.core.budget import token_budget
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.descriptors import Contrast, Descriptor
 from evs_vllm.core.learned import Learned
-from evs_vllm.errors import ConfigError
+from evs_vllm.errors import ConfigError, UnsupportedError
 from evs_vllm.options import exact
 
 
@@ -29,10 +29,14 @@ class Selection(ABC):
         name: Its name in `SELECTIONS`. It is part of the cache identity: a method that changes needs another name.
         stock_count: Whether it keeps exactly the number of tokens that vLLM's ``--video-pruning-rate`` keeps, of short
             clips too (see `token_budget`).
+        threshold_counts: What the option ``threshold`` counts, in words.
+        high_threshold: A threshold that leaves little beside unit 0, where a slider may end.
     """
 
     name: str
     stock_count: bool = False
+    threshold_counts: str
+    high_threshold: float = 100
 
     @abstractmethod
     def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
@@ -46,6 +50,33 @@ class Selection(ABC):
             (K,) int64 on the clip's device, sorted flat indices ``t*P + p``, at least one. Of a clip without
             `Clip.previous`, all of unit 0 is among them if the vision tower is to reuse keys and values.
         """
+
+    def evidence(self, clip: Clip) -> torch.Tensor:
+        """All that the choice is made from, for whoever shows a clip and lets its settings be moved.
+
+        What is in `SELECTIONS` has it.
+
+        Args:
+            clip: The clip; what `Clip.previous` holds comes first, as one more unit.
+
+        Returns:
+            On the clip's device, (T, P) int32 scores, of which the highest stay, or (T, P, F) uint8 descriptors, whose
+            L1 distance from the last kept one at their place counts.
+
+        Raises:
+            UnsupportedError: It chooses by something else.
+        """
+        raise UnsupportedError(
+            f"The selection {self.name} has no scores or descriptors to show. Choose one of {', '.join(SELECTIONS)}."
+        )
+
+    def unit(self, clip: Clip) -> float:
+        """The score or distance, as in `evidence`, that the option ``threshold`` counts as 1; an exact decimal.
+
+        Raises:
+            UnsupportedError: As `evidence`.
+        """
+        raise UnsupportedError(f"The selection {self.name} has no unit of the option threshold to show.")
 
     def budget(self, clip: Clip, config: EVSConfig) -> int:
         """`token_budget` of a clip."""
@@ -63,18 +94,26 @@ class Anchored(Selection):
 
     Args:
         descriptor: What tokens are compared by; the selection has its name.
+        high_threshold: Where a slider for thresholds ends.
     """
 
-    def __init__(self, descriptor: Descriptor) -> None:
+    def __init__(self, descriptor: Descriptor, high_threshold: float) -> None:
         self.name, self.descriptor = descriptor.name, descriptor
+        self.threshold_counts, self.high_threshold = f"change in {descriptor.counts}", high_threshold
+
+    def evidence(self, clip: Clip) -> torch.Tensor:
+        return self.descriptor.describe(clip)
+
+    def unit(self, clip: Clip) -> float:
+        return self.descriptor.unit
 
     def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
-        descriptors = self.descriptor.describe(clip)
+        descriptors = self.evidence(clip)
         before = clip.tokens_per_unit if clip.previous is not None else 0
         budget = before + self.budget(clip, config)
         least = config.min_tokens_per_unit
         if config.threshold:
-            level = max(1, math.ceil(exact(config.threshold) * exact(self.descriptor.unit)))
+            level = max(1, math.ceil(exact(config.threshold) * exact(self.unit(clip))))
             most = budget if config.max_tokens else None
             kept = evs_kernels.select_anchored(descriptors, most, threshold=level, min_per_unit=least).indices
         else:
@@ -103,7 +142,16 @@ class Scorer(Selection):
 
     @abstractmethod
     def level(self, threshold: float, values: int) -> float:
-        """The score from which a token stays under the option ``threshold``, for tokens of `values` pixel values."""
+        """The score from which a token stays under the option ``threshold``, for tokens of `values` pixel values.
+
+        It is proportional to `threshold`, but for being rounded up where scores are integers.
+        """
+
+    def evidence(self, clip: Clip) -> torch.Tensor:
+        return self.score(clip.tokens if clip.previous is None else torch.cat([clip.previous[None], clip.tokens]))
+
+    def unit(self, clip: Clip) -> float:
+        return self.level(1, clip.tokens.shape[-1])
 
     def top(self, tokens: torch.Tensor, budget: int, min_per_unit: int) -> torch.Tensor:
         """Sorted indices of unit 0 and of the highest scores, `budget` in all; ties go to the lower index."""
@@ -138,6 +186,8 @@ class PixelChange(Scorer):
 
     name = "paper"
     stock_count = True
+    threshold_counts = "mean pixel change"
+    high_threshold = 64
 
     def score(self, tokens: torch.Tensor) -> torch.Tensor:
         """(T, P) int32: ``score[t, p] = sum_d |tokens[t, p, d] - tokens[t-1, p, d]|``."""
@@ -163,9 +213,9 @@ def named_selection(name: str) -> Selection:
     return SELECTIONS[name]
 
 
-LEARNED = Anchored(Learned())
+LEARNED = Anchored(Learned(), high_threshold=100)
 
 SELECTIONS: dict[str, Selection] = {
     selection.name: selection
-    for selection in (LEARNED, Anchored(Contrast()), PixelChange())
+    for selection in (LEARNED, Anchored(Contrast(), high_threshold=200), PixelChange())
 }

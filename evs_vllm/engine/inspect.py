@@ -21,7 +21,7 @@ from evs_vllm.core.clip import Clip
 from evs_vllm.core.inspection import Inspection
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.prompt import pruned_clip
-from evs_vllm.core.scorers import SELECTIONS, Scorer
+from evs_vllm.core.scorers import Selection, named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.engine import plugin
 from evs_vllm.engine.plan_field import MODALITY, plan_of
@@ -78,6 +78,7 @@ def inspect_clip(
         raise UnsupportedError(f"The processor made no pixels of {video}.")
     frames = adapter.frames(fields)
     plan = plan_of(item) or RetentionPlan(clip.grid, np.arange(np.prod(clip.grid)), config.positions)
+    selection = named_selection(config.selection)
     layout = plan.layout
     after = plan.num_kept if layout is None else len(plan.prompt_index)
     return Inspection(
@@ -87,13 +88,14 @@ def inspect_clip(
         family=family.name,
         config=config,
         plan=plan,
-        scores=_scorer(config).score(clip.tokens).cpu().numpy(),
-        values_per_token=clip.tokens.shape[-1],
+        selection=selection,
+        evidence=selection.evidence(clip).cpu().numpy(),
+        unit=selection.unit(clip),
         frames=frames,
         unit_seconds=_unit_seconds(media, plan.num_units, len(frames) // plan.num_units),
         prompt_tokens=(plan.num_tokens if layout is None else len(layout.token_ids), after),
         seconds={"decode": decode, "HF processor": timing.stage_secs["apply_hf_processor"]}
-        | _planning_seconds(clip, plan, config, adapter),
+        | _planning_seconds(clip, plan, config, selection, adapter),
     )
 
 
@@ -130,13 +132,9 @@ def _unit_seconds(media: Any, units: int, per_unit: int) -> tuple[float, ...] | 
     return tuple(float(indices[unit * per_unit]) / fps for unit in range(units))
 
 
-def _scorer(config: EVSConfig) -> Scorer:
-    scorer = SELECTIONS[config.selection]
-    assert isinstance(scorer, Scorer)  # what is served chooses by scores, and pictures show them
-    return scorer
-
-
-def _planning_seconds(clip: Clip, plan: RetentionPlan, config: EVSConfig, adapter: Any) -> dict[str, float]:
+def _planning_seconds(
+    clip: Clip, plan: RetentionPlan, config: EVSConfig, selection: Selection, adapter: Any
+) -> dict[str, float]:
     """Medians of the stages that the processor runs in one go."""
 
     def median(call: Callable[[], Any]) -> float:
@@ -156,8 +154,8 @@ def _planning_seconds(clip: Clip, plan: RetentionPlan, config: EVSConfig, adapte
 
     if not config.active:
         return {"score": 0.0, "select": 0.0, "layout": 0.0}
-    score = median(lambda: _scorer(config).score(clip.tokens))
-    both = median(lambda: make_plan(clip, config))
+    score = median(lambda: selection.evidence(clip).cpu())
+    both = median(lambda: make_plan(clip, config, selection))
     return {"score": score, "select": max(0.0, both - score), "layout": median(lay_out)}
 
 

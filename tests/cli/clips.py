@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from evs_vllm.config import EVSConfig
-from evs_vllm.core.clip import Clip
+from evs_vllm.core.clip import Clip, TokenPixels
 from evs_vllm.core.inspection import STAGES, Inspection
 from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.core.scorers import Selection, named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.testing import synthetic_clip
 
@@ -21,12 +22,19 @@ def inspected(units: int = 6, size: tuple[int, int] = (84, 140), seconds: bool =
     """A clip of `units` units of 2 frames, with what `options` (of `EVSConfig`) keep of it."""
     frames = synthetic_clip(2 * units, size, moving=0.2, noise=3)
     rows, columns = size[0] // TOKEN, size[1] // TOKEN
-    cut = frames.reshape(units, 2, rows, TOKEN, columns, TOKEN, 3).transpose(0, 2, 4, 1, 3, 5, 6)
+    cut = frames.reshape(units, 2, rows, TOKEN, columns, TOKEN, 3).transpose(0, 2, 4, 6, 1, 3, 5)
     tokens = torch.from_numpy(np.ascontiguousarray(cut.reshape(units, rows * columns, -1)))
-    config, grid = EVSConfig(**(options or {"rate": 0.6})), (units, rows, columns)
-    whole = RetentionPlan(grid, np.arange(units * rows * columns))
-    change = np.abs(np.diff(tokens.numpy().astype(np.int32), axis=0)).sum(axis=2)
-    plan = make_plan(Clip(tokens, grid), config) if config.active else whole
+    config = EVSConfig(**(options or {"rate": 0.6}))
+    clip = Clip(tokens, (units, rows, columns), TokenPixels(1, 3, 2, TOKEN))
+    return inspection_of(clip, frames, config, named_selection(config.selection), seconds)
+
+
+def inspection_of(
+    clip: Clip, frames: np.ndarray, config: EVSConfig, selection: Selection, seconds: bool = True
+) -> Inspection:
+    """What `evs_vllm.engine.inspect` would say of a clip and its frames."""
+    whole = RetentionPlan(clip.grid, np.arange(np.prod(clip.grid)))
+    plan = make_plan(clip, config, selection) if config.active else whole
     return Inspection(
         video=Path("drawn & <cut>.mp4"),
         model="tiny",
@@ -34,10 +42,11 @@ def inspected(units: int = 6, size: tuple[int, int] = (84, 140), seconds: bool =
         family="Qwen2.5-VL",
         config=config,
         plan=plan,
-        scores=np.concatenate([np.zeros_like(change[:1]), change]),
-        values_per_token=tokens.shape[-1],
+        selection=selection,
+        evidence=selection.evidence(clip).numpy(),
+        unit=selection.unit(clip),
         frames=frames,
-        unit_seconds=tuple(0.5 * unit for unit in range(units)) if seconds else None,
+        unit_seconds=tuple(0.5 * unit for unit in range(clip.num_units)) if seconds else None,
         prompt_tokens=(plan.num_tokens, plan.num_kept),
         seconds=dict.fromkeys(STAGES, 0.01),
     )

@@ -9,6 +9,7 @@ import pytest
 from evs_vllm.cli import main
 from evs_vllm.cli.plan import BAR_WIDTH, lines
 from evs_vllm.families import family_of
+from evs_vllm.options import SELECTION_NAMES
 from evs_vllm.testing import real_clip_path
 from tests.cli.clips import inspected
 
@@ -23,17 +24,50 @@ def clip_and_model(model_dir, monkeypatch):
 
 
 def test_the_table():
-    clip = inspected(rate=0.6)
+    clip = inspected(units=7, rate=0.6)
     text = lines(clip)
-    assert text[0].startswith("drawn & <cut>.mp4: 12 frames of 140x84 as Qwen2.5-VL sees them, 6 units of 3x5 = 15")
-    assert text[1] == "EVS drops 60 % of the video tokens of each clip (keep positions)"
-    rows = text[4:10]
+    assert text[0].startswith("drawn & <cut>.mp4: 14 frames of 140x84 as Qwen2.5-VL sees them, 7 units of 3x5 = 15")
+    assert text[1] == "EVS drops 60 % of the video tokens of each clip (selection learned, keep positions)"
+    rows = text[4:11]
     assert [row.split()[:4] for row in rows] == [
         [str(unit), f"{unit / 2:.2f}", "15", str(count)] for unit, count in enumerate(clip.plan.counts)
     ]
     assert rows[0].endswith("█" * BAR_WIDTH)
-    assert text[10].split() == ["total", "90", "36", "60.0", "%", "dropped"]
+    assert text[11].split() == ["total", "105", "42", "60.0", "%", "dropped"]
     assert text[-1].startswith("time    decode 10.0 ms, HF processor 10.0 ms")
+
+
+def test_a_short_clip_is_said_to_be_one():
+    """At 0.9, 6 units of 15 tokens have 9, which unit 0 makes 15, and half of the others' share is 3.75."""
+    clip = inspected(rate=0.9)
+    assert lines(clip)[2] == (
+        "short clip: unit 0 whole and at least half of the share of the others: 19 tokens, where --video-pruning-rate "
+        "would keep 15"
+    )
+    report = clip.to_mapping()
+    assert report["short_clip"] and (report["tokens_kept"], report["video_pruning_rate_keeps"]) == (19, 15)
+    assert ", cut to 17 at most: 17 tokens, where" in lines(inspected(rate=0.9, max_tokens=17))[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "stock"),
+    [
+        ({"rate": 0.9, "selection": "paper"}, 15),
+        ({"rate": 0.9, "min_tokens_per_unit": 4}, 15),
+        ({"rate": 0.9, "max_tokens": 15}, 15),
+        ({"rate": 0.5}, 45),
+        ({"rate": 0}, None),
+        ({"threshold": 30}, None),
+        ({"max_tokens": 19}, None),
+    ],
+    ids=str,
+)
+def test_what_keeps_no_more_for_being_short(options, stock):
+    clip = inspected(**options)
+    assert lines(clip)[2] == "" and not any(line.startswith("short clip") for line in lines(clip))
+    report = clip.to_mapping()
+    assert not report["short_clip"] and report["video_pruning_rate_keeps"] == stock
+    assert report["config"]["selection"] == options.get("selection", "learned")
 
 
 def test_the_table_when_off():
@@ -42,11 +76,12 @@ def test_the_table_when_off():
 
 
 @pytest.mark.vllm
-def test_json_is_the_plan_of_the_processor(clip_and_model, capfd):
+@pytest.mark.parametrize("selection", SELECTION_NAMES)
+def test_json_is_the_plan_of_the_processor(clip_and_model, capfd, selection):
     """The processor is asked again here, in the words of vLLM."""
-    assert main(["plan", *clip_and_model, "--rate", "0.7", "--json"]) == 0
+    assert main(["plan", *clip_and_model, "--rate", "0.7", "--selection", selection, "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
-    assert report["kept"] == server_plan(clip_and_model, {"rate": 0.7}).kept.tolist()
+    assert report["kept"] == server_plan(clip_and_model, {"rate": 0.7, "selection": selection}).kept.tolist()
     assert report["tokens_kept"] == len(report["kept"]) == sum(report["counts"]) == int(report["tokens"] * 3 / 10)
     assert np.prod(report["grid"]) == report["tokens"] == report["prompt_tokens"]["before"]
     assert report["prompt_tokens"]["after"] == report["tokens_kept"]

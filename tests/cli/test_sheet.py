@@ -7,6 +7,7 @@ from PIL import Image
 
 from evs_vllm.cli import _sheet
 from evs_vllm.cli.view import write_view
+from evs_vllm.core.scorers import SELECTIONS
 from tests.cli.clips import TOKEN, inspected
 
 
@@ -25,8 +26,8 @@ def test_kept_patches_are_untouched_and_dropped_ones_pale_and_grey():
 
 
 def test_the_sheet_holds_the_tiles_and_the_strip(tmp_path):
-    clip = inspected()
-    assert "drawn & <cut>.mp4: 36 of 90 video tokens kept, 60.0 % dropped" in write_view(clip, tmp_path / "out.png")
+    clip = inspected(units=7)
+    assert "drawn & <cut>.mp4: 42 of 105 video tokens kept, 60.0 % dropped" in write_view(clip, tmp_path / "out.png")
     sheet = Image.open(tmp_path / "out.png")
     pixels = np.asarray(sheet.convert("RGB"))
     assert pixels.shape[1] == _sheet.WIDTH
@@ -42,6 +43,11 @@ def test_any_length_and_setting_can_be_drawn(units, options):
     assert sheet.width == _sheet.WIDTH and 300 < sheet.height < 3000
     drawn = [part for part in _sheet.subtitle(clip, len(_sheet.evenly(units, 40))) if "drawn" in part]
     assert drawn == (["40 of 90 units drawn, all in the strip"] if units == 90 else [])
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_sheet_names_the_selection(selection):
+    assert f"selection {selection}" in _sheet.subtitle(inspected(selection=selection, rate=0.5), 6)
 
 
 def test_tall_frames_are_drawn():
