@@ -118,6 +118,10 @@ class EVSConfig:
             return not other.active
         if self.selection != other.selection and (self.threshold or other.threshold):
             return False  # thresholds of two selections have nothing in common
+        if other.threshold and self.threshold != other.threshold and self.selection != "paper":
+            # Compared with the last kept token, not every clip keeps fewer at a higher threshold: 0 4 6 1 6 1 keeps one
+            # more at 4, four more at 5.
+            return False
         return all(
             option.no_more(getattr(self, option.name), getattr(other, option.name))
             for option in OPTIONS

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evs_vllm.config import EVSConfig
-from evs_vllm.core.clip import Clip
+from evs_vllm.core.clip import Clip, TokenPixels
 from evs_vllm.core.selection import make_plan
 from evs_vllm.errors import ConfigError, EVSError, RequestError
 from evs_vllm.options import OPTIONS, Option
@@ -19,13 +19,13 @@ from evs_vllm.requests import admit
 
 VALUES = [
     0, 1, -1, 2**31, 2**63, -(2**63), 2**64, 10**30, 10**400, -(10**400), 10**5000, 1e-320, 5e-324, 1e308, -0.0, 0.5,
-    math.nan, math.inf, -math.inf, True, False, None, "", "0.5", "keep", "1e3", "x" * 10_000, [], [1], {},
-    {"a": 1}, (1,), 10**9, 10**9 + 1,
+    math.nan, math.inf, -math.inf, True, False, None, "", "0.5", "keep", "paper", "contrast", "1e3", "x" * 10_000, [], [1],
+    {},    {"a": 1}, (1,), 10**9, 10**9 + 1,
         0.1 + 0.2, 1 - 2**-53, 254.99999999999997, 1.0, 255, 256,
 ]  # fmt: skip
 WORDS = [
     "0", "-1", "1e-320", "1e400", "-1e400", "9" * 400, "9" * 5000, "NaN", "Infinity", "true", "null", "", "[",
-    "[" * 100_000, "{}", '"keep"', "0x10", "1_000", "½", "0.75", "1e2",
+    "[" * 100_000, "{}", '"keep"', '"paper"', "learned", "0x10", "1_000", "½", "0.75", "1e2",
 ]  # fmt: skip
 
 any_value = st.one_of(
@@ -47,6 +47,9 @@ PYTHONS_OWN = (
 )
 
 
+CLIP = Clip(torch.arange(12 * 48).mul_(3).to(torch.uint8).view(4, 3, 48), (4, 1, 3), TokenPixels(1, 3, 1, 4))
+
+
 def is_own_text(option: Option, text: str) -> bool:
     """An error names the option, says what is allowed, and is not what Python says."""
     return (option.name in text or option.flag in text) and not any(words in text for words in PYTHONS_OWN)
@@ -56,7 +59,7 @@ def try_it(option: Option, config: EVSConfig) -> None:
     """What is allowed works: a clip is planned."""
     assert isinstance(config.identity, str) and isinstance(config.describe(), str)
     if config.active:
-        plan = make_plan(Clip(torch.arange(48, dtype=torch.uint8).view(4, 3, 4), (4, 1, 3)), config)
+        plan = make_plan(CLIP, config)
         assert 3 <= plan.num_kept <= 12, option.name
 
 

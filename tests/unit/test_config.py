@@ -20,6 +20,7 @@ from evs_vllm.requests import admit, split_request_kwargs
 GOOD = {
     "rate": [0, 0.0, 0.5, 0.999],
     "threshold": [0, 5, 7.5, 255],
+    "selection": ["learned", "contrast", "paper"],
     "positions": ["keep", "sequential"],
     "min_tokens_per_unit": [0, 1, 100],
     "max_tokens": [1, 4096],
@@ -30,6 +31,7 @@ GOOD = {
 BAD = {
     "rate": [1, -0.1, 1.5, math.nan, math.inf, True, "0.5", [0.5], {}],
     "threshold": [-1, 255.5, math.nan, -math.inf, False, "6"],
+    "selection": ["", "Paper", "embedding", 0, True, None, ["paper"]],
     "positions": ["", "Keep", 1, True, ["keep"]],
     "min_tokens_per_unit": [-1, 1.0, True, "1", None],
     "max_tokens": [0, -5, 2.0, True, "7"],
@@ -75,7 +77,8 @@ def test_command_line_words() -> None:
     assert by_name["rate"].parse("0.75") == 0.75
     assert by_name["max_tokens"].parse("100") == 100
     assert by_name["positions"].parse("keep") == "keep"
-    for name, word in [("rate", "1"), ("rate", "x"), ("rate", "NaN"), ("max_tokens", "1.5"), ("positions", "k")]:
+    assert by_name["selection"].parse("contrast") == "contrast"
+    for name, word in [("rate", "1"), ("rate", "x"), ("rate", "NaN"), ("max_tokens", "1.5"), ("selection", "k")]:
         with pytest.raises(ConfigError, match=by_name[name].flag):
             by_name[name].parse(word)
 
@@ -83,7 +86,10 @@ def test_command_line_words() -> None:
 def test_rate_is_read_as_a_decimal() -> None:
     assert exact(0.9) == Fraction(9, 10) and exact(1e-05) == Fraction(1, 100000)
     # Binary floats say 100 * (1 - 0.9) = 9.999...
-    assert token_budget(10, 10, EVSConfig(rate=0.9)) == 10
+    assert token_budget(10, 10, EVSConfig(rate=0.9), stock_count=True) == 10
+    # 9 * 10 * (1 - 0.9) / 2 is 4.4999... in binary and 4.5 in decimals; 19 * 10 * (1 - 0.9) is 18.999... and 19.
+    assert token_budget(10, 10, EVSConfig(rate=0.9)) == 10 + 5
+    assert token_budget(41, 10, EVSConfig(rate=0.9)) == 41
 
 
 def test_identity_tells_settings_apart_and_spellings_not() -> None:
@@ -96,6 +102,9 @@ def test_identity_tells_settings_apart_and_spellings_not() -> None:
         EVSConfig(rate=0.5),
         EVSConfig(rate=0.75),
         EVSConfig(threshold=0.5),
+        EVSConfig(threshold=0.5, selection="contrast"),
+        EVSConfig(rate=0.5, selection="contrast"),
+        EVSConfig(rate=0.5, selection="paper"),
         EVSConfig(rate=0.5, positions="sequential"),
         EVSConfig(rate=0.5, min_tokens_per_unit=1),
         EVSConfig(rate=0.5, max_tokens=1),
@@ -105,29 +114,32 @@ def test_identity_tells_settings_apart_and_spellings_not() -> None:
         EVSConfig(rate=0.5, encoder="reuse", encoder_refresh=0),
     ]
     assert len({config.identity for config in different}) == len(different)
-    assert EVSConfig(rate=0, positions="sequential").identity == ""
+    assert EVSConfig(rate=0, positions="sequential").identity == EVSConfig(selection="paper").identity == ""
+    assert EVSConfig(rate=0.5).identity == EVSConfig(rate=0.5, selection="learned").identity
+    assert all(f"selection={config.selection}" in config.identity for config in different if config.active)
 
 
 OTHER = {
-    "rate": 0.75, "threshold": 9, "positions": "sequential", "min_tokens_per_unit": 3, "max_tokens": 77,
-    "encoder": "full", "encoder_refresh": 3, "request_overrides": "any",
+    "rate": 0.75, "threshold": 9, "selection": "paper", "positions": "sequential", "min_tokens_per_unit": 3,
+    "max_tokens": 77, "encoder": "full", "encoder_refresh": 3, "request_overrides": "any",
 }  # fmt: skip
 """For each option a value that differs from that of `_BASE`."""
-_BASE = EVSConfig(threshold=6, encoder="reuse")
+_BASE = EVSConfig(threshold=6, encoder="reuse", selection="paper")
+# A rate contradicts a threshold, and thresholds of two selections cannot be compared.
+_BASES = dict.fromkeys(["rate", "selection"], EVSConfig(rate=0.5, encoder="reuse"))
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_what_shapes_a_clip_is_in_the_identity(option: Option) -> None:
     """A new option without a value here fails; one that shapes a clip cannot share its cache entries."""
-    base = EVSConfig(rate=0.5, encoder="reuse") if option.name == "rate" else _BASE
+    base = _BASES.get(option.name, _BASE)
     other = replace(base, **{option.name: OTHER[option.name]})
     assert (other.identity != base.identity) == bool(option.affects)
-    assert (replace(base, selection="other").identity != base.identity) and base.selection in base.identity
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_a_request_may_have_what_the_server_has(option: Option) -> None:
-    base = EVSConfig(rate=0.5, encoder="reuse") if option.name == "rate" else _BASE
+    base = _BASES.get(option.name, _BASE)
     other = replace(base, **{option.name: OTHER[option.name]})
     assert base.is_at_most(base) and other.is_at_most(other)
     if option.no_more is None:
@@ -144,7 +156,22 @@ def test_a_request_may_have_what_the_server_has(option: Option) -> None:
         (EVSConfig(rate=0.5), {"evs_positions": "sequential"}, EVSConfig(rate=0.5, positions="sequential")),
         (EVSConfig(rate=0.5), {"evs_max_tokens": 9}, EVSConfig(rate=0.5, max_tokens=9)),
         (EVSConfig(rate=0), {"evs_threshold": 3}, EVSConfig(threshold=3)),
-        (EVSConfig(threshold=3), {"evs_threshold": 4}, EVSConfig(threshold=4)),
+        (EVSConfig(threshold=3, selection="paper"), {"evs_threshold": 4}, EVSConfig(threshold=4, selection="paper")),
+        (EVSConfig(threshold=3), {"evs_threshold": 3.0}, EVSConfig(threshold=3)),
+        (EVSConfig(rate=0.5), {"evs_selection": "paper"}, EVSConfig(rate=0.5, selection="paper")),
+        (EVSConfig(rate=0.5), {"evs_selection": "contrast"}, EVSConfig(rate=0.5, selection="contrast")),
+        (EVSConfig(rate=0.5, selection="contrast"), {"evs_selection": "learned"}, EVSConfig(rate=0.5)),
+        (EVSConfig(max_tokens=9), {"evs_threshold": 4}, EVSConfig(max_tokens=9, threshold=4)),
+        (
+            EVSConfig(threshold=3, request_overrides="any"),
+            {"evs_selection": "paper", "evs_rate": 0.5},
+            EVSConfig(rate=0.5, selection="paper", request_overrides="any"),
+        ),
+        (
+            EVSConfig(threshold=3, request_overrides="any"),
+            {"evs_selection": "paper", "evs_threshold": 3},
+            EVSConfig(threshold=3, selection="paper", request_overrides="any"),
+        ),
         (
             EVSConfig(threshold=3, request_overrides="any"),
             {"evs_rate": 0.1},
@@ -204,6 +231,17 @@ def test_rate_zero_turns_everything_off() -> None:
         (EVSConfig(rate=0.5), {"evs_rate": 0}, "evs-request-overrides any"),
         (EVSConfig(rate=0.5), {"evs_threshold": 255}, "could cost more"),
         (EVSConfig(threshold=5), {"evs_rate": 0.99}, "could cost more"),
+        (EVSConfig(rate=0.5, selection="paper"), {"evs_selection": "learned"}, "could cost more"),
+        (EVSConfig(rate=0.5, selection="paper"), {"evs_selection": "contrast", "evs_rate": 0.9}, "could cost more"),
+        (EVSConfig(threshold=5), {"evs_selection": "paper", "evs_threshold": 255}, "could cost more"),
+        (EVSConfig(threshold=5), {"evs_threshold": 6}, "could cost more"),
+        (
+            EVSConfig(threshold=5, request_overrides="any"),
+            {"evs_selection": "paper"},
+            "the server's threshold 5 is one of selection 'learned' and means nothing to 'paper'. "
+            "Set evs_threshold or evs_rate as well",
+        ),
+        (EVSConfig(rate=0.5), {"evs_selection": "best"}, "evs_selection got 'best'; allowed: learned or contrast or"),
         (EVSConfig(rate=0.5), {"evs_min_tokens_per_unit": 1}, "could cost more"),
         (EVSConfig(rate=0.5, max_tokens=5), {"evs_max_tokens": 6}, "could cost more"),
         (EVSConfig(rate=0.5, request_overrides="none"), {"evs_rate": 0.9}, "takes no evs"),

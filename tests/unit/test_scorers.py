@@ -2,6 +2,7 @@
 """Every selection of the table against a plain reference, and clips that go on from another one."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.budget import token_budget, token_floor
-from evs_vllm.core.clip import Clip
+from evs_vllm.core.clip import Clip, TokenPixels
 from evs_vllm.core.scorers import SELECTIONS, PixelChange, Scorer, named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.errors import ConfigError
+from evs_vllm.options import SELECTION_NAMES
 
 
 def pixel_change(tokens: np.ndarray) -> np.ndarray:
@@ -43,14 +45,16 @@ budgets = st.one_of(
     st.sampled_from([1, 42.5, 127.5, 255]).map(lambda tau: {"threshold": tau}),
     st.integers(1, 20).map(lambda most: {"max_tokens": most}),
 )
-configs = st.builds(lambda budget, least: EVSConfig(**budget, min_tokens_per_unit=least), budgets, st.integers(0, 3))
+configs = st.builds(
+    lambda budget, least: EVSConfig(**budget, selection="paper", min_tokens_per_unit=least), budgets, st.integers(0, 3)
+)
 
 
 def test_every_scorer_has_a_reference() -> None:
     assert REFERENCES.keys() == {name for name, selection in SELECTIONS.items() if isinstance(selection, Scorer)}
     assert all(name == selection.name for name, selection in SELECTIONS.items())
-    assert EVSConfig().selection in SELECTIONS
-    with pytest.raises(ConfigError, match="selection got 'best'; allowed: paper"):
+    assert tuple(SELECTIONS) == SELECTION_NAMES and EVSConfig().selection == SELECTION_NAMES[0] == "learned"
+    with pytest.raises(ConfigError, match="selection got 'best'; allowed: learned or contrast or paper"):
         named_selection("best")
 
 
@@ -64,7 +68,7 @@ def test_scores_and_the_fused_choice_are_those_of_the_reference(
     scores = REFERENCES[name](clip.numpy())
     assert scorer.score(clip).tolist() == scores.tolist()
     units, per_unit, _ = clip.shape
-    budget, least = token_budget(units, per_unit, config), config.min_tokens_per_unit
+    budget, least = token_budget(units, per_unit, config, stock_count=True), config.min_tokens_per_unit
     assert scorer.top(clip, budget, least).tolist() == Scorer.top(scorer, clip, budget, least).tolist()
     assert scorer.select(Clip(clip, (units, 1, per_unit)), config)[:per_unit].tolist() == list(range(per_unit))
 
@@ -98,9 +102,10 @@ def test_a_clip_that_goes_on_is_compared_with_what_was_before_it(
 
 
 def test_a_chunk_in_which_nothing_changed_keeps_one_token() -> None:
-    still = torch.full((4, 6, 12), 77, dtype=torch.uint8)
-    for config in (EVSConfig(threshold=5, encoder="reuse"), EVSConfig(rate=0.99)):
-        plan = make_plan(Clip(still, (4, 2, 3), previous=still[0]), config)
+    still = torch.full((4, 6, 48), 77, dtype=torch.uint8)
+    clip = Clip(still, (4, 2, 3), TokenPixels(1, 3, 1, 4), previous=still[0])
+    for name, options in product(SELECTIONS, [{"threshold": 5, "encoder": "reuse"}, {"rate": 0.99}]):
+        plan = make_plan(clip, EVSConfig(**options, selection=name))
         assert plan.kept.tolist() == [0] and plan.counts.tolist() == [1, 0, 0, 0]
     assert token_floor(4, 6, 0, continues=True) == 1 and token_floor(4, 6, 2, continues=True) == 8
 
