@@ -193,6 +193,16 @@ def test_select_anchored(backend, arguments, indices):
     assert selection.counts.tolist() == torch.bincount(selection.indices // 3, minlength=5).tolist()
 
 
+def test_select_anchored_level_is_the_one_that_bisection_finds(backend):
+    # One token beside unit 0. Level 5 would keep the 9 and be lower, but bisection comes from 8, which keeps the 6, and
+    # goes by 4, 6 and 7, which all keep two.
+    clip = torch.tensor([14, 9, 6, 13], dtype=torch.uint8).view(4, 1, 1)
+    assert kept(ek.select_anchored(clip, 2, backend=backend))[0] == [0, 2]
+    assert kept(ek.select_anchored(clip, threshold=5, backend=backend))[0] == [0, 1]
+    assert kept(ek.select_anchored(clip, 2, threshold=5, backend=backend))[0] == [0, 1]
+    assert kept(ek.select_anchored(clip, 2, threshold=4, backend=backend))[0] == [0, 2]
+
+
 def test_largest_weighted_distance_is_exact(backend):
     clip = torch.zeros((3, 2, 256), dtype=torch.uint8)
     clip[1], clip[2, 1, 0] = 255, 1

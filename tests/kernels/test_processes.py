@@ -115,11 +115,12 @@ def test_warmup_fills_the_cache_and_a_second_process_uses_it(tmp_path):
     count = (
         "from evs_kernels.temporal_score._cpu import _l1_uint8 as a;"
         "from evs_kernels.select_topk._cpu import _emit as b;"
-        "print('compiled', *(sum(f.stats.cache_misses.values()) for f in (a, b)))"
+        "from evs_kernels.pool_tokens._cpu import _pool_inside;"
+        "print('compiled', *(sum(f.stats.cache_misses.values()) for f in (a, b, _pool_inside(2, 14, 7))))"
     )
-    assert "compiled 1 1" in run_python(WARMUP + count, NUMBA_CACHE_DIR=str(tmp_path))
+    assert "compiled 1 1 1" in run_python(WARMUP + count, NUMBA_CACHE_DIR=str(tmp_path))
     assert list(tmp_path.rglob("*.nbc"))
-    assert "compiled 0 0" in run_python(WARMUP + count, NUMBA_CACHE_DIR=str(tmp_path))
+    assert "compiled 0 0 0" in run_python(WARMUP + count, NUMBA_CACHE_DIR=str(tmp_path))
 
 
 def test_runs_where_no_cache_can_be_written():
