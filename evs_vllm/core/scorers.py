@@ -216,6 +216,5 @@ def named_selection(name: str) -> Selection:
 LEARNED = Anchored(Learned(), high_threshold=100)
 
 SELECTIONS: dict[str, Selection] = {
-    selection.name: selection
-    for selection in (LEARNED, Anchored(Contrast(), high_threshold=200), PixelChange())
+    selection.name: selection for selection in (LEARNED, Anchored(Contrast(), high_threshold=200), PixelChange())
 }
