@@ -63,7 +63,8 @@ def test_malformed_keys(engines, ref):
     engine = engines.get(FAMILY, {"rate": 0.5, "request_overrides": "any"})
     for key, value in {
         "evs_rate": 1, "evs_threshold": -1, "evs_positions": "kept", "evs_selection": "best",
-        "evs_min_tokens_per_unit": 1.5, "evs_max_tokens": 0, "evs_ratio": 0.5, "evs_": 1, "evs_request_overrides": "any",
+        "evs_min_tokens_per_unit": 1.5, "evs_max_tokens": 0, "evs_ratio": 0.5, "evs_": 1,
+        "evs_request_overrides": "any",
     }.items():  # fmt: skip
         refused(engine, key, **{key: value})
     refused(engine, "contradict", evs_rate=0.5, evs_threshold=3)
