@@ -210,8 +210,9 @@ def start_engine(directory: Path, evs: dict[str, Any] | None = None, **options: 
         "dtype": "float32", "disable_log_stats": False, "limit_mm_per_prompt": {"image": 4, "video": 4}, "seed": 0,
     }  # fmt: skip
     if evs is not None:
-        # The reference runs the whole tower; test_reuse.py compares the other encoder with a reference of its own.
-        whole = {"encoder": "full", **evs} if isinstance(evs, dict) else evs
+        # The reference runs the whole tower; test_reuse.py compares the other encoder with a reference of its own. And
+        # it selects as the paper says, unless a test asks it for another selection, as test_selections.py does.
+        whole = {"encoder": "full", "selection": "paper", **evs} if isinstance(evs, dict) else evs
         defaults["additional_config"] = {"evs": whole}
     return Engine(LLM(str(directory), **(defaults | options)))
 

@@ -59,6 +59,7 @@ class TestServe:
     def server(self, model_dir, family, tmp_path_factory):
         log = tmp_path_factory.mktemp("serve") / "log.txt"
         options = ["--evs-rate", "0.75", "--evs-encoder", "full", "--evs-request-overrides", "any"]
+        options += ["--evs-selection", "paper"]
         with started([*SERVE, str(model_dir(family)), *COMMON, *options], log) as server:
             yield server
 
@@ -233,7 +234,9 @@ class TestStricter:
     @pytest.fixture(scope="class")
     def server(self, model_dir, tmp_path_factory):
         folder = tmp_path_factory.mktemp("stricter")
-        (folder / "server.yaml").write_text("evs-rate: 0.5\nevs-max-tokens: 100\nevs-encoder: full\n")
+        (folder / "server.yaml").write_text(
+            "evs-rate: 0.5\nevs-max-tokens: 100\nevs-encoder: full\nevs-selection: paper\n"
+        )
         command = [*API_SERVER, str(model_dir("qwen2_5_vl")), *COMMON, "--config", str(folder / "server.yaml")]
         with started(command, folder / "log.txt") as server:
             yield server
@@ -277,6 +280,8 @@ class TestStricter:
             {"evs_max_tokens": None},
             {"evs_min_tokens_per_unit": 1},
             {"evs_rate": 0.9, "evs_min_tokens_per_unit": 20},
+            {"evs_selection": "learned"},
+            {"evs_selection": "contrast", "evs_rate": 0.9},
         ],
         ids=str,
     )

@@ -47,6 +47,7 @@ def test_stricter_is_the_default(engines, ref):
     refused(engine, "cost more", evs_rate=0)
     refused(engine, "cost more", evs_threshold=200)
     refused(engine, "cost more", evs_min_tokens_per_unit=1)
+    refused(engine, "evs_selection=learned", "cost more", "selection paper", evs_selection="learned")
     settings = Settings(0.8, positions="sequential", max_tokens=25)
     run_and_check(engine, ref, [ask(FRAMES, settings, evs_rate=0.8, evs_positions="sequential", evs_max_tokens=25)])
     run_and_check(engine, ref, [ask(FRAMES, Settings(0.5))])
@@ -61,8 +62,9 @@ def test_none_takes_no_keys(engines, ref):
 def test_malformed_keys(engines, ref):
     engine = engines.get(FAMILY, {"rate": 0.5, "request_overrides": "any"})
     for key, value in {
-        "evs_rate": 1, "evs_threshold": -1, "evs_positions": "kept", "evs_min_tokens_per_unit": 1.5,
-        "evs_max_tokens": 0, "evs_ratio": 0.5, "evs_": 1, "evs_request_overrides": "any",
+        "evs_rate": 1, "evs_threshold": -1, "evs_positions": "kept", "evs_selection": "best",
+        "evs_min_tokens_per_unit": 1.5, "evs_max_tokens": 0, "evs_ratio": 0.5, "evs_": 1,
+        "evs_request_overrides": "any",
     }.items():  # fmt: skip
         refused(engine, key, **{key: value})
     refused(engine, "contradict", evs_rate=0.5, evs_threshold=3)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from evs_vllm.core.descriptors import low_resolution
 from evs_vllm.core.plan import Layout, RetentionPlan
 from evs_vllm.core.scorers import PixelChange
 from evs_vllm.errors import ConfigError, EVSError, RequestError
@@ -30,7 +31,7 @@ from tests.families.processing import (
     prompt_for,
 )
 from tests.families.registry import FAMILIES, families, names_of
-from tests.reference import hf
+from tests.reference import hf, selection
 
 pytestmark = [pytest.mark.vllm, families(lambda facts: True)]
 
@@ -112,6 +113,75 @@ def test_the_rows_of_the_tower_are_the_tokens(model: Path, whole: Any, family: s
         assert rows.tolist() == pixels.tolist(), (t, top, left)
         changed_once |= rows.numpy()
     assert changed_once.any()
+
+
+def blocks_along(size: int, facts: Facts) -> tuple[list[int], int]:
+    """First pixel of every token's block along a side of a frame, and the side of a block."""
+    under = facts.tokens_under or (lambda pixel: [pixel // facts.token_side])
+    tokens = [under(pixel) for pixel in range(size)]
+    count = 1 + max(max(of_pixel) for of_pixel in tokens if of_pixel)
+    spans = [[pixel for pixel in range(size) if token in tokens[pixel]] for token in range(count)]
+    (side,) = {len(span) for span in spans}
+    return [span[0] for span in spans], side
+
+
+def pictures_of(frames: np.ndarray, facts: Facts) -> np.ndarray:
+    """The reference's low-resolution pictures of the tokens in frames as the model sees them."""
+    (tops, side), (lefts, _) = (blocks_along(size, facts) for size in facts.frame_size)
+    return selection.pictures(frames, facts.unit_frames, tops, lefts, side)
+
+
+def test_the_picture_of_a_token_is_that_of_its_block(whole: Any, facts: Facts) -> None:
+    """`Clip.pixels` says rightly where in a token every value of a row is."""
+    result = process(whole, synthetic_clip(3 * facts.unit_frames, facts.frame_size, "noise", seed=6))
+    clip = clip_in(whole, result)
+    assert clip.pixels is not None and clip.pixels.values == clip.tokens.shape[-1]
+    assert clip.pixels.frames == facts.unit_frames and clip.tokens.is_contiguous()
+    expected = pictures_of(adapter_for(whole).frames(fields_in(result)), facts)
+    assert low_resolution(clip, 4).tolist() == expected.tolist()
+
+
+def test_blocks_begin_where_the_adapter_says(whole: Any, facts: Facts) -> None:
+    starts = getattr(adapter_for(whole), "block_starts", None)
+    if facts.tokens_under is not None:
+        assert starts is not None, "its tokens overlap"
+    if starts is not None:
+        assert starts() == blocks_along(facts.frame_size[0], facts) == blocks_along(facts.frame_size[1], facts)
+
+
+def test_a_painted_block_changes_the_picture_of_its_token_and_no_other(whole: Any, facts: Facts) -> None:
+    (tops, side), (lefts, _) = (blocks_along(size, facts) for size in facts.frame_size)
+    frames = synthetic_clip(3 * facts.unit_frames, facts.frame_size, "noise", seed=7)
+    before = low_resolution(clip_in(whole, process(whole, frames)), 4)
+    colour = [3, 250, 120]
+    rng = np.random.default_rng()
+    for _ in range(4):
+        t, row, column = int(rng.integers(3)), int(rng.integers(len(tops))), int(rng.integers(len(lefts)))
+        painted = frames.copy()
+        unit = painted[t * facts.unit_frames : (t + 1) * facts.unit_frames]
+        unit[:, tops[row] : tops[row] + side, lefts[column] : lefts[column] + side] = colour
+        after = low_resolution(clip_in(whole, process(whole, painted)), 4)
+        assert (after[t, row, column] == torch.tensor(colour)).all()
+        expected = np.zeros(before.shape[:3], dtype=bool)
+        for r, c in np.ndindex(len(tops), len(lefts)):
+            expected[t, r, c] = abs(tops[r] - tops[row]) < side and abs(lefts[c] - lefts[column]) < side
+        changed = (after != before).flatten(3).any(dim=-1)
+        assert changed.tolist() == expected.tolist(), (t, row, column)
+
+
+@pytest.mark.parametrize("name", ["learned", "contrast"])
+def test_what_stays_is_what_the_reference_keeps(
+    model: Path, whole: Any, clip: np.ndarray, facts: Facts, name: str
+) -> None:
+    """From the frames that the model sees to the plan, by the selections that look at pictures."""
+    cells = pictures_of(adapter_for(whole).frames(fields_in(process(whole, clip))), facts)
+    processor = processor_for(model, {"rate": 0.75, "selection": name, "request_overrides": "any"})
+    for kwargs, asked in (
+        ({}, hf.Settings(0.75, selection=name)),
+        ({"evs_threshold": 20, "evs_max_tokens": 300}, hf.Settings(threshold=20.0, max_tokens=300, selection=name)),
+    ):
+        plan = plan_in(process(processor, clip, **kwargs))
+        assert plan is not None and plan.kept.tolist() == selection.select(cells, asked).tolist(), kwargs
 
 
 def test_frames_come_back_as_they_went_in(whole: Any, facts: Facts) -> None:
@@ -201,10 +271,13 @@ def test_cache_keys(model: Path, clip: np.ndarray, family: str) -> None:
     plain = key(processor)
     assert plain == key(processor, evs_rate=0.75) == key(processor_for(model, {"rate": 0.75}))
     assert plain == key(processor, evs_positions="keep") == key(processor, evs_encoder="auto")
-    assert plain == key(processor, evs_encoder_refresh=8)
+    assert plain == key(processor, evs_encoder_refresh=8) == key(processor, evs_selection="learned")
     other = [
         key(processor, evs_rate=0.5),
         key(processor, evs_threshold=4),
+        key(processor, evs_threshold=4, evs_selection="contrast"),
+        key(processor, evs_selection="contrast"),
+        key(processor, evs_selection="paper"),
         key(processor, evs_positions="sequential"),
         key(processor, evs_min_tokens_per_unit=1),
         key(processor, evs_max_tokens=30),

@@ -9,9 +9,10 @@ import torch
 import evs_vllm.hf as hf
 from evs_vllm.errors import UnsupportedError
 from evs_vllm.hf.classes import CLASSES
+from evs_vllm.options import SELECTION_NAMES
 from evs_vllm.testing import FAMILIES as TINY
 from evs_vllm.testing import synthetic_clip
-from tests.families.processing import fields_in, process, processor_for
+from tests.families.processing import fields_in, plan_in, process, processor_for
 
 CLASS_IDS = [name for name, row in TINY.items() if row.architecture in CLASSES]
 TEXT = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What moves?<|im_end|>\n"
@@ -63,6 +64,26 @@ def test_a_transformers_without_the_argument_is_refused(reference, family, monke
     monkeypatch.setattr(type(model), "forward", older)
     with pytest.raises(UnsupportedError, match=r"mm_encoder_outputs .*5\.18"):
         hf.enable(model, 0.5)
+
+
+@pytest.mark.vllm
+@pytest.mark.families(CLASS_IDS)
+@pytest.mark.parametrize("name", SELECTION_NAMES)
+def test_the_plan_is_the_one_that_vllm_makes(model_dir, reference, family, facts, name) -> None:
+    """From the rows of transformers' own processor as from vLLM's, and by default the same selection."""
+    frames = synthetic_clip(12, facts.frame_size, moving=0.3, noise=3)
+    chosen = {} if name == SELECTION_NAMES[0] else {"selection": name}
+    served = plan_in(process(processor_for(model_dir(family), {"rate": 0.8, **chosen}), frames))
+    ref = reference(family)
+    model = hf.enable(copy.deepcopy(ref.model), 0.8, **chosen)
+    with torch.no_grad():
+        model(**inputs(ref, frames))
+        (plan,) = hf.last_plans(model)
+        assert served is not None and plan.kept.tolist() == served.kept.tolist()
+        # Mixed precision, as in a training step, is for the model and not for what chooses its tokens.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**inputs(ref, frames))
+    assert hf.last_plans(model)[0].kept.tolist() == plan.kept.tolist()
 
 
 @pytest.mark.vllm

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import evs_vllm.hf as hf
+from evs_vllm.core.scorers import Selection
 from evs_vllm.errors import ConfigError, EVSError, RequestError, UnsupportedError
 from evs_vllm.testing import synthetic_clip
 from tests.families.registry import families, most_engine_tests
@@ -27,6 +28,11 @@ def chat(*parts):
 
 
 ASK = chat(VIDEO, "Describe the video.")
+
+
+def enable(model, *args, **options):
+    """`evs_vllm.hf.enable`, with the selection that the reference's `Settings` ask for unless told otherwise."""
+    return hf.enable(model, *args, **({"selection": "paper"} | options))
 
 
 @pytest.fixture
@@ -89,26 +95,77 @@ def check(model, ref, prompts, media, settings, fps=2.0, **kwargs):
     assert not kept
 
 
+def untied(ref, make, settings):
+    """A clip that the reference answers without a near tie: with the learned descriptor that depends on its numbers."""
+    for seed in range(20):
+        clip = make(seed)
+        if ref.generate(ASK, [Clip(clip, settings=settings)], TOKENS).gap > 5 * TOLERANCE:
+            return clip
+    raise AssertionError("the reference is nearly tied whatever the clip")
+
+
 @families(most_engine_tests)
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 @pytest.mark.parametrize("rate", [0.25, 0.75, 0.95])
 def test_generate(model, ref, rate, positions):
-    hf.enable(model, rate, positions=positions)
+    enable(model, rate, positions=positions)
     check(model, ref, [ASK], [[synthetic_clip(16, seed=1)]], Settings(rate, positions=positions))
 
 
 def test_other_budgets_and_time(model, ref):
-    hf.enable(model, max_tokens=33, min_tokens_per_unit=1)
+    enable(model, max_tokens=33, min_tokens_per_unit=1)
     clip = synthetic_clip(15, seed=3)
     check(model, ref, [ASK], [[clip]], Settings(max_tokens=33, min_tokens_per_unit=1), fps=3.2)
     check(model, ref, [ASK], [[clip]], Settings(threshold=3.0), evs_threshold=3.0, evs_max_tokens=None,
           evs_min_tokens_per_unit=0)  # fmt: skip
 
 
+@families(most_engine_tests)
+def test_the_default_selection(model, ref, facts):
+    hf.enable(model, 0.75)
+    size = tuple(2 * facts.token_side * n for n in (2, 2))
+    clip = untied(ref, lambda seed: synthetic_clip(16, size, seed=seed, noise=2), Settings(0.75, selection="learned"))
+    check(model, ref, [ASK], [[clip]], Settings(0.75, selection="learned"))
+
+
+def test_selections_by_model_and_by_call(model, ref):
+    def one(settings, **kwargs):
+        clip = untied(ref, lambda seed: synthetic_clip(10, (56, 84), seed=seed, noise=2), settings)
+        check(model, ref, [ASK], [[clip]], settings, **kwargs)
+        return hf.last_plans(model)[0].num_kept
+
+    hf.enable(model, 0.9, selection="contrast")
+    assert one(Settings(0.9, selection="contrast")) == 6 + 2, "a short clip is no still picture"
+    assert one(Settings(0.9, selection="learned"), evs_selection="learned") == 6 + 2
+    assert one(Settings(0.9, selection="paper"), evs_selection="paper") == 6
+    one(Settings(threshold=30.0, selection="contrast"), evs_threshold=30)
+    hf.enable(model, threshold=30, selection="contrast")
+    batch = inputs(ref, [ASK], [[synthetic_clip(6, (56, 84))]])
+    with pytest.raises(RequestError, match="threshold 30 is one of selection 'contrast' and means nothing to 'paper'"):
+        model(**batch, evs_selection="paper")
+
+
+def test_an_object_that_chooses(model, ref):
+    class LastUnit(Selection):
+        name = "last"
+
+        def select(self, clip, config):
+            first, tokens = clip.tokens_per_unit, clip.num_units * clip.tokens_per_unit
+            return torch.tensor([*range(first), *range(tokens - first, tokens)])
+
+    hf.enable(model, 0.5, selection=LastUnit())
+    batch = inputs(ref, [ASK], [[synthetic_clip(8, (56, 84))]])
+    with torch.no_grad():
+        model(**batch)
+        assert hf.last_plans(model)[0].counts.tolist() == [6, 0, 0, 6]
+        with pytest.raises(RequestError, match="evs_selection is not possible here"):
+            model(**batch, evs_selection="paper")
+
+
 @pytest.mark.parametrize("refresh", [0, 4])
 def test_encoder_reuse(model, model_dir, family, refresh):
     ref = TowerReference(model_dir(family))
-    hf.enable(model, 0.75, encoder="reuse", encoder_refresh=refresh)
+    enable(model, 0.75, encoder="reuse", encoder_refresh=refresh)
     media = [[synthetic_clip(16, seed=1, noise=2)], [synthetic_clip(2, (56, 140), seed=2)]]  # one is kept whole
     check(model, ref, [ASK, ASK], media, TowerSettings(0.75, refresh=refresh))
     plan = hf.last_plans(model)[0]
@@ -139,7 +196,7 @@ def test_reuse_off_the_cpu(model, ref, family, monkeypatch):
 
 @families(most_engine_tests)
 def test_batch_of_different_clips(model, ref):
-    hf.enable(model, 0.75)
+    enable(model, 0.75)
     media = [[synthetic_clip(16, seed=1)], [synthetic_clip(9, (56, 140), seed=2)]]
     prompts = [ASK, chat(VIDEO, "What moves in the picture and where does it go? Answer with yes or no.")]
     for order in ((0, 1), (1, 0)):
@@ -149,7 +206,7 @@ def test_batch_of_different_clips(model, ref):
 @families(most_engine_tests)
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 def test_images_and_videos_mixed(model, ref, positions):
-    hf.enable(model, 0.75, positions=positions)
+    enable(model, 0.75, positions=positions)
     prompts = [
         chat(IMAGE, "Compare with ", VIDEO, "What?", VIDEO, IMAGE, "And here?"),
         chat(VIDEO, "First the clip, then ", IMAGE, "the picture."),
@@ -165,7 +222,7 @@ def test_images_and_videos_mixed(model, ref, positions):
 
 @families(most_engine_tests)
 def test_the_comparison_can_fail(model, ref, monkeypatch):
-    hf.enable(model, 0.75)
+    enable(model, 0.75)
     row = [ASK], [[synthetic_clip(16, seed=1)]]
     check(model, ref, *row, Settings(0.75))
     with pytest.raises(AssertionError):
@@ -186,7 +243,7 @@ def test_the_comparison_can_fail(model, ref, monkeypatch):
 
 def test_only_the_painted_token_is_kept(model, ref):
     """Through the real processor: pixels of one token change, and exactly that token stays beside unit 0."""
-    hf.enable(model, max_tokens=21)
+    enable(model, max_tokens=21)
     for unit, row, column in ((1, 0, 0), (3, 2, 4), (7, 3, 1)):
         frames = synthetic_clip(16, kind="static", seed=7)
         cell = frames[2 * unit :, 28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
@@ -204,10 +261,10 @@ def test_nothing_dropped_is_the_stock_model_bit_for_bit(model, ref):
     labels = batch["input_ids"]
     stock = ref.model(**batch, labels=labels)
     answer = ref.model.generate(**batch, max_new_tokens=TOKENS)
-    hf.enable(model, 0)
+    enable(model, 0)
     assert torch.equal(model(**batch, labels=labels).logits, stock.logits)
     assert torch.equal(model.generate(**batch, max_new_tokens=TOKENS), answer)
-    hf.enable(model, 0.75)
+    enable(model, 0.75)
     assert torch.equal(model(**batch, evs_rate=0, labels=labels).loss, stock.loss)
     assert model(**batch).logits.shape[1] < stock.logits.shape[1]
     text = ref.processor(text=[chat("Answer with yes or no.")], return_tensors="pt")
@@ -235,7 +292,7 @@ def test_text_after_a_clip_resumes_as_served(model, ref, facts):
     model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
     expected = first + (grid[0] - 1) * step + 1
     for rate in (0, 0.75):
-        hf.enable(model, rate, served_positions=True)
+        enable(model, rate, served_positions=True)
         model(**batch)
         ids, stays = seen["ids"][:, 0], torch.from_numpy(hf.last_plans(model)[0].kept)
         after = first + len(stays)
@@ -246,7 +303,7 @@ def test_text_after_a_clip_resumes_as_served(model, ref, facts):
 
 @families(most_engine_tests)
 def test_labels_and_gradients_follow(model, ref):
-    hf.enable(model, 0.75)
+    enable(model, 0.75)
     clips = [synthetic_clip(16, seed=1), synthetic_clip(9, (56, 140), seed=2)]
     answers = [ref.generate(ASK, [Clip(c, settings=Settings(0.75))], TOKENS) for c in clips]
     expected = -np.mean([row[t] for a in answers for row, t in zip(a.logprobs, a.tokens)])
@@ -273,7 +330,7 @@ def test_labels_and_gradients_follow(model, ref):
 
 def test_gradient_of_the_tower_is_that_of_the_gathered_embeddings(model, ref):
     """Only kept tokens send gradients back: against finite differences of one patch weight."""
-    hf.enable(model, 0.75)
+    enable(model, 0.75)
     model.double()
     batch = inputs(ref, [ASK], [[synthetic_clip(8, (56, 84), seed=1)]])
     batch["pixel_values_videos"] = batch["pixel_values_videos"].double()
@@ -294,7 +351,7 @@ def test_gradient_of_the_tower_is_that_of_the_gathered_embeddings(model, ref):
 @families(most_engine_tests)
 @torch.inference_mode()
 def test_manual_decoding_with_a_cache(model, ref):
-    hf.enable(model, 0.75)
+    enable(model, 0.75)
     clip = synthetic_clip(16, seed=1)
     batch = inputs(ref, [ASK], [[clip]])
     expected = ref.generate(ASK, [Clip(clip, settings=Settings(0.75))], 3)
@@ -312,7 +369,7 @@ def test_manual_decoding_with_a_cache(model, ref):
 
 @families(most_engine_tests)
 def test_beams_and_length_limits(model, ref):
-    hf.enable(model, 0.75)
+    enable(model, 0.75)
     clips = [synthetic_clip(16, seed=1), synthetic_clip(9, (56, 140), seed=2)]
     both = inputs(ref, [ASK, ASK], [[c] for c in clips])
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4, "min_new_tokens": 4}
@@ -330,7 +387,7 @@ def test_beams_and_length_limits(model, ref):
 
 
 def test_copies_and_checkpoints(model, ref, tmp_path):
-    hf.enable(model, 0.75)
+    enable(model, 0.75)
     other = hf.disable(copy.deepcopy(model))
     batch = inputs(ref, [ASK], [[synthetic_clip(8, seed=1)]])
     with torch.inference_mode():
@@ -344,7 +401,7 @@ def test_copies_and_checkpoints(model, ref, tmp_path):
 
 
 def test_another_normalisation(model, ref):
-    hf.enable(model, 0.75)
+    enable(model, 0.75)
     batch = inputs(ref, [ASK], [[synthetic_clip(8, seed=1)]])
     raw = copy.deepcopy(ref.processor)
     raw.video_processor.image_mean = raw.video_processor.image_std = [0.5, 0.5, 0.5]
@@ -356,14 +413,14 @@ def test_another_normalisation(model, ref):
     with torch.inference_mode():
         model(**batch)
         kept = hf.last_plans(model)[0].kept.tolist()
-        hf.enable(model, 0.75, processor=raw)(**changed)
+        enable(model, 0.75, processor=raw)(**changed)
     assert hf.last_plans(model)[0].kept.tolist() == kept
 
 
 def test_reuse_is_refused_where_the_tower_is_not_ours(model_dir):
     from transformers import Qwen3VLForConditionalGeneration
 
-    model = hf.enable(Qwen3VLForConditionalGeneration.from_pretrained(model_dir("qwen3_vl")), 0.5)
+    model = enable(Qwen3VLForConditionalGeneration.from_pretrained(model_dir("qwen3_vl")), 0.5)
     for kwargs in ({"evs_encoder": "reuse"}, {"evs_encoder": "reuse", "evs_rate": 0}):
         with pytest.raises(UnsupportedError, match="Qwen3VL.*'full'"):
             model(input_ids=torch.ones(1, 4, dtype=torch.long), **kwargs)
@@ -371,14 +428,14 @@ def test_reuse_is_refused_where_the_tower_is_not_ours(model_dir):
 
 def test_refusals(model, ref):
     batch = inputs(ref, [ASK, chat(VIDEO, "Why?")], [[synthetic_clip(8, seed=1)], [synthetic_clip(6, seed=2)]])
-    for wrong, error in (({"rate": 1}, ConfigError), ({"x": 1}, ConfigError)):
+    for wrong, error in (({"rate": 1}, ConfigError), ({"x": 1}, ConfigError), ({"selection": "best"}, ConfigError)):
         with pytest.raises(error):
-            hf.enable(model, **wrong)
+            enable(model, **wrong)
     with pytest.raises(UnsupportedError, match="Linear"):
-        hf.enable(torch.nn.Linear(1, 1))
+        enable(torch.nn.Linear(1, 1))
     with pytest.raises(UnsupportedError, match="enable"):
         hf.last_plans(model)
-    hf.enable(model, 0.75)
+    enable(model, 0.75)
     ids = batch["input_ids"]
     odd = ids.clone()
     odd[0, (ids[0] == ref.video_id).nonzero()[3]] = 5

@@ -25,10 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.reference import selection
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What to drop from a clip. The default drops nothing."""
+    """What to drop from a clip, by the paper's rule unless told otherwise. The default drops nothing."""
 
     rate: float = 0.0
     threshold: float | None = None
@@ -219,7 +221,7 @@ class Reference:
             elif token == self.video_id:
                 clip = queue.pop(0)
                 vectors, grid, pixels = self._see_clip(clip)
-                keep = select(pixels, clip.settings)
+                keep = self.choose(clip, grid, pixels)
                 sequential = clip.settings.positions == "sequential" and not clip.settings.off
                 vectors = vectors[torch.from_numpy(keep)]
                 if self.per_unit:
@@ -245,6 +247,17 @@ class Reference:
         rows = [torch.nn.functional.pad(vectors, (0, width - vectors.shape[1])) for vectors in rows]
         tokens, logprobs = self._decode(torch.cat(rows), all_positions, following, max_tokens)
         return Result(prompt_ids, all_positions, kept, grids, following, tokens, logprobs)
+
+    def choose(self, clip: Clip, grid: tuple[int, int, int], pixels: np.ndarray) -> np.ndarray:
+        """Which tokens of a clip to keep, by the selection that its settings name."""
+        if clip.settings.off or clip.settings.selection == "paper":
+            return select(pixels, clip.settings)
+        # The others look at pictures of tokens, here in the frames themselves: they must not have been resized.
+        side = 2 * self.config.vision_config.patch_size
+        height, width = clip.frames.shape[1:3]
+        assert (height, width) == (grid[1] * side, grid[2] * side), "the model sees frames of another size"
+        tops, lefts = range(0, height, side), range(0, width, side)
+        return selection.select(selection.pictures(clip.frames, 2, tops, lefts, side), clip.settings)
 
     @torch.inference_mode()
     def embeddings(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:

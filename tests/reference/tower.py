@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.reference.hf import Clip, Reference, Settings, select
+from tests.reference.hf import Clip, Reference, Settings
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class TowerReference(Reference):
         vectors, grid, pixels = super()._see_clip(clip)
         settings = clip.settings
         if isinstance(settings, TowerSettings) and settings.encoder == "reuse" and not settings.off:
-            kept = select(pixels, settings)
+            kept = self.choose(clip, grid, pixels)
             if len(kept) < len(vectors):
                 seen = self._process(clip)
                 computed = computed_tokens(pixels, kept, settings)
