@@ -67,7 +67,9 @@ def test_video_leaves_the_encoder_graph(fake: Any) -> None:
 
 def test_a_plan_for_a_tower_that_reuses_is_refused_where_none_does(fake: Any) -> None:
     tokens = torch.from_numpy(np.random.default_rng().integers(0, 255, (3, 4, 5), dtype=np.uint8))
-    plan = make_plan(Clip(tokens, (3, 2, 2)), EVSConfig(rate=0.5, encoder="reuse"))
+    plan = make_plan(
+        Clip(tokens, (3, 2, 2)), EVSConfig(rate=0.5, selection="paper", encoder="reuse", encoder_refresh=0)
+    )
     array = torch.from_numpy(plan.with_layout(Layout.contiguous(1, plan.num_tokens), plan.num_tokens).to_array())
     assert plan.encoder == "reuse"
     fake._evs_tower = None
@@ -78,7 +80,7 @@ def test_a_plan_for_a_tower_that_reuses_is_refused_where_none_does(fake: Any) ->
 
 def test_rows_that_do_not_fit_the_plan_are_refused(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeStock, "embed_multimodal", lambda self, **kwargs: [torch.zeros(11, 1)])
-    plan = make_plan(Clip(torch.zeros(3, 4, 5, dtype=torch.uint8), (3, 2, 2)), EVSConfig(rate=0.5))
+    plan = make_plan(Clip(torch.zeros(3, 4, 5, dtype=torch.uint8), (3, 2, 2)), EVSConfig(rate=0.5, selection="paper"))
     array = torch.from_numpy(plan.with_layout(Layout.contiguous(1, plan.num_tokens), plan.num_tokens).to_array())
     with pytest.raises(PlanError, match=r"returned \(11, 1\) for a clip laid out for 12 rows"):
         fake.embed_multimodal(
@@ -93,7 +95,7 @@ def test_clips_are_encoded_in_bounded_batches_and_gathered(fake: Any) -> None:
     rng = np.random.default_rng()
     for t, h, w in grids:
         tokens = torch.from_numpy(rng.integers(0, 3, (t, h * w // 4, 5), dtype=np.uint8))
-        plan = make_plan(Clip(tokens, (t, h // 2, w // 2)), EVSConfig(rate=0.5))
+        plan = make_plan(Clip(tokens, (t, h // 2, w // 2)), EVSConfig(rate=0.5, selection="paper"))
         plans.append(plan.with_layout(Layout.contiguous(1, plan.num_tokens), plan.num_tokens))
         expected.append((start + 4 * plan.kept).tolist())
         start += t * h * w

@@ -222,22 +222,23 @@ def test_prompt_plan_and_placeholder_agree(model: Path, clip: np.ndarray, facts:
 def test_patches_that_nobody_computes_do_not_travel(model: Path, whole: Any, clip: np.ndarray, facts: Facts) -> None:
     full = pixels_in(process(whole, clip))
     droppable = UNITS * facts.per_unit * 3 // 4
-    for refresh in 0, 8, 3:
+    for refresh in 0, 0.1, 30.5:
         processor = processor_for(model, {"rate": 0.75, "request_overrides": "any"})
         result = process(processor, clip, evs_encoder_refresh=refresh)
         plan = plan_in(result)
         assert plan is not None and plan.encoder == "reuse"
         expected = sorted({*plan.kept.tolist(), *plan.refreshed.tolist()})
         assert plan.computed.tolist() == expected
-        assert len(plan.refreshed) <= (droppable // refresh if refresh else 0)
-        assert bool(len(plan.refreshed)) == bool(refresh)
+        assert len(plan.refreshed) <= droppable // 2
+        if refresh < 1:
+            assert bool(len(plan.refreshed)) == bool(refresh), "0 is none, and the lowest level any difference"
         assert pixels_in(result).tolist() == full.view(-1, 4, full.shape[-1])[expected].flatten(0, 1).tolist()
 
 
 @with_reuse_of_whole_frames
 def test_frames_that_nobody_computes_do_not_travel(model: Path, whole: Any, facts: Facts) -> None:
     frames = synthetic_clip(8, facts.frame_size, moving=0.2, seed=4)
-    for options, expected in (({"encoder_refresh": 0}, 4), ({"encoder_refresh": 2}, 6)):
+    for options, expected in (({"encoder_refresh": 0}, 4), ({"encoder_refresh": 0.1}, 6)):
         processor = processor_for(model, {"rate": 0.5} | options)
         result = process(processor, frames)
         plan = plan_in(result)
@@ -271,7 +272,7 @@ def test_cache_keys(model: Path, clip: np.ndarray, family: str) -> None:
     plain = key(processor)
     assert plain == key(processor, evs_rate=0.75) == key(processor_for(model, {"rate": 0.75}))
     assert plain == key(processor, evs_positions="keep") == key(processor, evs_encoder="auto")
-    assert plain == key(processor, evs_encoder_refresh=8) == key(processor, evs_selection="learned")
+    assert plain == key(processor, evs_encoder_refresh=35) == key(processor, evs_selection="learned")
     other = [
         key(processor, evs_rate=0.5),
         key(processor, evs_threshold=4),

@@ -162,7 +162,7 @@ def test_an_object_that_chooses(model, ref):
             model(**batch, evs_selection="paper")
 
 
-@pytest.mark.parametrize("refresh", [0, 4])
+@pytest.mark.parametrize("refresh", [0, 0.1])
 def test_encoder_reuse(model, model_dir, family, refresh):
     ref = TowerReference(model_dir(family))
     enable(model, 0.75, encoder="reuse", encoder_refresh=refresh)

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.reference import selection
 from tests.reference.hf import Clip, Picture, Result, select
-from tests.reference.tower import computed_tokens
+from tests.reference.tower import computed_tokens, reuses
 
 NATIVE = "native"
 
@@ -185,9 +186,11 @@ class FramesReference:
             [frame[:, top[0] : top[1], left[0] : left[1]].reshape(-1) for top in blocks for left in blocks]
             for frame in raw.numpy()
         ])  # fmt: skip
-        computed = computed_tokens(tokens, select(tokens, clip.settings), clip.settings)
-        if not computed.all():
-            rows = self._reuse(normal[0], computed)
+        kept = select(tokens, clip.settings)
+        if reuses(clip.settings) and len(kept) < tokens.shape[0] * tokens.shape[1]:
+            seen, tops = raw.permute(0, 2, 3, 1).numpy(), [first for first, _ in blocks]
+            cells = selection.pictures(seen, 1, tops, tops, blocks[0][1] - blocks[0][0])
+            rows = self._reuse(normal[0], computed_tokens(selection.learned(cells), kept, clip.settings))
         return rows, (len(raw), len(blocks), len(blocks)), tokens
 
     def _reuse(self, frames: torch.Tensor, computed: np.ndarray) -> torch.Tensor:

@@ -229,8 +229,10 @@ def hold(looks: np.ndarray, budget: int, least: int) -> np.ndarray:
     return filled(units, per_unit, kept, far, least, budget)
 
 
-def anchored(looks: np.ndarray, level: int, least: int, most: int | None) -> np.ndarray:
-    """What stays of (T, P, F) descriptors that differs by `level` from what was last kept at its place."""
+def anchored(
+    looks: np.ndarray, level: int, least: int, most: int | None, forced: frozenset[int] = frozenset()
+) -> np.ndarray:
+    """What of (T, P, F) descriptors differs by `level` from what was last kept at its place, or is `forced`."""
     units, per_unit, width = looks.shape
 
     def at(level: int) -> tuple[set[int], dict[int, int]]:
@@ -239,7 +241,7 @@ def anchored(looks: np.ndarray, level: int, least: int, most: int | None) -> np.
             anchor = 0
             for t in range(1, units):
                 moved = distance(looks[t, p], looks[anchor, p])
-                if moved >= level:
+                if moved >= level or t * per_unit + p in forced:
                     kept.add(t * per_unit + p)
                     anchor = t
                 else:

@@ -8,65 +8,51 @@ so a result that depends on anything but computed rows is NaN, and equals nothin
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
 
+from tests.reference import selection
 from tests.reference.hf import Clip, Reference, Settings
 
 
 @dataclass(frozen=True)
 class TowerSettings(Settings):
-    """`Settings` with the vision tower's: "full", or "reuse" with one in `refresh` of the dropped computed."""
+    """`Settings` with the vision tower's: "full", or "reuse" that computes what differs by `refresh` again."""
 
     encoder: str = "reuse"
-    refresh: int = 8
+    refresh: float = 35
 
 
-def computed_tokens(pixels: np.ndarray, kept: np.ndarray, settings: Settings) -> np.ndarray:
-    """Which tokens of a clip the tower computes.
+def reuses(settings: Settings) -> bool:
+    """Whether a tower with these settings reuses anything of a clip of which something is dropped."""
+    return not settings.off and isinstance(settings, TowerSettings) and settings.encoder == "reuse"
+
+
+def computed_tokens(looks: np.ndarray, kept: np.ndarray, settings: TowerSettings) -> np.ndarray:
+    """Which tokens of a clip a tower that reuses computes.
 
     Args:
-        pixels: uint8 (units T, tokens per unit P, bytes D): all pixels of each token, in the processor's order.
+        looks: (T, P, F), the learned descriptors of its tokens (`tests.reference.selection.learned`).
         kept: Sorted flat indices of the kept tokens.
-        settings: The settings; plain `Settings` are those of the full tower.
+        settings: The settings.
 
     Returns:
-        (T*P,) bool: the kept tokens and, at the lowest level that the bisection finds to mark no more than one in
-        `refresh` of the dropped ones, those whose every ninth value differs by at least that from what was computed
-        last at their place.
+        (T*P,) bool: the kept tokens, and those that differ by `refresh` hundredths or more from what was computed last
+        at their place; where that is more than half of the dropped tokens, those that differ most.
     """
-    units, per_unit, _ = pixels.shape
+    units, per_unit, _ = looks.shape
     total = units * per_unit
-    if settings.off or not isinstance(settings, TowerSettings) or settings.encoder == "full":
-        return np.ones(total, dtype=bool)
-    stays = set(kept.tolist())
-    budget = (total - len(kept)) // settings.refresh if settings.refresh else 0
-    looks = pixels[:, :, ::9].astype(np.int64)
-
-    def moved_by(level: int) -> set[int]:
-        moved = set()
-        for p in range(per_unit):
-            computed = 0
-            for t in range(1, units):
-                token = t * per_unit + p
-                if token not in stays and np.abs(looks[t, p] - looks[computed, p]).sum() >= level:
-                    moved.add(token)
-                if token in stays or token in moved:
-                    computed = t
-        return moved
-
-    too_low, enough = 0, 255 * looks.shape[2] + 1
-    while budget and enough - too_low > 1:
-        middle = (too_low + enough) // 2
-        if len(moved_by(middle)) > budget:
-            too_low = middle
-        else:
-            enough = middle
-    wanted = stays | moved_by(enough)
-    return np.array([i in wanted for i in range(total)])
+    wanted = kept
+    if settings.refresh:
+        level = max(1, math.ceil(Fraction(str(settings.refresh)) * selection.UNIT["learned"]))
+        most = len(kept) + (total - len(kept)) // 2
+        wanted = selection.anchored(looks, level, 0, most, frozenset(kept.tolist()))
+    return np.isin(np.arange(total), wanted)
 
 
 @torch.inference_mode()
@@ -178,13 +164,16 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 class TowerReference(Reference):
     """`Reference` for clips whose settings are `TowerSettings`; others get the full tower."""
 
+    def computed(self, clip: Clip, grid: tuple[int, int, int], pixels: np.ndarray) -> np.ndarray:
+        """(N,) bool, the tokens of a clip that the tower computes."""
+        kept = self.choose(clip, grid, pixels)
+        if not reuses(clip.settings) or len(kept) == np.prod(grid):
+            return np.ones(np.prod(grid), dtype=bool)
+        return computed_tokens(selection.learned(self.pictures(clip, grid, pixels)), kept, clip.settings)
+
     def _see_clip(self, clip: Clip) -> tuple[torch.Tensor, tuple[int, int, int], np.ndarray]:
         vectors, grid, pixels = super()._see_clip(clip)
-        settings = clip.settings
-        if isinstance(settings, TowerSettings) and settings.encoder == "reuse" and not settings.off:
-            kept = self.choose(clip, grid, pixels)
-            if len(kept) < len(vectors):
-                seen = self._process(clip)
-                computed = computed_tokens(pixels, kept, settings)
-                vectors, _ = encode(self.visual, seen["pixel_values_videos"], grid, computed)
+        computed = self.computed(clip, grid, pixels)
+        if not computed.all():
+            vectors, _ = encode(self.visual, self._process(clip)["pixel_values_videos"], grid, computed)
         return vectors, grid, pixels

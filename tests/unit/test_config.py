@@ -25,7 +25,7 @@ GOOD = {
     "min_tokens_per_unit": [0, 1, 100],
     "max_tokens": [1, 4096],
     "encoder": ["auto", "reuse", "full"],
-    "encoder_refresh": [0, 4],
+    "encoder_refresh": [0, 4, 35.5, 255],
     "request_overrides": ["none", "stricter", "any"],
 }
 BAD = {
@@ -36,7 +36,7 @@ BAD = {
     "min_tokens_per_unit": [-1, 1.0, True, "1", None],
     "max_tokens": [0, -5, 2.0, True, "7"],
     "encoder": ["none", "", True, None],
-    "encoder_refresh": [-1, 1.5, True, None],
+    "encoder_refresh": [-1, 255.5, math.nan, True, None, "35"],
     "request_overrides": ["all", "", 0, None],
 }
 
@@ -201,7 +201,7 @@ def test_encoder_is_resolved_at_start() -> None:
         (REUSE, {"evs_encoder": "full"}, False),
         (replace(REUSE, encoder="full"), {"evs_encoder": "reuse"}, True),
         (REUSE, {"evs_encoder_refresh": 4}, False),
-        (replace(REUSE, encoder_refresh=0), {"evs_encoder_refresh": 1000}, False),
+        (replace(REUSE, encoder_refresh=0), {"evs_encoder_refresh": 255}, False),
         (replace(REUSE, encoder_refresh=4), {"evs_encoder_refresh": 8}, True),
         (replace(REUSE, encoder_refresh=4), {"evs_encoder_refresh": 0}, True),
         (replace(REUSE, encoder_refresh=4), {"evs_encoder_refresh": 3}, False),
