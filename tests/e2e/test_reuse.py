@@ -302,7 +302,7 @@ def test_identities(engine, ref, clip):
     same = {
         "reuse": (REUSE, {"evs_encoder": "reuse"}, "server"),
         "auto": (REUSE, {"evs_encoder": "auto"}, "server"),
-        "refresh 8": (REUSE, {"evs_encoder_refresh": 8}, "server"),
+        "refresh 35": (REUSE, {"evs_encoder_refresh": 35}, "server"),
         "full, refresh 2": (Settings(0.75), {"evs_encoder": "full", "evs_encoder_refresh": 2}, "full"),
     }
 
