@@ -20,6 +20,7 @@ VARIANTS = {
     "sequential": ({"evs_positions": "sequential"}, Settings(0.75, positions="sequential")),
     "minimum": ({"evs_min_tokens_per_unit": 2}, Settings(0.75, min_tokens_per_unit=2)),
     "maximum": ({"evs_max_tokens": 30}, Settings(0.75, max_tokens=30)),
+    "contrast": ({"evs_selection": "contrast"}, Settings(0.75, selection="contrast")),
     "threshold 2": ({"evs_threshold": 2}, Settings(threshold=2.0)),
     "threshold 9": ({"evs_threshold": 9}, Settings(threshold=9.0)),
 }
