@@ -28,6 +28,7 @@ class EVSConfig:
     rate: float | None = None
     threshold: float | None = None
     selection: str = SELECTION_NAMES[0]
+    focus: tuple[tuple[float, float, float], ...] | None = None
     positions: str = "keep"
     min_tokens_per_unit: int = 0
     max_tokens: int | None = None
@@ -42,6 +43,14 @@ class EVSConfig:
             value = getattr(self, option.name)
             if value is not None or not option.nullable:
                 option.check(value)
+        if self.focus is not None:
+            # Of JSON, lists; settings are compared and hashed.
+            object.__setattr__(self, "focus", tuple(tuple(one) for one in self.focus))
+        if self.focus and self.threshold:
+            raise ConfigError(
+                f"focus and threshold={self.threshold} contradict each other: a focus moves a fixed number of tokens "
+                "to where it looks, and a threshold fixes none. Set rate or max_tokens instead of the threshold."
+            )
         if self.rate and self.threshold:
             raise ConfigError(
                 f"rate={self.rate} and threshold={self.threshold} contradict each other: a rate fixes how many tokens "
@@ -131,4 +140,6 @@ class EVSConfig:
 
 def _spelled(value: object) -> str:
     """One spelling for all values that mean the same: 0.50 and 0.5, 0 and not set."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_spelled, value))}]"
     return str(exact(value) if isinstance(value, float) else value or 0)

@@ -31,6 +31,12 @@ ENCODERS = ("auto", "reuse", "full")
 MOST_TOKENS = 10**9
 """Largest number of tokens that an option takes: more than any clip has."""
 
+MOST_RANGES = 32
+"""Largest number of time ranges of a focus."""
+
+MOST_WEIGHT = 64
+"""Largest weight of a time range of a focus."""
+
 REQUEST_OVERRIDES = ("none", "stricter", "any")
 
 
@@ -47,6 +53,17 @@ def _is_number(value: object) -> bool:
 
 def _is_count(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST_TOKENS
+
+
+def _is_focus(value: object) -> bool:
+    return isinstance(value, list | tuple) and 1 <= len(value) <= MOST_RANGES and all(map(_is_range, value))
+
+
+def _is_range(value: object) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_number, value)):
+        return False
+    start, end, weight = value
+    return bool(0 <= start < end <= MOST_TOKENS and 0 <= weight <= MOST_WEIGHT)
 
 
 def _parse_scalar(text: str) -> object:
@@ -195,6 +212,17 @@ OPTIONS: tuple[Option, ...] = (
         affects="prompt",
         # 'paper' keeps the same number of long clips and fewer of short ones.
         no_more=lambda own, other: own == "paper" or other != "paper",
+    ),
+    Option(
+        name="focus",
+        is_allowed=lambda v: v is None or _is_focus(v),
+        allowed=f"a list of 1 to {MOST_RANGES} ranges [start, end, weight] with 0 <= start < end in seconds and "
+        f"0 <= weight <= {MOST_WEIGHT}",
+        help="Time ranges that matter more or less: what changes in one counts that many times, so that as many tokens "
+        "stay, more of them in there. The first range that a unit lies in counts; outside of all the weight is 1.",
+        metavar="RANGES",
+        affects="prompt",
+        nullable=True,
     ),
     _choice(
         "positions",

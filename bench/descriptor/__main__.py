@@ -28,7 +28,7 @@ from evs_vllm.core.descriptors import low_resolution
 from evs_vllm.core.learned import CELLS, Network, inputs_of
 
 GRID = (9, 16)
-PHOTO_SEQUENCES = 170
+PHOTO_SEQUENCES = 120
 WIDTHS = [128, 64, 32]
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="where to write the network (.npz)")
     parser.add_argument("--compare", type=Path, help="folder for the table of other sizes")
-    parser.add_argument("--steps", type=int, default=6000, help="of the optimiser (default: 6000)")
+    parser.add_argument("--steps", type=int, default=4000, help="of the optimiser (default: 4000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1; more change the last bits)")
     args = parser.parse_args()

@@ -43,7 +43,8 @@ def of_package(scene: Scene, count: int, rate: float, name: str) -> torch.Tensor
     Raises:
         RuntimeError: It keeps another number of tokens, or not all of unit 0: figures could not be compared.
     """
-    plan = make_plan(scene.clip, EVSConfig(rate=rate, selection=name))
+    # At 0.95 all of these clips are short (see `token_budget`): they would keep more than is compared.
+    plan = make_plan(scene.clip, EVSConfig(rate=rate, selection=name, max_tokens=count))
     kept = torch.from_numpy(plan.mask).view(scene.clip.num_units, -1)
     if plan.num_kept != count or not kept[0].all():
         raise RuntimeError(

@@ -32,6 +32,7 @@ def make_html(clip: Inspection, max_units: int = 60) -> str:
         "perUnit": rows * columns,
         **evidence(clip),
         "seconds": clip.unit_seconds,
+        "weights": clip.weights,
         "settings": settings(clip.config),
         "thresholdCounts": clip.selection.threshold_counts,
         "highThreshold": clip.selection.high_threshold,

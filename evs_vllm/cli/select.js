@@ -17,12 +17,15 @@ const dividedUp = (numerator, denominator) => (numerator + denominator - 1n) / d
 
 // Decodes what the tokens of a clip are chosen from, once.
 // clip: {units, perUnit, stockCount, unit (the score or distance that a threshold counts as 1, a decimal text),
-//        evidenceBase64, width}
+//        evidenceBase64, width, weights (sixteenths by which the changes of each unit count, or null)}
 // Adds `scores`, one int32 a token, and their `order` (of rank), or, with a width, `descriptors` of that many bytes.
 function prepare(clip) {
   const bytes = Uint8Array.from(atob(clip.evidenceBase64), (c) => c.charCodeAt(0));
   if (clip.width !== null) return Object.assign(clip, {descriptors: bytes});
   const scores = new Int32Array(bytes.buffer);
+  if (clip.weights !== null) {
+    scores.forEach((score, i) => { scores[i] = score * clip.weights[Math.floor(i / clip.perUnit)] / 16; });
+  }
   return Object.assign(clip, {scores, order: rank(scores)});
 }
 
@@ -116,13 +119,13 @@ function lowestThatFits(fits, low, high) {
   return high;
 }
 
-// L1 distance of two tokens, by their flat indices.
-function distance({descriptors, width}, one, other) {
+// L1 distance of two tokens, by their flat indices, times the weight of the first one's unit.
+function distance({descriptors, width, weights, perUnit}, one, other) {
   let sum = 0;
   for (let i = one * width, j = other * width, end = i + width; i < end; i++, j++) {
     sum += Math.abs(descriptors[i] - descriptors[j]);
   }
-  return sum;
+  return weights === null ? sum : sum * weights[Math.floor(one / perUnit)];
 }
 
 // Every token's distance from the last kept one at its place, KEPT where it is kept itself.
@@ -158,7 +161,8 @@ function walk(clip, level) {
 function hold(clip, most, least) {
   const fits = (number) => cost(clip, heldAt(clip, price(number)), least) <= most;
   let nothing = 0;
-  while (price(nothing) <= 255 * clip.width * BLOCK) nothing++;
+  const heaviest = clip.weights === null ? 1 : Math.max(...clip.weights);
+  while (price(nothing) <= 255 * clip.width * BLOCK * heaviest) nothing++;
   return heldAt(clip, price(fits(0) ? 0 : lowestThatFits(fits, 0, nothing)));
 }
 

@@ -39,6 +39,7 @@ class Inspection:
         unit_seconds: Start of each unit in the video, or None if the loader does not say.
         prompt_tokens: Tokens of the clip's part of the prompt, (before, after).
         seconds: Time of each of `STAGES`.
+        weights: How much the changes of each unit count, in sixteenths (`evs_vllm.core.focus`); None is all the same.
     """
 
     video: Path
@@ -54,6 +55,7 @@ class Inspection:
     unit_seconds: tuple[float, ...] | None
     prompt_tokens: tuple[int, int]
     seconds: dict[str, float]
+    weights: list[int] | None = None
 
     @property
     def frames_per_unit(self) -> int:

@@ -17,6 +17,7 @@ from evs_vllm.config import EVSConfig
 from evs_vllm.core.budget import token_budget
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.descriptors import Contrast, Descriptor
+from evs_vllm.core.focus import SIXTEENTHS, unit_weights
 from evs_vllm.core.learned import Learned
 from evs_vllm.errors import ConfigError, UnsupportedError
 from evs_vllm.options import exact
@@ -117,7 +118,8 @@ class Anchored(Selection):
             most = budget if config.max_tokens else None
             kept = evs_kernels.select_anchored(descriptors, most, threshold=level, min_per_unit=least).indices
         else:
-            kept = evs_kernels.select_hold(descriptors, budget, min_per_unit=least).indices
+            weights = unit_weights(clip, config)
+            kept = evs_kernels.select_hold(descriptors, budget, min_per_unit=least, weights=weights).indices
         kept = kept[before:] - before
         if len(kept):
             return kept
@@ -169,6 +171,12 @@ class Scorer(Selection):
                 self.level(config.threshold, tokens.shape[-1]),
                 min_per_unit=least,
                 max_tokens=None if config.max_tokens is None else config.max_tokens + before,
+            ).indices
+        elif (weights := unit_weights(clip, config)) is not None:
+            scores = self.score(tokens)
+            weighted = scores.double() * weights.to(scores.device)[:, None] / SIXTEENTHS
+            kept = evs_kernels.select_topk(
+                weighted.to(scores.dtype), self.budget(clip, config) + before, min_per_unit=least
             ).indices
         else:
             kept = self.top(tokens, self.budget(clip, config) + before, least)

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm.utils.torch_utils import set_default_torch_num_threads
 
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.clip import Clip
+from evs_vllm.core.focus import unit_weights
 from evs_vllm.core.inspection import Inspection
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.prompt import pruned_clip
@@ -25,6 +27,7 @@ from evs_vllm.core.scorers import Selection, named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.engine import plugin
 from evs_vllm.engine.plan_field import MODALITY, plan_of
+from evs_vllm.engine.times import unit_starts
 from evs_vllm.errors import EVSError, UnsupportedError
 from evs_vllm.families import family_of
 from evs_vllm.options import CONFIG_KEY
@@ -76,6 +79,8 @@ def inspect_clip(
     clip = adapter.clip(fields)
     if clip is None:
         raise UnsupportedError(f"The processor made no pixels of {video}.")
+    clip = replace(clip, starts=unit_starts(getattr(media, "media", media)[1] or {}, clip))
+    weights = unit_weights(clip, config)
     frames = adapter.frames(fields)
     plan = plan_of(item) or RetentionPlan(clip.grid, np.arange(np.prod(clip.grid)), config.positions)
     selection = named_selection(config.selection)
@@ -92,10 +97,11 @@ def inspect_clip(
         evidence=selection.evidence(clip).cpu().numpy(),
         unit=selection.unit(clip),
         frames=frames,
-        unit_seconds=_unit_seconds(media, plan.num_units, len(frames) // plan.num_units),
+        unit_seconds=clip.starts,
         prompt_tokens=(plan.num_tokens if layout is None else len(layout.token_ids), after),
         seconds={"decode": decode, "HF processor": timing.stage_secs["apply_hf_processor"]}
         | _planning_seconds(clip, plan, config, selection, adapter),
+        weights=None if weights is None else weights.tolist(),
     )
 
 
@@ -121,15 +127,6 @@ def _inputs(processor: Any, media: Any) -> ProcessorInputs:
     text = processor.dummy_inputs.get_dummy_text({MODALITY: 1})
     prompt = processor.info.get_tokenizer().encode(text, add_special_tokens=False)
     return ProcessorInputs(prompt, processor.info.parse_mm_data({MODALITY: [media]}))
-
-
-def _unit_seconds(media: Any, units: int, per_unit: int) -> tuple[float, ...] | None:
-    """When each unit starts, from what the loader says of the frames that it took."""
-    metadata: Mapping[str, Any] = getattr(media, "media", media)[1] or {}
-    indices, fps = metadata.get("frames_indices"), metadata.get("fps")
-    if indices is None or not fps or metadata.get("do_sample_frames") or len(indices) <= (units - 1) * per_unit:
-        return None
-    return tuple(float(indices[unit * per_unit]) / fps for unit in range(units))
 
 
 def _planning_seconds(

@@ -3,7 +3,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -26,6 +26,7 @@ from evs_vllm.engine.compat import settings_of
 from evs_vllm.engine.limits import check_positions
 from evs_vllm.engine.metrics import metrics
 from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD
+from evs_vllm.engine.times import metadata_of, unit_starts
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
 from evs_vllm.families import Family
 from evs_vllm.families.base import FamilyAdapter
@@ -141,8 +142,10 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             return updates
         try:
             pruned = [
-                self._prune(item, item_updates, settings)
-                for item, item_updates in zip(out_mm_kwargs[MODALITY], updates[MODALITY], strict=True)
+                self._prune(item, item_updates, settings, metadata_of(mm_items[MODALITY], number))
+                for number, (item, item_updates) in enumerate(
+                    zip(out_mm_kwargs[MODALITY], updates[MODALITY], strict=True)
+                )
             ]
         except (ArithmeticError, LookupError, RuntimeError, PlanError) as error:
             if not hf_processor_mm_kwargs:
@@ -154,7 +157,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             ) from error
         return {**updates, MODALITY: pruned}
 
-    def _prune(self, item: Any, updates: Any, settings: EVSConfig) -> Any:
+    def _prune(self, item: Any, updates: Any, settings: EVSConfig, metadata: Mapping[str, Any]) -> Any:
         """Plans one clip, puts the plan among its fields and returns its prompt updates, shortened."""
         started = time.perf_counter()
         fields = {key: elem.data for key, elem in item.items()}
@@ -168,7 +171,12 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                 )
             logger.warning_once("EVS: precomputed video embeddings have no pixels to compare; they are not pruned.")
             return updates
-        plan = make_plan(clip, settings)
+        if settings.focus:
+            clip = replace(clip, starts=unit_starts(metadata, clip))
+        try:
+            plan = make_plan(clip, settings)
+        except UnsupportedError as error:
+            raise RequestError(str(error)) from None
         span = self._evs.position_span(fields, clip.grid)
         pruned = [replace(u, content=self._pruned_details(u.content, clip, plan, span)) for u in updates]
         array = pruned[0].content.plan.to_array()

@@ -218,6 +218,22 @@ def test_prompt_plan_and_placeholder_agree(model: Path, clip: np.ndarray, facts:
     assert text == other
 
 
+def test_a_focus_looks_at_the_times_of_the_loader(model: Path, clip: np.ndarray, facts: Facts) -> None:
+    """At a hundredth of the frame rate the same seconds are other units; without times there is nothing to look at."""
+    processor = processor_for(model, {"rate": 0.75, "encoder": "full"})
+    plain = plan_in(process(processor, clip))
+    last = [[(len(clip) - 1) / 2, 10**6, 64]]
+    looked, past = (plan_in(process(processor, clip, evs_focus=last, fps_of_clip=fps)) for fps in (2.0, 200.0))
+    assert plain is not None and looked is not None and past is not None
+    assert plain.num_kept == looked.num_kept == past.num_kept
+    assert looked.counts[-1] >= plain.counts[-1] and looked.counts[-1] == max(looked.counts[1:])
+    assert past.kept.tolist() == plain.kept.tolist()
+    untimed = {"fps": 2.0, "total_num_frames": len(clip), "video_backend": "opencv", "do_sample_frames": False}
+    items = processor.info.parse_mm_data({"video": [(clip, untimed)]})
+    with pytest.raises(RequestError, match="needs to know when the clip's units begin"):
+        processor(prompt_for(processor), items, hf_processor_mm_kwargs={"evs_focus": last})
+
+
 @families(lambda facts: not facts.whole_frames)
 def test_patches_that_nobody_computes_do_not_travel(model: Path, whole: Any, clip: np.ndarray, facts: Facts) -> None:
     full = pixels_in(process(whole, clip))
@@ -282,6 +298,8 @@ def test_cache_keys(model: Path, clip: np.ndarray, family: str) -> None:
         key(processor, evs_positions="sequential"),
         key(processor, evs_min_tokens_per_unit=1),
         key(processor, evs_max_tokens=30),
+        key(processor, evs_focus=[[0, 1, 4]]),
+        key(processor, evs_focus=[[0, 1, 5]]),
     ]
     if reuses(family):
         assert plain == key(processor, evs_encoder="reuse")

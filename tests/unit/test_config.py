@@ -21,6 +21,7 @@ GOOD = {
     "rate": [0, 0.0, 0.5, 0.999],
     "threshold": [0, 5, 7.5, 255],
     "selection": ["learned", "contrast", "paper"],
+    "focus": [((0, 2, 4),), ((1.5, 2.5, 0), (0, 10**6, 0.25))],
     "positions": ["keep", "sequential"],
     "min_tokens_per_unit": [0, 1, 100],
     "max_tokens": [1, 4096],
@@ -32,6 +33,18 @@ BAD = {
     "rate": [1, -0.1, 1.5, math.nan, math.inf, True, "0.5", [0.5], {}],
     "threshold": [-1, 255.5, math.nan, -math.inf, False, "6"],
     "selection": ["", "Paper", "embedding", 0, True, None, ["paper"]],
+    "focus": [
+        [],
+        [[0, 1]],
+        [[0, 0, 1]],
+        [[-1, 2, 1]],
+        [[0, 1, 65]],
+        [[0, 1, -1]],
+        [[0, math.inf, 1]],
+        [[0, 1, True]],
+        "0-2",
+        5,
+    ],
     "positions": ["", "Keep", 1, True, ["keep"]],
     "min_tokens_per_unit": [-1, 1.0, True, "1", None],
     "max_tokens": [0, -5, 2.0, True, "7"],
@@ -122,11 +135,12 @@ def test_identity_tells_settings_apart_and_spellings_not() -> None:
 OTHER = {
     "rate": 0.75, "threshold": 9, "selection": "paper", "positions": "sequential", "min_tokens_per_unit": 3,
     "max_tokens": 77, "encoder": "full", "encoder_refresh": 3, "request_overrides": "any",
+    "focus": ((0, 1, 4),),
 }  # fmt: skip
 """For each option a value that differs from that of `_BASE`."""
 _BASE = EVSConfig(threshold=6, encoder="reuse", selection="paper")
 # A rate contradicts a threshold, and thresholds of two selections cannot be compared.
-_BASES = dict.fromkeys(["rate", "selection"], EVSConfig(rate=0.5, encoder="reuse"))
+_BASES = dict.fromkeys(["rate", "selection", "focus"], EVSConfig(rate=0.5, encoder="reuse"))
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
