@@ -24,6 +24,7 @@ from evs_vllm.core.budget import token_budget
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.scorers import SELECTIONS, PixelChange
 from evs_vllm.errors import ConfigError
+from evs_vllm.options import SELECTION_NAMES
 from evs_vllm.train.data import ChatCollator
 from evs_vllm.train.synthetic import TASKS, SceneSettings, make_example
 
@@ -135,7 +136,7 @@ def test_it_notices_what_is_broken(smoke, monkeypatch):
             return select_topk(-self.score(tokens), budget).indices
 
     with monkeypatch.context() as broken:
-        broken.setitem(SELECTIONS, "paper", LeastChanged())
+        broken.setitem(SELECTIONS, SELECTION_NAMES[0], LeastChanged())
         assert ask()["tasks"]["last"] < good["tasks"]["last"] - 10, "selection"
 
 

@@ -74,7 +74,8 @@ def test_each_mini_batch_is_pruned_at_its_rate(tiny, tmp_path, monkeypatch):
     expected = RateSampler(plan.rates)
     assert trainer.drawn == [expected.draw() for _ in range(6)], "one rate a mini-batch, accumulated ones too"
     assert len(set(trainer.drawn)) > 1
-    assert seen == [[max(6, int(TOKENS * (1 - rate)))] * 2 for rate in trainer.drawn]
+    # A quarter of 30 tokens is 7, less than unit 0 and half of the others' share: 6 + 24 / 4 / 2.
+    assert seen == [[{0: TOKENS, 0.5: 15, 0.75: 9}[rate]] * 2 for rate in trainer.drawn]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses and all(np.isfinite(losses))
     assert list((tmp_path / "runs").rglob("events.*")), "TensorBoard"
