@@ -325,14 +325,15 @@ def test_processor_cache_hit_keeps_the_pruned_prompt(model: Path, clip: np.ndarr
     config = arguments_for(model, {"rate": 0.5}).create_engine_config()
     processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
     cache = processor_only_cache_from_config(config)
-    clips = metrics().clips._value.get
-    planned = metrics().planning_time._sum.get
+    clips = metrics().clips.labels("learned")._value.get
+    planned = metrics().planning_time.labels("learned")._sum.get
+    others = metrics().clips.labels("paper")._value.get()
     before, first = clips(), process(processor, clip, cache=cache)
     time_after_first = planned()
     second = process(processor, clip, cache=cache)
     strict = process(processor, clip, cache=cache, evs_rate=0.8)
     assert second["prompt_token_ids"] == first["prompt_token_ids"]
-    assert clips() - before == 3
+    assert clips() - before == 3 and metrics().clips.labels("paper")._value.get() == others
     assert len(strict["prompt_token_ids"]) < len(first["prompt_token_ids"])
     third = planned()
     process(processor, clip, cache=cache, evs_rate=0.8)
