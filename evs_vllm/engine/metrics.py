@@ -9,7 +9,8 @@
 | ``evs:frames_as_images_total`` | counter | requests whose images look like the frames of a video (not pruned) |
 | ``evs:planning_time_seconds`` | histogram | score, select and lay out one clip (none on processor-cache hits) |
 
-All but the requests with images are told apart by the label ``selection``. The prefix is ``evs:`` because vLLM unregisters every collector with "vllm" in its name when it starts its own.
+All but the requests with images are told apart by the label ``selection``. The prefix is ``evs:`` because vLLM
+unregisters every collector with "vllm" in its name when it starts its own.
 """
 
 from functools import cache
