@@ -288,7 +288,7 @@ def test_cache_keys(model: Path, clip: np.ndarray, family: str) -> None:
     plain = key(processor)
     assert plain == key(processor, evs_rate=0.75) == key(processor_for(model, {"rate": 0.75}))
     assert plain == key(processor, evs_positions="keep") == key(processor, evs_encoder="auto")
-    assert plain == key(processor, evs_encoder_refresh=35) == key(processor, evs_selection="learned")
+    assert plain == key(processor, evs_encoder_refresh=25) == key(processor, evs_selection="learned")
     other = [
         key(processor, evs_rate=0.5),
         key(processor, evs_threshold=4),
