@@ -127,13 +127,12 @@ def make_rows(clip: torch.Tensor, embeddings: torch.Tensor, budget: int, rate: f
 
     places, size = clip.shape[1], clip.numel()
     first = torch.zeros_like(scores[:1])
-    dropped = clip.shape[0] * places - len(chosen.indices)
-    stale = ek.select_stale(clip, chosen.indices, dropped // 8, backend="ref")
     pixels = (MERGE, CHANNELS, FRAMES, PATCH // MERGE)
     pictured = clip.shape[2] == FRAMES * PATCH**2 * CHANNELS
     pooled = ek.pool_tokens(clip, *pixels, backend="ref") if pictured else clip[:, :, None, None, :48]
     descriptors = pooled.flatten(2).contiguous()
     anchored = ek.select_anchored(descriptors, budget, backend="ref")
+    held = ek.select_hold(descriptors, budget, backend="ref")
     cosine = ek.cosine_score(features, backend="ref")
     score, prune = {"group": "score", "nbytes": size}, {"group": "prune", "nbytes": size}
     add("torch eager score, unit by unit", eager_units, scores, **score, baseline=True)
@@ -150,10 +149,10 @@ def make_rows(clip: torch.Tensor, embeddings: torch.Tensor, budget: int, rate: f
         add(f"{ours}: temporal_score", lambda kw=kw: ek.temporal_score(clip, **kw), scores, **score)
         add(f"{ours}: select_topk", lambda kw=kw: ek.select_topk(scores, budget, **kw), chosen)
         add(f"{ours}: prune_topk", lambda kw=kw: ek.prune_topk(clip, budget, **kw), chosen, **prune)
-        add(f"{ours}: select_stale", lambda kw=kw: ek.select_stale(clip, chosen.indices, dropped // 8, **kw), stale)
         if pictured:
             add(f"{ours}: pool_tokens", lambda kw=kw: ek.pool_tokens(clip, *pixels, **kw), pooled, **score)
         add(f"{ours}: select_anchored", lambda kw=kw: ek.select_anchored(descriptors, budget, **kw), anchored)
+        add(f"{ours}: select_hold", lambda kw=kw: ek.select_hold(descriptors, budget, **kw), held)
         add(f"{ours}: cosine_score", lambda kw=kw: ek.cosine_score(features, **kw), cosine, note="embeddings")
     return rows
 

@@ -33,7 +33,7 @@ class EVSConfig:
     min_tokens_per_unit: int = 0
     max_tokens: int | None = None
     encoder: str = "auto"
-    encoder_refresh: float = 35
+    encoder_refresh: float = 25
     request_overrides: str = "stricter"
     why_not_reuse: str = ""
     """Not an option: why this server cannot run the encoder 'reuse', or "". Set at start-up by `resolve_encoder`."""

@@ -24,6 +24,7 @@ from evs_vllm.core.descriptors import Contrast, low_resolution
 from evs_vllm.core.learned import CELLS, Learned, Network, inputs_of
 
 RATES = (0.75, 0.9)
+CONDITIONS = ["as it is", "noise", "flicker", "slow light", "shake", "pan"]
 SIZES: dict[str, tuple[int, list[int]]] = {
     "2 x 2 cells, 64-32": (2, [64, 32]),
     "2 x 2 cells, 128-64-32": (2, [128, 64, 32]),
@@ -52,7 +53,7 @@ def compare(
         log(f"training {name}")
         samples = [Sample(inputs_of(low_resolution(clip, cells)), features, weight) for clip, features, weight in seen]
         ways[name] = _with(in_integers(fit(samples, widths, steps, seed, log), samples), cells)
-    settings = Settings(clips="choose", selections=["paper"])
+    settings = Settings(clips="choose", selections=["paper"], conditions=CONDITIONS)
     library, features = Library(settings), Features(pretrained_tower(), (settings.grid[0], settings.grid[1]))
     scenes = [library.frames(name, condition) for condition in settings.conditions for name in library.names]
     found: dict[str, list[list[float]]] = {name: [] for name in ("paper", *ways)}

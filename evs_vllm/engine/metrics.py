@@ -9,13 +9,16 @@
 | ``evs:frames_as_images_total`` | counter | requests whose images look like the frames of a video (not pruned) |
 | ``evs:planning_time_seconds`` | histogram | score, select and lay out one clip (none on processor-cache hits) |
 
-The prefix is ``evs:`` because vLLM unregisters every collector with "vllm" in its name when it starts its own.
+All but the requests with images are told apart by the label ``selection``. The prefix is ``evs:`` because vLLM
+unregisters every collector with "vllm" in its name when it starts its own.
 """
 
 from functools import cache
 from typing import NamedTuple
 
 from prometheus_client import Counter, Histogram
+
+from evs_vllm.options import SELECTION_NAMES
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -31,10 +34,15 @@ class Metrics(NamedTuple):
 @cache
 def metrics() -> Metrics:
     """The collectors, registered on first use."""
-    return Metrics(
-        Counter("evs:clips", "Number of video clips of requests that EVS was active for."),
-        Counter("evs:video_tokens", "Number of video tokens of these clips before pruning."),
-        Counter("evs:video_tokens_kept", "Number of video tokens of these clips kept in the prompts."),
+    label = ("selection",)
+    found = Metrics(
+        Counter("evs:clips", "Number of video clips of requests that EVS was active for.", label),
+        Counter("evs:video_tokens", "Number of video tokens of these clips before pruning.", label),
+        Counter("evs:video_tokens_kept", "Number of video tokens of these clips kept in the prompts.", label),
         Counter("evs:frames_as_images", "Number of requests whose images look like the frames of a video."),
-        Histogram("evs:planning_time_seconds", "Time to score, select and lay out one clip.", buckets=_BUCKETS),
+        Histogram("evs:planning_time_seconds", "Time to score, select and lay out one clip.", label, buckets=_BUCKETS),
     )
+    for name in SELECTION_NAMES:  # series that are there from the start begin at 0
+        for collector in (found.clips, found.tokens, found.tokens_kept, found.planning_time):
+            collector.labels(name)
+    return found

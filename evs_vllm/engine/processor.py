@@ -187,7 +187,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             for key, data in self._evs.computed_pixels(fields, plan).items():
                 item[key] = replace(item[key], data=data)
         item[PLAN_FIELD] = MultiModalFieldElem(torch.from_numpy(array), MultiModalBatchedField(keep_on_cpu=True))
-        metrics().planning_time.observe(time.perf_counter() - started)
+        metrics().planning_time.labels(settings.selection).observe(time.perf_counter() - started)
         return pruned
 
     def _pruned_details(
@@ -206,10 +206,10 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         plans = [content.plan for content in contents if isinstance(content, PrunedUpdateDetails)]
         if plans:
             check_positions(self._evs, self.info.ctx.model_config, len(result[0]), plans)
-            count = metrics()
-            count.clips.inc(len(plans))
-            count.tokens.inc(sum(plan.num_tokens for plan in plans))
-            count.tokens_kept.inc(sum(plan.num_kept for plan in plans))
+            count, selection = metrics(), _settings.get().selection
+            count.clips.labels(selection).inc(len(plans))
+            count.tokens.labels(selection).inc(sum(plan.num_tokens for plan in plans))
+            count.tokens_kept.labels(selection).inc(sum(plan.num_kept for plan in plans))
         return result
 
 

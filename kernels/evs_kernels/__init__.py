@@ -9,7 +9,6 @@ from .pool_tokens import pool_tokens
 from .prune_topk import prune_topk
 from .select_anchored import select_anchored
 from .select_hold import select_hold
-from .select_stale import select_stale
 from .select_threshold import select_threshold
 from .select_topk import select_topk
 from .temporal_score import temporal_score
@@ -23,7 +22,6 @@ __all__ = [
     "prune_topk",
     "select_anchored",
     "select_hold",
-    "select_stale",
     "select_threshold",
     "select_topk",
     "supported",

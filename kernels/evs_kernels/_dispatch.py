@@ -19,7 +19,6 @@ OPS = (
     "cosine_score",
     "select_topk",
     "select_threshold",
-    "select_stale",
     "select_anchored",
     "select_hold",
     "prune_topk",

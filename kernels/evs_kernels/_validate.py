@@ -106,21 +106,6 @@ def token_mask(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
         )
 
 
-def kept_indices(name: str, value: torch.Tensor, units: int, per_unit: int) -> None:
-    """Checks sorted flat indices that hold unit 0 whole. On the CPU only: on a GPU looking would stall the stream."""
-    if value.device.type != "cpu":
-        return
-    indices = value.numpy()
-    ascending = (np.diff(indices) > 0).all()
-    if not ascending or indices[0] < 0 or indices[-1] >= units * per_unit:
-        raise ValueError(
-            f"{name}: got indices from {indices.min()} to {indices.max()}, {'' if ascending else 'not '}ascending; "
-            f"allowed: strictly ascending within [0, {units * per_unit - 1}]. Pass Selection.indices."
-        )
-    if len(indices) < per_unit or indices[per_unit - 1] != per_unit - 1:
-        raise ValueError(f"{name}: got part of unit 0; allowed: all {per_unit} of its tokens. Pass Selection.indices.")
-
-
 def count(name: str, value: int, *, smallest: int = 0) -> int:
     """Returns ``value`` as an int of at least ``smallest``."""
     try:
@@ -146,7 +131,7 @@ def hold_weights(name: str, value: torch.Tensor, units: int, width: int) -> None
     most = MAX_HOLD // (255 * width)
     if (highest := int(value.max())) > most:
         raise ValueError(
-            f"{name}: got {highest}; allowed: 0..{most} for descriptors of {width} values. Scale them down."
+            f"{name}: got {highest}; allowed: 0 to {most} for descriptors of {width} values. Scale them down."
         )
 
 

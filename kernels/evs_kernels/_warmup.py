@@ -9,7 +9,7 @@ from .cosine_score import cosine_score
 from .pool_tokens import pool_tokens
 from .prune_topk import prune_topk
 from .select_anchored import select_anchored
-from .select_stale import select_stale
+from .select_hold import select_hold
 from .select_threshold import select_threshold
 from .select_topk import select_topk
 from .temporal_score import temporal_score
@@ -43,8 +43,6 @@ def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] 
                 prune_topk(tokens, 4, min_per_unit=reserved)
                 select_topk(scores, 4, min_per_unit=reserved)
                 select_threshold(scores, 1, min_per_unit=reserved)
-            if dtype == torch.uint8:
-                select_stale(tokens, torch.arange(2, device=device), 1)
             if dtype.is_floating_point:
                 cosine_score(tokens)
     _warm_descriptors(device)
@@ -54,7 +52,12 @@ def _warm_descriptors(device: str | torch.device) -> None:
     for merge, channels, frames, side in _LAYOUTS:
         depth = merge**2 * channels * frames * side**2
         pixels = torch.ones((3, 2, depth), dtype=torch.uint8, device=device)
+        pixels[1] = 255  # more change than the budget has room for, so that a level is looked for
         for cells in (4, 5):  # cells within patches and across their borders are different kernels of the CPU
             pooled = pool_tokens(pixels, merge, channels, frames, side, cells)
+            descriptors = pooled.flatten(2)
+            forced = torch.zeros(descriptors.shape[:2], dtype=torch.bool, device=device)
             for reserved in (0, 1):
-                select_anchored(pooled.flatten(2), 4, min_per_unit=reserved)
+                for mask in (None, forced):
+                    select_anchored(descriptors, 4, threshold=9, min_per_unit=reserved, forced=mask)
+                select_hold(descriptors, 4, min_per_unit=reserved)

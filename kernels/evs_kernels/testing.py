@@ -12,7 +12,7 @@ from . import (
     pool_tokens,
     prune_topk,
     select_anchored,
-    select_stale,
+    select_hold,
     select_threshold,
     select_topk,
     temporal_score,
@@ -118,20 +118,6 @@ def _prune(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iter
         yield Call((clip, budget), {"min_per_unit": reserved})
 
 
-def _stale(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
-    clip = random_clip(generator, dtype, shape)
-    units, places, _ = shape
-    for share in (0.0, 0.4):
-        stays = torch.rand((units, places), generator=generator) < share
-        stays[0] = True
-        kept = stays.flatten().nonzero().flatten()
-        dropped = units * places - len(kept)
-        for budget in (0, dropped // 4, dropped):
-            yield Call((clip, kept, budget), {})
-    # Noise: distances between units are all about the same, so one level more or less changes much.
-    yield Call((random_tensor(generator, dtype, shape), torch.arange(places), (units - 1) * places // 2), {})
-
-
 def _anchored(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
     clip = random_clip(generator, dtype, shape)
     units, places, width = shape
@@ -150,6 +136,20 @@ def _anchored(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> I
     yield Call((random_tensor(generator, dtype, shape), (tokens + places) // 2), {})
 
 
+def _hold(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    clip = random_clip(generator, dtype, shape)
+    units, places, width = shape
+    half = (units * places + places) // 2
+    top = min(4096, 2**24 // (255 * width))
+    weights = torch.randint(0, top + 1, (units,), generator=generator).to(torch.int32)
+    for budget, reserved in ((0, 0), (units * places + 3, places + 2), (places - 1, 1), (half, 2)):
+        yield Call((clip, budget), {"min_per_unit": reserved})
+    for factors in (weights, torch.full_like(weights, top), torch.zeros_like(weights)):
+        yield Call((clip, half), {"weights": factors})
+    # Noise: holding costs all about the same, so one price more or less changes much.
+    yield Call((random_tensor(generator, dtype, shape), half), {})
+
+
 def _pool(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
     tokens = random_tensor(generator, dtype, shape)
     layout = merge, _, _, side = _LAYOUTS[shape[2]]
@@ -160,8 +160,8 @@ def _pool(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Itera
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CLIPS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (6, 5, 33), (4, 3, 272), (3, 2, 1200))
-_STALE = ((1, 1, 1), (2, 1, 5), (5, 3, 33), (3, 2, 9500))
 _DESCRIPTORS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (3, 5, 33), (4, 19, 12), (2, 2, 256))
+_LONG = ((33, 131, 12), (34, 7, 256), (66, 3, 48), (3, 600, 4))
 _LAYOUTS = {
     merge**2 * channels * frames * side**2: (merge, channels, frames, side)
     for merge, channels, frames, side in (
@@ -183,8 +183,8 @@ SPECS = (
     OpSpec("cosine_score", cosine_score, _one, _FLOATS, _CLIPS, ((9, 131, 1024), (3, 67, 3584))),
     OpSpec("select_topk", select_topk, _topk, (torch.int32, torch.float32), _SCORES, ((33, 650), (3, 9001))),
     OpSpec("select_threshold", select_threshold, _threshold, (torch.int32, torch.float32), _SCORES, ((33, 650),)),
-    OpSpec("select_stale", select_stale, _stale, (torch.uint8,), _STALE, ((9, 131, 1176), (17, 67, 4704))),
     OpSpec("select_anchored", select_anchored, _anchored, (torch.uint8,), _DESCRIPTORS, ((33, 131, 48), (9, 67, 192))),
+    OpSpec("select_hold", select_hold, _hold, (torch.uint8,), _DESCRIPTORS, _LONG),
     OpSpec("prune_topk", prune_topk, _prune, (torch.uint8, torch.float32), _CLIPS, ((9, 131, 1176),)),
     OpSpec("pool_tokens", pool_tokens, _pool, (torch.uint8,), _PIXELS, ((5, 67, 4704), (3, 41, 6144), (4, 33, 2352))),
 )

@@ -28,9 +28,9 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
     score = import_module("evs_kernels.temporal_score._triton_kernels")
     cosine = import_module("evs_kernels.cosine_score._triton_kernels")
     select = import_module("evs_kernels.select_topk._triton_kernels")
-    stale = import_module("evs_kernels.select_stale._triton_kernels")
     pool = import_module("evs_kernels.pool_tokens._triton_kernels")
     anchored = import_module("evs_kernels.select_anchored._triton_kernels")
+    hold = import_module("evs_kernels.select_hold._triton_kernels")
     for wide in (True, False):
         depth, tag = ({"depth"}, "wide") if wide else (set(), "odd")
         for t in ("u8", *FLOATS):
@@ -45,10 +45,6 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
     yield "score-u8-one", score.slice_kernel, args, {**one, "INTEGER": True, "SLICE": 256}, set(), 1
     args = ["*bf16", "*fp32", "*fp32", "i32", "i32"]
     yield "cosine-bf16-one", cosine.slice_kernel, args, {**one, "SLICE": 128}, set(), 1
-    for write in (True, False):
-        args = ["*u8", "*u8", "*i32", "*i32", "*u8", "i32", "i32", "i32"]
-        yield f"stale-{write:d}-wide", stale.scan_kernel, args, {"WRITE": write, "BLOCK": stale.BLOCK}, {"width"}, 1
-    yield "stale-step", stale.step_kernel, ["*i32", "*i32", "i32"], {}, set(), 1
     for width in (32, 256, 50, 250):
         (places, block), tag = anchored.block_of(width), "odd" if width % 16 else "even"
         for forced, reserve, write in ((False, False, False), (True, True, False), (True, False, True)):
@@ -64,6 +60,14 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
                 aligned,
                 1,
             )
+    for width in (32, 50):
+        constants = {"PLACES": hold.PLACES, "SLICE": hold.slice_of(width)}
+        aligned = {"width"} if width % 16 == 0 else set()
+        args = ["*u8", "*i32", "*i32", "i32", "i32", "i32"]
+        yield f"hold-sum-{width}", hold.sum_kernel, args, constants, aligned, 1
+        for write in (True, False):
+            args = ["*u8", "*i32", "*i32", "*i32", "*u8" if write else "*i32", "i32", "i32", "i32"]
+            yield f"hold-{write:d}-{width}", hold.price_kernel, args, constants | {"WRITE": write}, aligned, 1
     args = ["*i32", "*i32", "i32", "i32", "i32"]
     yield "anchored-step", anchored.step_kernel, args, {"BLOCK": anchored.BLOCK}, set(), 4
     for size in (1, 28, 64, 448):

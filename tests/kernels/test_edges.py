@@ -6,6 +6,7 @@ import torch
 
 import evs_kernels as ek
 from evs_kernels import _dispatch, _validate
+from evs_kernels.select_hold._prices import UNITS, price, top_number
 
 CLIP = torch.zeros((2, 3, 4), dtype=torch.uint8)
 SCORES = torch.zeros((2, 3), dtype=torch.int32)
@@ -36,13 +37,6 @@ ROWS = torch.zeros((3, 4))
         (lambda: ek.select_threshold(SCORES, float("nan")), ValueError, "threshold: got NaN"),
         (lambda: ek.select_threshold(SCORES, "3"), TypeError, "threshold: got '3'"),
         (lambda: ek.select_threshold(SCORES, 1, max_tokens=-1), ValueError, "max_tokens: got -1"),
-        (lambda: ek.select_stale(CLIP.float(), torch.arange(3), 1), TypeError, "tokens: got dtype torch.float32"),
-        (lambda: ek.select_stale(CLIP, torch.arange(3).int(), 1), TypeError, "kept: got dtype torch.int32"),
-        (lambda: ek.select_stale(CLIP, torch.arange(2), 1), ValueError, "kept: got part of unit 0; allowed: all 3"),
-        (lambda: ek.select_stale(CLIP, torch.tensor([0, 2, 1]), 1), ValueError, "from 0 to 2, not ascending"),
-        (lambda: ek.select_stale(CLIP, torch.tensor([0, 1, 2, 6]), 1), ValueError, r"0 to 6, .*within \[0, 5\]"),
-        (lambda: ek.select_stale(CLIP, torch.arange(3), -1), ValueError, "budget: got -1"),
-        (lambda: ek.select_stale(CLIP, torch.arange(3, device="meta"), 1), ValueError, "kept: got device meta"),
         (
             lambda: ek.select_anchored(CLIP.int(), 3),
             TypeError,
@@ -65,6 +59,24 @@ ROWS = torch.zeros((3, 4))
         (lambda: ek.select_anchored(CLIP, 1, forced=SCORES), TypeError, "forced: got dtype torch.int32"),
         (lambda: ek.select_anchored(CLIP, 1, forced=SCORES[:1].bool()), ValueError, r"forced: got shape \(1, 3\)"),
         (lambda: ek.select_anchored(CLIP, 1, forced=SCORES.bool().to("meta")), ValueError, "forced: got device meta"),
+        (lambda: ek.select_hold(CLIP.int(), 3), TypeError, "descriptors: got dtype torch.int32; allowed: torch.uint8"),
+        (lambda: ek.select_hold(CLIP[0], 3), ValueError, r"descriptors: got shape \(3, 4\); allowed: \(T, P, F\)"),
+        (lambda: ek.select_hold(CLIP[..., ::2], 3), ValueError, "contiguous"),
+        (lambda: ek.select_hold(CLIP.repeat(1, 1, 65), 3), ValueError, "got F=260; allowed: F <= 256"),
+        (lambda: ek.select_hold(CLIP, None), TypeError, "budget: got None; allowed: an integer >= 0"),
+        (lambda: ek.select_hold(CLIP, -1), ValueError, "budget: got -1"),
+        (lambda: ek.select_hold(CLIP, 1, min_per_unit=-1), ValueError, "min_per_unit: got -1"),
+        (lambda: ek.select_hold(CLIP, 1, weights=[1, 1]), TypeError, "weights: got list"),
+        (lambda: ek.select_hold(CLIP, 1, weights=WEIGHTS.long()), TypeError, "weights: got dtype torch.int64"),
+        (lambda: ek.select_hold(CLIP, 1, weights=WEIGHTS[:1]), ValueError, "weights: got 1 of them; allowed: 2"),
+        (lambda: ek.select_hold(CLIP, 1, weights=WEIGHTS - 1), ValueError, "from -1 to 4095; allowed: 0 to 4096"),
+        (lambda: ek.select_hold(CLIP, 1, weights=WEIGHTS + 1), ValueError, "from 1 to 4097; allowed: 0 to 4096"),
+        (lambda: ek.select_hold(CLIP, 1, weights=WEIGHTS.to("meta")), ValueError, "weights: got device meta"),
+        (
+            lambda: ek.select_hold(CLIP.repeat(1, 1, 64), 1, weights=WEIGHTS),
+            ValueError,
+            "weights: got 4096; allowed: 0 to 257 for descriptors of 256 values. Scale them down.",
+        ),
         (lambda: ek.pool_tokens(PIXELS.float(), 2, 3, 1, 4), TypeError, "tokens: got dtype torch.float32"),
         (
             lambda: ek.pool_tokens(PIXELS[0], 2, 3, 1, 4),
@@ -100,6 +112,28 @@ def test_refuses_tokens_whose_sum_could_overflow():
     assert 2 * 255 * pixels + pixels <= 2**31 - 1
     with pytest.raises(ValueError, match=f"tokens: got D={pixels + 1}; allowed: D <= {pixels}"):
         ek.pool_tokens(torch.zeros((1, 1, pixels + 1), dtype=torch.uint8), 1, pixels + 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("width", [1, 16, 17, 256])
+def test_no_cost_of_holding_can_overflow(width):
+    highest = min(_validate.MAX_WEIGHT, _validate.MAX_HOLD // (255 * width))
+    _validate.hold_weights("weights", torch.tensor([highest], dtype=torch.int32), 1, width)
+    if highest < _validate.MAX_WEIGHT:
+        with pytest.raises(ValueError, match=f"weights: got {highest + 1}; allowed: 0 to {highest} for"):
+            _validate.hold_weights("weights", torch.tensor([highest + 1], dtype=torch.int32), 1, width)
+    top = top_number(width, highest)
+    most = 255 * width * UNITS * highest
+    assert price(top - 1) <= most < price(top)
+    # What is held, what the rest of the block costs at most, and a price.
+    assert 2 * most + price(top) <= 2**31 - 1
+
+
+def test_prices_grow_by_a_64th():
+    prices = [price(number) for number in range(1500)]
+    assert (
+        prices[:128] == list(range(128)) and prices[128:131] == [128, 130, 132] and prices[191:194] == [254, 256, 260]
+    )
+    assert all(a < b <= a + max(1, a // 64) for a, b in zip(prices, prices[1:], strict=False))
 
 
 @pytest.mark.parametrize("frames", [1, 2, 257, 258, 700])

@@ -112,33 +112,6 @@ def test_select_threshold(backend, dtype, threshold, reserved, cap, indices, cou
     assert kept(got) == (indices, counts)
 
 
-def test_select_stale(backend):
-    # Nine equal values per token, of which one is compared. Place 0 creeps, place 1 jumps and returns, place 2 rests.
-    units = [[0, 50, 7], [4, 90, 7], [8, 50, 7], [12, 50, 7], [16, 50, 7]]
-    clip = torch.tensor(units, dtype=torch.uint8)[:, :, None].repeat(1, 1, 9)
-
-    def stale(kept, budget):
-        return ek.select_stale(clip, torch.tensor(kept), budget, backend=backend).tolist()
-
-    assert stale([0, 1, 2], 0) == []
-    assert stale([0, 1, 2], 1) == []  # any level that takes the jump takes the return as well
-    assert stale([0, 1, 2], 2) == [4, 7]
-    assert stale([0, 1, 2], 3) == [4, 7, 9]  # the lowest level that fits is 9: place 0 has crept by 12 in unit 3
-    assert stale([0, 1, 2], 4) == [4, 6, 7, 12]  # at level 5, which place 0 passes in units 2 and 4
-    assert stale([0, 1, 2], 5) == [4, 6, 7, 12]  # at level 4 it would be all four units of place 0
-    assert stale([0, 1, 2], 12) == [3, 4, 6, 7, 9, 12]  # place 2 never is
-    assert stale([0, 1, 2, 4], 1) == [7]  # kept at the jump, so the return is far from what was computed
-    assert stale([0, 1, 2, 4, 7], 1) == [9]
-    assert stale([0, 1, 2, 4, 6, 7], 1) == [12]  # measured from unit 2, where place 0 was kept
-
-
-def test_select_stale_compares_every_ninth_value(backend):
-    clip = torch.zeros((3, 1, 11), dtype=torch.uint8)
-    clip[1, 0, 1:9] = 255  # between the samples
-    clip[2, 0, 9] = 1
-    assert ek.select_stale(clip, torch.tensor([0]), 2, backend=backend).tolist() == [2]
-
-
 # Place 0 creeps by 4, place 1 jumps by 40 and returns, place 2 rests.
 MOVES = torch.tensor([[0, 50, 7], [4, 90, 7], [8, 50, 7], [12, 50, 7], [16, 50, 7]], dtype=torch.uint8)[:, :, None]
 
@@ -201,6 +174,58 @@ def test_select_anchored_level_is_the_one_that_bisection_finds(backend):
     assert kept(ek.select_anchored(clip, threshold=5, backend=backend))[0] == [0, 1]
     assert kept(ek.select_anchored(clip, 2, threshold=5, backend=backend))[0] == [0, 1]
     assert kept(ek.select_anchored(clip, 2, threshold=4, backend=backend))[0] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "indices"),
+    [
+        ({"budget": 0}, []),  # price 24, at which keeping unit 3 of place 0 saves nothing: 24 + 16 = 4 + 8 + 12 + 16
+        ({"budget": 4}, [9]),  # price 20: the jump and the return would cost 2 * 20, and not keeping them is 40
+        ({"budget": 5}, [4, 9]),  # the same, and what is furthest from what stands for it
+        ({"budget": 6}, [4, 7, 9]),  # price 8, at which units 2 and 4 of place 0 cost as much as unit 3, which is later
+        ({"budget": 7}, [4, 6, 7, 12]),  # price 4, at which more of place 0 costs as much and begins no later
+        ({"budget": 8}, [3, 4, 6, 7, 12]),  # units 1 and 3 of place 0 tie at 4
+        ({"budget": 9}, [3, 4, 6, 7, 9, 12]),  # price 0
+        ({"budget": 10}, [3, 4, 5, 6, 7, 9, 12]),  # all that is left is 0 from what stands for it: the lowest index
+        ({"budget": 99}, list(range(3, 15))),
+        ({"budget": 0, "min_per_unit": 1}, [4, 7, 9, 12]),  # minima are kept whatever the budget
+        ({"budget": 8, "min_per_unit": 1}, [4, 6, 7, 9, 12]),  # price 4, as unit 3 lacks one
+        ({"budget": 0, "min_per_unit": 9}, list(range(3, 15))),
+        ({"budget": 8, "weights": [9, 1, 0, 1, 1]}, [3, 4, 9, 10, 12]),  # what counts 0 is held
+        ({"budget": 8, "weights": [1, 0, 0, 0, 0]}, [3, 4, 5, 6, 7]),
+    ],
+)
+def test_select_hold(backend, arguments, indices):
+    given = dict(arguments)
+    if "weights" in given:
+        given["weights"] = torch.tensor(given["weights"], dtype=torch.int32)
+    selection = ek.select_hold(MOVES, backend=backend, **given)
+    assert kept(selection)[0] == [0, 1, 2, *indices]
+    assert selection.counts.tolist() == torch.bincount(selection.indices // 3, minlength=5).tolist()
+
+
+@pytest.mark.parametrize(
+    ("last", "budget", "indices"),
+    [
+        ((0, 0), 2, [0, 1]),  # nothing changes
+        ((0, 100), 2, [0, 33]),
+        ((100, 100), 2, [0, 32]),  # what is kept in one block stands in the next
+        ((50, 100), 2, [0, 33]),  # price 50, at which the first block keeps nothing
+        ((50, 100), 3, [0, 32, 33]),
+    ],
+)
+def test_select_hold_goes_block_by_block(backend, last, budget, indices):
+    clip = torch.zeros((34, 1, 1), dtype=torch.uint8)
+    clip[32:, 0, 0] = torch.tensor(last)
+    assert kept(ek.select_hold(clip, budget, backend=backend))[0] == indices
+
+
+def test_largest_cost_of_holding_is_exact(backend):
+    clip = torch.zeros((33, 2, 256), dtype=torch.uint8)
+    clip[1:, 0], clip[32, 1, 0] = 255, 1
+    weights = torch.full((33,), 257, dtype=torch.int32)
+    assert kept(ek.select_hold(clip, 2, weights=weights, backend=backend))[0] == [0, 1]
+    assert kept(ek.select_hold(clip, 3, weights=weights, backend=backend))[0] == [0, 1, 2]
 
 
 def test_largest_weighted_distance_is_exact(backend):

@@ -13,6 +13,7 @@ import torch
 
 import evs_kernels as ek
 from evs_kernels import _parallel
+from evs_kernels.select_hold import _cpu as hold
 
 ROOT = str(Path(ek.__file__).parents[1])
 
@@ -37,8 +38,10 @@ def test_concurrent_calls(generator, threads):
     def work(i):
         clip, feature = clips[i % 4], features[i % 4]
         selection = ek.prune_topk(clip, 200, min_per_unit=2)
-        anchored = ek.select_anchored(ek.pool_tokens(clip, 2, 3, 2, 14).flatten(2), 200, min_per_unit=2)
-        return *selection, *anchored, ek.cosine_score(feature)
+        descriptors = ek.pool_tokens(clip, 2, 3, 2, 14).flatten(2)
+        anchored = ek.select_anchored(descriptors, 200, min_per_unit=2)
+        held = ek.select_hold(descriptors, 200, min_per_unit=2)
+        return *selection, *anchored, *held, ek.cosine_score(feature)
 
     want = [work(i) for i in range(4)]
     with ThreadPoolExecutor(8) as pool:
@@ -53,6 +56,16 @@ def test_threads_share_the_tokens_of_a_clip(monkeypatch, generator, threads, cel
     assert torch.equal(
         ek.pool_tokens(clip, 2, 3, 2, 14, cells), ek.pool_tokens(clip, 2, 3, 2, 14, cells, backend="ref")
     )
+
+
+def test_threads_share_the_places_of_a_clip(monkeypatch, generator, threads):
+    monkeypatch.setattr(_parallel, "_cpus", lambda: 4)
+    monkeypatch.setattr(hold, "_CHUNK", 8)
+    monkeypatch.setattr(hold, "_GRAIN_MEASURE", 64)
+    monkeypatch.setattr(hold, "_GRAIN_PRICE", 64)
+    clip = torch.randint(0, 256, (37, 41, 12), dtype=torch.uint8, generator=generator)
+    want = ek.select_hold(clip, 500, min_per_unit=2, backend="ref")
+    assert all(map(torch.equal, ek.select_hold(clip, 500, min_per_unit=2), want))
 
 
 def _child(clip, queue):
@@ -147,6 +160,7 @@ with event.install_recorder("numba:compile") as seen:
         e.prune_topk(clip, 9, min_per_unit=m); e.select_topk(s, 9, min_per_unit=m)
         e.select_threshold(s, 3.5, min_per_unit=m, max_tokens=9)
         e.select_anchored(clip, 9, min_per_unit=m, threshold=5, forced=s > 5, weights=torch.ones(4, dtype=torch.int32))
+        e.select_hold(clip, 9, min_per_unit=m); e.select_hold(clip, 9, weights=torch.ones(4, dtype=torch.int32))
     for merge, channels, frames, side in ((2, 3, 2, 14), (2, 3, 2, 16), (1, 3, 1, 28), (1, 1, 1, 6)):
         pixels = torch.ones((2, 3, merge**2 * channels * frames * side**2), dtype=torch.uint8)
         e.pool_tokens(pixels, merge, channels, frames, side)

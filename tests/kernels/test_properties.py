@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Properties of a selection, and the CPU kernels against the reference, on inputs hypothesis chooses."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import evs_kernels as ek
+from evs_kernels.select_hold._prices import lowest_that_fits, price, top_number
 
 SETTINGS = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -20,6 +22,7 @@ scores = shapes.flatmap(
     lambda s: st.one_of(hnp.arrays(np.int32, s, elements=ints), hnp.arrays("f4", s, elements=floats))
 )
 minimum = st.integers(0, 45)
+byte = st.one_of(st.sampled_from([0, 1, 100, 255]), st.integers(0, 255))
 
 
 def same(got, want):
@@ -73,31 +76,6 @@ def test_cosine_of_equal_units_is_zero_and_range_is_two(array):
 @SETTINGS
 @given(
     hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 30))),
-    st.integers(0, 130),
-    st.data(),
-)
-def test_stale(array, budget, data):
-    tokens = torch.from_numpy(array)
-    units, places, _ = tokens.shape
-    stays = data.draw(hnp.arrays(np.bool_, (units, places)))
-    stays[0] = True
-    kept = torch.from_numpy(np.flatnonzero(stays))
-    stale = ek.select_stale(tokens, kept, budget)
-    assert stale.tolist() == ek.select_stale(tokens, kept, budget, backend="ref").tolist()
-    assert len(stale) <= budget and (stale.diff() > 0).all()
-    assert not stays.reshape(-1)[stale].any()
-    # Given room for everything, what is left out equals what was last computed.
-    rest = np.ones(units * places, np.bool_)
-    rest[kept], rest[ek.select_stale(tokens, kept, units * places)] = False, False
-    samples = array[:, :, ::9]
-    for t, p in zip(*np.nonzero(rest.reshape(units, places)), strict=True):
-        latest = max(s for s in range(t) if not rest.reshape(units, places)[s, p])
-        assert (samples[t, p] == samples[latest, p]).all()
-
-
-@SETTINGS
-@given(
-    hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 30))),
     st.one_of(st.none(), st.integers(0, 130)),
     st.one_of(st.none(), st.integers(1, 9000)),
     st.integers(0, 25),
@@ -138,6 +116,51 @@ def test_anchored(array, budget, threshold, reserved, data):
             far = np.abs(values[t] - anchors).sum(axis=1) * (1 if weights is None else weights[t]) >= threshold
             assert not (far & ~stays[t]).any()
             anchors[far | must[t]] = values[t][far | must[t]]
+
+
+@settings(SETTINGS, max_examples=60)
+@given(
+    hnp.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5)), elements=byte),
+    st.integers(0, 200),
+    st.integers(0, 8),
+    st.data(),
+)
+def test_hold(array, budget, reserved, data):
+    units, places, _ = array.shape
+    weights = data.draw(st.one_of(st.none(), hnp.arrays(np.int32, units, elements=st.integers(0, 4096))))
+    given_ = {"min_per_unit": reserved, "weights": None if weights is None else torch.from_numpy(weights)}
+    got = ek.select_hold(torch.from_numpy(array), budget, **given_)
+    same(got, ek.select_hold(torch.from_numpy(array), budget, **given_, backend="ref"))
+    least = places + (units - 1) * min(reserved, places)
+    assert len(got.indices) == min(units * places, max(budget, least)) == got.counts.sum()
+    assert (got.indices.diff() > 0).all()
+    assert got.counts[0] == places and got.counts.min() >= min(reserved, places)
+    per_unit = torch.bincount(got.indices // places, minlength=units)
+    assert per_unit.tolist() == got.counts.tolist()
+
+
+@SETTINGS
+@given(hnp.arrays(np.uint8, st.integers(1, 7), elements=byte), st.integers(0, 8))
+def test_hold_finds_the_best_of_all_ways(values, budget):
+    units = len(values)
+    ways = [way for n in range(units) for way in itertools.combinations(range(1, units), n)]
+
+    def distances(way):
+        anchors = [max(s for s in (0, *way) if s <= t) for t in range(units)]
+        return [abs(int(values[t]) - int(values[s])) for t, s in enumerate(anchors)]
+
+    def best(number):
+        # Of equal ways the one whose next token is latest, so whose sequence of kept units is the highest.
+        return min(ways, key=lambda way: (sum(distances(way)) + len(way) * price(number), [-t for t in (*way, 99)]))
+
+    def fits(number):
+        return 1 + len(best(number)) <= bound
+
+    bound = min(units, max(budget, 1))
+    way = best(0 if fits(0) else lowest_that_fits(fits, top_number(1, 1)))
+    rest = sorted(set(range(1, units)) - set(way), key=lambda t: (-distances(way)[t], t))
+    want = sorted([0, *way, *rest][:bound])
+    assert ek.select_hold(torch.from_numpy(values)[:, None, None], budget).indices.tolist() == want
 
 
 @SETTINGS

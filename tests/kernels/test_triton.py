@@ -60,12 +60,13 @@ def test_prune_topk_launches_and_never_waits(launches, monkeypatch, depth, reser
 
 
 @pytest.mark.parametrize("reserved", [0, 1])
-def test_select_anchored_never_waits_for_a_budget(monkeypatch, reserved):
+@pytest.mark.parametrize("op", [ek.select_anchored, ek.select_hold])
+def test_selecting_by_descriptors_never_waits_for_a_budget(monkeypatch, op, reserved):
     descriptors = torch.ones((3, 2, 16), dtype=torch.uint8, device=DEVICE)
     with monkeypatch.context() as patch:
         for name in WAITING:
             patch.setattr(torch.Tensor, name, wait)
-        selection = ek.select_anchored(descriptors, 3, min_per_unit=reserved, backend="triton")
+        selection = op(descriptors, 3, min_per_unit=reserved, backend="triton")
     assert len(selection.indices) == max(3, 2 + 2 * reserved)
 
 
@@ -76,6 +77,13 @@ def test_select_anchored_counts_units_block_by_block(monkeypatch, generator):
     descriptors = torch.randint(0, 256, (12, 37, 3), dtype=torch.uint8, generator=generator)
     want = ek.select_anchored(descriptors, 200, min_per_unit=9, backend="ref")
     got = ek.select_anchored(descriptors.to(DEVICE), 200, min_per_unit=9, backend="triton")
+    assert_same(tuple(part.cpu() for part in got), tuple(want))
+
+
+def test_select_hold_goes_on_in_blocks_of_units_and_of_places(generator):
+    descriptors = torch.randint(0, 256, (35, 19, 3), dtype=torch.uint8, generator=generator)
+    want = ek.select_hold(descriptors, 200, min_per_unit=3, backend="ref")
+    got = ek.select_hold(descriptors.to(DEVICE), 200, min_per_unit=3, backend="triton")
     assert_same(tuple(part.cpu() for part in got), tuple(want))
 
 

@@ -25,7 +25,7 @@ class TowerSettings(Settings):
     """`Settings` with the vision tower's: "full", or "reuse" that computes what differs by `refresh` again."""
 
     encoder: str = "reuse"
-    refresh: float = 35
+    refresh: float = 25
 
 
 def reuses(settings: Settings) -> bool:

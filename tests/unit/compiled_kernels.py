@@ -14,12 +14,15 @@ import torch
 
 import evs_kernels
 from evs_vllm.config import EVSConfig
-from evs_vllm.core.clip import Clip
+from evs_vllm.core.clip import Clip, TokenPixels
 from evs_vllm.core.selection import make_plan
+from evs_vllm.options import SELECTION_NAMES
 
 # Bytes of a token, in whole groups of 16 (as Qwen-VL's) and others, for one program and for several. Few and small:
 # Triton's interpreter is slow.
 DEPTHS = (1040, 588, 48, 50)
+# How the pixels of Qwen2.5-VL's and InternVL's tokens are ordered: for selections that look where a pixel is.
+PIXELS = (TokenPixels(2, 3, 2, 14), TokenPixels(1, 3, 1, 28))
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"rate": 0.5},
     {"rate": 0.5, "min_tokens_per_unit": 2},
@@ -32,13 +35,18 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 
 def plan_clips() -> None:
     """Plans random clips as first requests would, under all kinds of settings."""
-    for depth in DEPTHS:
-        for units, side in ((1, 2), (4, 2)):
+    for units, side in ((1, 2), (4, 2)):
+        for depth in DEPTHS:
             tokens = torch.randint(0, 256, (units, side * side, depth), dtype=torch.uint8)
             for options in OPTIONS:
-                for encoder in ("full", "reuse"):
-                    config = EVSConfig(**options, encoder=encoder, encoder_refresh=2)
-                    make_plan(Clip(tokens, (units, side, side)), config)
+                make_plan(Clip(tokens, (units, side, side)), EVSConfig(**options, selection="paper"))
+        for pixels in PIXELS:
+            tokens = torch.randint(0, 256, (units, side * side, pixels.values), dtype=torch.uint8)
+            clip = Clip(tokens, (units, side, side), pixels)
+            for options in OPTIONS:
+                for selection in SELECTION_NAMES:
+                    config = EVSConfig(**options, selection=selection, encoder="reuse", encoder_refresh=2)
+                    make_plan(clip, config)
 
 
 @contextmanager

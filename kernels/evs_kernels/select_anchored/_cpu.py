@@ -7,21 +7,10 @@ Single-threaded: a walk reads a few dozen bytes a token, in the order in which t
 import numpy as np
 import torch
 
+from .._distances import distance, walk
 from .._numba import njit
 from .._types import Selection
 from ..select_topk._cpu import run as select_topk
-
-_KEPT = np.int32(2**31 - 1)  # above every distance
-
-
-# Not cut into blocks of constant size: of this loop LLVM makes sums of absolute differences of bytes (4 ns for a token
-# of 32 values), of such blocks it does not.
-@njit()
-def _distance(a, b):
-    total = np.int32(0)
-    for i in range(a.shape[0]):
-        total = np.int32(total + abs(np.int32(a[i]) - np.int32(b[i])))
-    return total
 
 
 @njit()
@@ -32,9 +21,8 @@ def _cost(descriptors, weights, forced, level, min_per_unit, bound, anchors):
     for t in range(1, descriptors.shape[0]):
         kept = 0
         for p in range(descriptors.shape[1]):
-            # Anchors are units and not copies of their values: less to write, and a unit's row is in cache either way.
-            distance = _distance(descriptors[t, p], descriptors[anchors[p], p]) * weights[t]
-            if forced[t, p] or distance >= level:
+            far = distance(descriptors[t, p], descriptors[anchors[p], p]) * weights[t]
+            if forced[t, p] or far >= level:
                 anchors[p] = t
                 kept += 1
         cost += max(kept, min_per_unit)
@@ -53,20 +41,6 @@ def _bisect(descriptors, weights, forced, low, high, min_per_unit, bound, anchor
         else:
             high = middle
     return high
-
-
-@njit()
-def _walk(descriptors, weights, forced, level, anchors, scores):
-    """Writes the distance of every token from its anchor, _KEPT where the token is kept."""
-    anchors[:] = 0
-    scores[0] = _KEPT
-    for t in range(1, descriptors.shape[0]):
-        for p in range(descriptors.shape[1]):
-            distance = _distance(descriptors[t, p], descriptors[anchors[p], p]) * weights[t]
-            if forced[t, p] or distance >= level:
-                anchors[p] = t
-                distance = _KEPT
-            scores[t, p] = distance
 
 
 def run(
@@ -93,5 +67,5 @@ def run(
     if cost > bound:
         level = _bisect(*clip, level, high, min_per_unit, bound, anchors)
     scores = torch.empty((units, per_unit), dtype=torch.int32)
-    _walk(*clip, level, anchors, scores.numpy())
+    walk(*clip, level, anchors, scores.numpy())
     return select_topk(scores, bound if threshold is None else min(cost, bound), min_per_unit)

@@ -133,7 +133,7 @@ def run(
     grid = (triton.cdiv(per_unit, places),)
     clip = (
         descriptors,
-        _weights_on(device, weights, units),
+        weights_on(device, weights, units),
         state if forced is None else forced.view(torch.uint8),
         state,
     )
@@ -151,7 +151,8 @@ def run(
         return select_partial(scores[None], bound, min_per_unit)
 
 
-def _weights_on(device: torch.device, weights: torch.Tensor | None, units: int) -> torch.Tensor:
+def weights_on(device: torch.device, weights: torch.Tensor | None, units: int) -> torch.Tensor:
+    """Weights of units, 1 each when None, on a device, without waiting for it."""
     if weights is None:
         return torch.ones(units, dtype=torch.int32, device=device)
     # A copy from memory that is not pinned may wait for what the device is doing.

@@ -15,7 +15,8 @@ from .._types import Selection, kept_tokens, reserved_tokens
 from ..temporal_score._triton_kernels import sum_slices
 
 UNIT_BLOCK = 512
-SEARCH_BLOCK = 4096
+# Twice as many spill registers when Triton 3.6 compiles it.
+SEARCH_BLOCK = 2048
 # Programs that share the compaction. More would repeat the search more often without ending sooner.
 PROGRAMS = 64
 
