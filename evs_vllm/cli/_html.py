@@ -32,7 +32,6 @@ def make_html(clip: Inspection, max_units: int = 60) -> str:
         "perUnit": rows * columns,
         **evidence(clip),
         "seconds": clip.unit_seconds,
-        "weights": clip.weights,
         "settings": settings(clip.config),
         "thresholdCounts": clip.selection.threshold_counts,
         "highThreshold": clip.selection.high_threshold,
@@ -63,6 +62,7 @@ def evidence(clip: Inspection) -> dict[str, Any]:
         "width": width,
         "unit": _decimal(clip.unit),
         "stockCount": clip.selection.stock_count,
+        "weights": clip.weights,
     }
 
 

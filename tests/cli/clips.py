@@ -9,6 +9,7 @@ import torch
 
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.clip import Clip, TokenPixels
+from evs_vllm.core.focus import unit_weights
 from evs_vllm.core.inspection import STAGES, Inspection
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.scorers import Selection, named_selection
@@ -33,6 +34,7 @@ def inspection_of(
     clip: Clip, frames: np.ndarray, config: EVSConfig, selection: Selection, seconds: bool = True
 ) -> Inspection:
     """What `evs_vllm.engine.inspect` would say of a clip and its frames."""
+    weights = unit_weights(clip, config)
     whole = RetentionPlan(clip.grid, np.arange(np.prod(clip.grid)))
     plan = make_plan(clip, config, selection) if config.active else whole
     return Inspection(
@@ -49,4 +51,5 @@ def inspection_of(
         unit_seconds=tuple(0.5 * unit for unit in range(clip.num_units)) if seconds else None,
         prompt_tokens=(plan.num_tokens, plan.num_kept),
         seconds=dict.fromkeys(STAGES, 0.01),
+        weights=None if weights is None else weights.tolist(),
     )

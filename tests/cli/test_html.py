@@ -40,12 +40,12 @@ CONFIGS = [
 class Handed(Descriptor):
     """Describes a clip by numbers that are handed in."""
 
-    unit = 0.7
+    name, unit, counts = "handed", 0.7, "steps"
 
     def __init__(self, descriptors):
         self.descriptors = torch.from_numpy(descriptors)
 
-    def describe(self, clip):
+    def make(self, clip):
         return self.descriptors
 
 
@@ -103,7 +103,7 @@ def test_the_browser_keeps_what_the_server_keeps(shape, levels):
     tokens = torch.from_numpy(drifting(rng, (*shape, 3 * 4 * 4), levels))
     clip = Clip(tokens, (*shape, 1), TokenPixels(1, 3, 1, 4))
     width = int(rng.integers(1, 9))
-    handed = Anchored("handed", Handed(drifting(rng, (*shape, width), levels)), "steps")
+    handed = Anchored(Handed(drifting(rng, (*shape, width), levels)), high_threshold=100)
     assert_same(clip, [*SELECTIONS.values(), handed])
 
 
@@ -117,6 +117,20 @@ def test_rates_are_exact_in_the_browser():
         # One token is the whole of unit 0: but for "paper", half of the share of the others rounds up to one more.
         last = 1 if selection.stock_count else 2
         assert [len(k) for k in kept] == [100, 99, 99, 93, 71, 70, 50, 43, 42, 25, 10, 5, last]
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (9, 17), (40, 5)], ids=str)
+def test_a_focus_in_the_browser(shape):
+    rng = np.random.default_rng()
+    tokens = torch.from_numpy(drifting(rng, (*shape, 3 * 4 * 4), 256))
+    clip = Clip(tokens, (*shape, 1), TokenPixels(1, 3, 1, 4), starts=tuple(float(unit) for unit in range(shape[0])))
+    for focus in (((shape[0] / 2, shape[0], 9.4),), ((0, 2, 0), (1, 3, 64))):
+        config = EVSConfig(rate=0.7, focus=focus)
+        for selection in SELECTIONS.values():
+            inspection = inspection_of(clip, np.zeros((shape[0], 8, 8, 3), np.uint8), config, selection)
+            page = evidence(inspection) | {"units": shape[0], "perUnit": shape[1]}
+            assert page["weights"] is not None
+            assert run_rule([(page, [settings(config)])]) == [[make_plan(clip, config, selection).kept.tolist()]]
 
 
 class Links(HTMLParser):

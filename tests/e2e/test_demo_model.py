@@ -26,7 +26,8 @@ def served(engines):
     from vllm import SamplingParams
 
     engines.close()
-    engine = start_engine(trained_model(), {"rate": 0.75, "request_overrides": "any"}, max_model_len=1024)
+    settings = {"rate": 0.75, "selection": "learned", "request_overrides": "any"}  # what the demo serves
+    engine = start_engine(trained_model(), settings, max_model_len=1024)
     right = {}
     try:
         for rate in RATES:
