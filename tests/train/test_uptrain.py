@@ -10,6 +10,7 @@ import torch
 import evs_vllm.hf as hf
 from evs_vllm.cli import main
 from evs_vllm.errors import ConfigError, UnsupportedError
+from evs_vllm.options import SELECTION_NAMES
 from evs_vllm.train import recipe
 from evs_vllm.train.data import ChatCollator, DrawnDataset
 from evs_vllm.train.rates import RateSampler, RateSettings
@@ -193,7 +194,8 @@ def test_vllm_serves_what_was_trained(learned):
     from tests.e2e.harness import Request, chat, start_engine, stop_engine
 
     reference, data = Reference(learned), examples(learned)
-    engine = start_engine(learned, {"rate": 0.75, "request_overrides": "any"})
+    # It was trained with the default selection, and is served with it.
+    engine = start_engine(learned, {"rate": 0.75, "selection": SELECTION_NAMES[0], "request_overrides": "any"})
     try:
         for rate in (0.0, 0.5, 0.75):
             requests, expected = [], []
@@ -202,7 +204,7 @@ def test_vllm_serves_what_was_trained(learned):
                 question, answer = (message["content"][-1]["text"] for message in item["messages"])
                 system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
                 prompt = system + chat("<|vision_start|><|video_pad|><|vision_end|>", question)
-                clip = Clip(item["videos"][0].frames, 2.0, Settings(rate))
+                clip = Clip(item["videos"][0].frames, 2.0, Settings(rate, selection=SELECTION_NAMES[0]))
                 ids = reference.tokenizer(answer + "<|im_end|>")["input_ids"]
                 requests.append(Request(prompt, [clip], {"evs_rate": rate}, max_tokens=len(ids)))
                 expected.append(ids)
