@@ -47,7 +47,7 @@ class Clip:
     pixels: TokenPixels | None = None
     previous: torch.Tensor | None = None
     starts: tuple[float, ...] | None = None
-    described: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    described: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_units(self) -> int:
