@@ -228,6 +228,10 @@ def test_a_focus_looks_at_the_times_of_the_loader(model: Path, clip: np.ndarray,
     assert plain.num_kept == looked.num_kept == past.num_kept
     assert looked.counts[-1] >= plain.counts[-1] and looked.counts[-1] == max(looked.counts[1:])
     assert past.kept.tolist() == plain.kept.tolist()
+    row = family_of(processor.info.ctx.model_config.architecture)
+    assert row is not None
+    if "timestamps" in row.layout:
+        return  # without times, Hugging Face's processor of such a family refuses the clip itself
     untimed = {"fps": 2.0, "total_num_frames": len(clip), "video_backend": "opencv", "do_sample_frames": False}
     items = processor.info.parse_mm_data({"video": [(clip, untimed)]})
     with pytest.raises(RequestError, match="needs to know when the clip's units begin"):
