@@ -18,6 +18,10 @@ from .temporal_score import temporal_score
 # Qwen3-VL, InternVL.
 _LAYOUTS = ((2, 3, 2, 14), (2, 3, 2, 16), (1, 3, 1, 28))
 
+# Values of the descriptors that evs_vllm makes. Triton compiles apart for each power of two that holds them, and for
+# rows of whole 16-byte groups and others.
+_WIDTHS = (32, 18)
+
 
 def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] = (torch.uint8,)) -> None:
     """Compiles every kernel that ``backend="auto"`` would use, so that the first request does not wait for it.
@@ -52,12 +56,13 @@ def _warm_descriptors(device: str | torch.device) -> None:
     for merge, channels, frames, side in _LAYOUTS:
         depth = merge**2 * channels * frames * side**2
         pixels = torch.ones((3, 2, depth), dtype=torch.uint8, device=device)
-        pixels[1] = 255  # more change than the budget has room for, so that a level is looked for
         for cells in (4, 5):  # cells within patches and across their borders are different kernels of the CPU
-            pooled = pool_tokens(pixels, merge, channels, frames, side, cells)
-            descriptors = pooled.flatten(2)
-            forced = torch.zeros(descriptors.shape[:2], dtype=torch.bool, device=device)
-            for reserved in (0, 1):
-                for mask in (None, forced):
-                    select_anchored(descriptors, 4, threshold=9, min_per_unit=reserved, forced=mask)
-                select_hold(descriptors, 4, min_per_unit=reserved)
+            pool_tokens(pixels, merge, channels, frames, side, cells)
+    for width in _WIDTHS:
+        descriptors = torch.zeros((3, 2, width), dtype=torch.uint8, device=device)
+        descriptors[1] = 255  # more change than the budget has room for, so that a level is looked for
+        forced = torch.zeros(descriptors.shape[:2], dtype=torch.bool, device=device)
+        for reserved in (0, 1):
+            for mask in (None, forced):
+                select_anchored(descriptors, 4, threshold=9, min_per_unit=reserved, forced=mask)
+            select_hold(descriptors, 4, min_per_unit=reserved)

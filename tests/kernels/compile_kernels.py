@@ -87,7 +87,7 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
             for search in (True, False):
                 args = [f"*{s}", "*u8" if reserve else f"*{s}", "*i64", "*i32", *["i32"] * 5]
                 constants = {"FLOAT": floating, "RESERVE": reserve, "SEARCH": search}
-                constants |= {"BLOCK": select.SEARCH_BLOCK, "UNIT_BLOCK": select.UNIT_BLOCK}
+                constants |= {"BLOCK": select.SEARCH_BLOCK, "WRITE_BLOCK": select.WRITE_BLOCK}
                 yield f"select-{s}-{reserve:d}{search:d}", select.select_kernel, args, constants, set(), 16
 
 

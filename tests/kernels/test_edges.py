@@ -128,6 +128,15 @@ def test_no_cost_of_holding_can_overflow(width):
     assert 2 * most + price(top) <= 2**31 - 1
 
 
+@pytest.mark.parametrize("backend", ["ref", "cpu"])
+def test_largest_cost_of_holding_is_exact(backend):
+    clip = torch.zeros((33, 2, 256), dtype=torch.uint8)
+    clip[1:, 0], clip[32, 1, 0] = 255, 1
+    weights = torch.full((33,), 257, dtype=torch.int32)
+    assert ek.select_hold(clip, 2, weights=weights, backend=backend).indices.tolist() == [0, 1]
+    assert ek.select_hold(clip, 3, weights=weights, backend=backend).indices.tolist() == [0, 1, 2]
+
+
 def test_prices_grow_by_a_64th():
     prices = [price(number) for number in range(1500)]
     assert (

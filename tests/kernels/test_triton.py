@@ -80,17 +80,10 @@ def test_select_anchored_counts_units_block_by_block(monkeypatch, generator):
     assert_same(tuple(part.cpu() for part in got), tuple(want))
 
 
-def test_select_hold_goes_on_in_blocks_of_units_and_of_places(generator):
-    descriptors = torch.randint(0, 256, (35, 19, 3), dtype=torch.uint8, generator=generator)
-    want = ek.select_hold(descriptors, 200, min_per_unit=3, backend="ref")
-    got = ek.select_hold(descriptors.to(DEVICE), 200, min_per_unit=3, backend="triton")
-    assert_same(tuple(part.cpu() for part in got), tuple(want))
-
-
 @pytest.mark.parametrize("name", ["select_topk", "select_threshold", "prune_topk"])
 def test_triton_many_blocks(name, select, monkeypatch, generator):
     """Small blocks, so that every loop runs several times on a clip the interpreter can do."""
-    for constant, value in (("UNIT_BLOCK", 8), ("SEARCH_BLOCK", 32), ("PROGRAMS", 3)):
+    for constant, value in (("UNIT_BLOCK", 8), ("WRITE_BLOCK", 8), ("SEARCH_BLOCK", 32), ("PROGRAMS", 3)):
         monkeypatch.setattr(select, constant, value)
     spec = next(s for s in SPECS if s.name == name)
     shape = (5, 19, 300)[: 3 if name == "prune_topk" else 2]

@@ -15,8 +15,10 @@ from .._types import Selection, kept_tokens, reserved_tokens
 from ..temporal_score._triton_kernels import sum_slices
 
 UNIT_BLOCK = 512
-# Twice as many spill registers when Triton 3.6 compiles it.
+# Tokens that select_kernel searches and writes at a time. Twice as many of the one, or half as many of the other, spill
+# registers when Triton 3.6 compiles it.
 SEARCH_BLOCK = 2048
+WRITE_BLOCK = 1024
 # Programs that share the compaction. More would repeat the search more often without ending sooner.
 PROGRAMS = 64
 
@@ -120,7 +122,7 @@ def select_kernel(
     RESERVE: tl.constexpr,
     SEARCH: tl.constexpr,
     BLOCK: tl.constexpr,
-    UNIT_BLOCK: tl.constexpr,
+    WRITE_BLOCK: tl.constexpr,
 ):
     tokens = units * per_unit
     first_unit = tl.program_id(0) * units_each
@@ -150,8 +152,8 @@ def select_kernel(
     written = above + tl.minimum(ties, need)
     for unit in range(first_unit, tl.minimum(first_unit + units_each, units)):
         before = written
-        for first in range(0, per_unit, UNIT_BLOCK):
-            place = first + tl.arange(0, UNIT_BLOCK)
+        for first in range(0, per_unit, WRITE_BLOCK):
+            place = first + tl.arange(0, WRITE_BLOCK)
             inside = place < per_unit
             offsets = unit * per_unit.to(tl.int64) + place
             key, forced = load_clip(scores_ptr, reserved_ptr, offsets, inside, per_unit, FLOAT, RESERVE)
@@ -223,7 +225,7 @@ def launch_select(
         RESERVE=reserved is not None,
         SEARCH=last_bits is None,
         BLOCK=SEARCH_BLOCK,
-        UNIT_BLOCK=UNIT_BLOCK,
+        WRITE_BLOCK=WRITE_BLOCK,
         num_warps=16,
     )
     return Selection(indices, counts)
