@@ -34,7 +34,7 @@ def _rates(result: dict[str, Any], path: Path) -> None:
             plot.grid(color="#DDDDDD")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
 
@@ -56,5 +56,5 @@ def _conditions(result: dict[str, Any], path: Path) -> None:
         plot.set_yticks(range(len(ways)), ways)
         plot.set_title(f"{measure} at q={rate:g}, over that of the paper's RGB")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
