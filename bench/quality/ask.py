@@ -22,7 +22,7 @@ from evs_vllm.config import EVSConfig
 from evs_vllm.core.budget import token_budget
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ReuseSchedule
+from evs_vllm.core.schedule import ReuseSchedule
 from evs_vllm.core.scorers import Scorer, Selection, named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.families import family_of

@@ -24,7 +24,7 @@ import torch
 
 from bench.common import harness, tables
 from bench.tower.attention import VARIANTS, one_by_one, sequences
-from evs_vllm.core.reuse import ReuseSchedule
+from evs_vllm.core.schedule import ReuseSchedule
 
 # The vision:language cost ratio of Qwen2.5-VL-7B at a size for two cores.
 SIZES = {"hidden_size": 768, "layers": 12, "heads": 12, "kv_heads": 2, "vision_hidden": 384, "vision_layers": 8}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other ways to write the attention of K/V reuse (`evs_vllm.core.reuse`), for `tower.py` to time against the one
+"""Other ways to write the attention of K/V reuse (`evs_vllm.core.schedule`), for `tower.py` to time against the one
 in use.
 
 Each takes a schedule, (rows, heads, head size) queries, keys and values and the scale, as `ReuseSchedule.attend` does.
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from evs_vllm.core.reuse import ClipRows, ReuseSchedule
+from evs_vllm.core.reuse import ClipRows
+from evs_vllm.core.schedule import ReuseSchedule
 
 
 def sequences(schedule: ReuseSchedule) -> list[tuple[np.ndarray, np.ndarray]]:

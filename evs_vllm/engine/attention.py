@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention of vLLM's vision towers while they compute some patches of a clip and reuse keys and values for others.
 
-A family's tower hands out schedules (`evs_vllm.core.reuse.scheduled`), and the wrapped attention modules follow them.
+A family's tower hands out schedules (`evs_vllm.core.schedule.scheduled`), and the wrapped attention modules follow
+them.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from evs_vllm.core.reuse import SCHEDULE, ReuseSchedule, Varlen
+from evs_vllm.core.schedule import SCHEDULE, ReuseSchedule, Varlen
 from evs_vllm.families.base import ReuseTower
 
 logger = init_logger("vllm.evs_vllm")

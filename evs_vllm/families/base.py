@@ -165,8 +165,8 @@ class ReuseTower(ABC):
         """Its attention modules, one for each layer.
 
         They are called with query, key, value of (1, rows, heads, head size) or (1, rows, heads * head size). During
-        `encode` each has the schedule of its layer on itself (`evs_vllm.core.reuse.scheduled`), which has been placed
-        on the device before the first one is called (`evs_vllm.core.reuse.place`).
+        `encode` each has the schedule of its layer on itself (`evs_vllm.core.schedule.scheduled`), which has been
+        placed on the device before the first one is called (`evs_vllm.core.schedule.place`).
         """
 
     @abstractmethod

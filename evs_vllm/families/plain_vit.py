@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ClipRows, ReuseSchedule, form_on, place, scheduled
+from evs_vllm.core.reuse import ClipRows
+from evs_vllm.core.schedule import ReuseSchedule, form_on, place, scheduled
 from evs_vllm.families.base import ReuseTower
 
 

@@ -13,7 +13,8 @@ import torch
 
 from evs_vllm.core.clip import Clip, TokenPixels
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ClipRows, ReuseSchedule, clip_rows, form_on, place, scheduled
+from evs_vllm.core.reuse import ClipRows, clip_rows
+from evs_vllm.core.schedule import ReuseSchedule, form_on, place, scheduled
 from evs_vllm.families.base import FamilyAdapter, ReuseTower, to_uint8
 from evs_vllm.families.rotary import MROPE_CACHE_FACTOR
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ReuseSchedule, clip_rows, form_on, place
+from evs_vllm.core.reuse import clip_rows
+from evs_vllm.core.schedule import ReuseSchedule, form_on, place
 
 
 @torch.no_grad()

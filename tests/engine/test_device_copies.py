@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from evs_vllm.core.plan import Layout, RetentionPlan
-from evs_vllm.core.reuse import ClipRows, Padded, ReuseSchedule, Varlen, clip_rows, place
+from evs_vllm.core.reuse import ClipRows, clip_rows
 from evs_vllm.core.rows import keep_rows
+from evs_vllm.core.schedule import Padded, ReuseSchedule, Varlen, place
 from evs_vllm.families.base import ReuseTower
 from evs_vllm.families.plain_vit import PlainTower, packed_blocks
 from evs_vllm.families.qwen2_vl import Qwen2VLTower
@@ -196,7 +197,7 @@ def test_a_clip_takes_one_copy_of_indices_and_nothing_waits(make: Any, backend: 
 def test_every_form_gives_what_the_loop_gives(
     make: Any, backend: str, used: list[type], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evs_vllm.core import reuse
+    from evs_vllm.core import schedule
     from evs_vllm.engine.attention import wrap_tower
     from evs_vllm.families import plain_vit, qwen2_vl
 
@@ -206,7 +207,7 @@ def test_every_form_gives_what_the_loop_gives(
     want = tower.encode(batch, PLANS)
     assert not used, "on a CPU nothing is gathered"
     for module in (plain_vit, qwen2_vl):
-        monkeypatch.setattr(module, "form_on", lambda device, varlen: reuse.form_on(META, varlen))
+        monkeypatch.setattr(module, "form_on", lambda device, varlen: schedule.form_on(META, varlen))
     got = tower.encode(batch, PLANS)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert set(used) == {form}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import SCHEDULE
+from evs_vllm.core.schedule import SCHEDULE
 from evs_vllm.families.plain_vit import PlainTower, frame_rows, packed_blocks, packed_frames
 
 pytestmark = pytest.mark.vllm

@@ -175,7 +175,7 @@ def test_encoder_reuse(model, model_dir, family, refresh):
 @torch.inference_mode()
 def test_reuse_off_the_cpu(model, ref, family, monkeypatch):
     """There it attends in padded batches, to the same end, after one copy of indices and without waiting."""
-    from evs_vllm.core.reuse import ReuseSchedule, form_on
+    from evs_vllm.core.schedule import ReuseSchedule, form_on
     from evs_vllm.hf import tower
 
     hf.enable(model, 0.75, encoder="reuse")

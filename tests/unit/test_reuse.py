@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import ReuseSchedule, clip_rows, window_order
+from evs_vllm.core.reuse import clip_rows, window_order
+from evs_vllm.core.schedule import ReuseSchedule
 
 LAYERS, HEADS, SIZE = 4, 2, 4
 WIDTH = HEADS * SIZE

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.core.reuse import LEAST_PADDING, ClipRows, Padded, ReuseSchedule, Varlen, clip_rows, place
+from evs_vllm.core.reuse import ClipRows, clip_rows
+from evs_vllm.core.schedule import LEAST_PADDING, Padded, ReuseSchedule, Varlen, place
 
 
 def latest(clip: ClipRows, unit: int) -> list[int]:
