@@ -2,7 +2,7 @@
 """An engine without EVS beside one with it: at rate 0 its very numbers, pruned the position IDs of its full prompt.
 
 For one kind of rotary embedding. `tests/families/test_engine.py` runs every kind and compares with Hugging Face, and
-`tests/families/test_contract.py` sees that the language model is built from the same config with EVS as without.
+`tests/families/test_requests.py` sees that the language model is built from the same config with EVS as without.
 """
 
 import pytest

@@ -14,6 +14,9 @@ from evs_vllm.families.base import FamilyAdapter
 WHOLE = {"rate": 0.5, "encoder": "full"}
 """Settings with which all pixels travel, those of dropped tokens, too."""
 
+UNITS = 8
+"""Temporal units of the clip that tests share."""
+
 
 def processor_for(model: Path, evs: dict[str, Any] | None, **kwargs: Any) -> Any:
     """A new processor; `kwargs` are arguments of the engine."""

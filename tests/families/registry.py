@@ -11,7 +11,7 @@ import pytest
 from evs_vllm.testing import write_model
 from tests.families.facts import Engine, Facts, FamilyCase
 
-SHARED = ("registry", "facts", "processing", "whole_frames")
+SHARED = ("conftest", "registry", "facts", "processing", "whole_frames")
 """Modules of this folder, beside tests, that are of no family."""
 
 

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processors and clips of every family's tiny model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evs_vllm.testing import synthetic_clip
+from tests.families.facts import Facts
+from tests.families.processing import UNITS, WHOLE, processor_for
+
+
+@pytest.fixture(scope="module")
+def model(family: str, model_dir: Callable[[str], Path]) -> Path:
+    return model_dir(family)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path) -> Any:
+    """A processor that leaves all pixels where they are."""
+    return processor_for(model, WHOLE)
+
+
+@pytest.fixture(scope="module")
+def clip(facts: Facts) -> np.ndarray:
+    """`UNITS` units that reach the model without resizing."""
+    return synthetic_clip(UNITS * facts.unit_frames, facts.frame_size, moving=0.2)
