@@ -55,9 +55,7 @@ class Case:
                 if tower != "full" and (selection, tower, rate) not in self._rows:
                     self._run_tower(known, features, selection, tower, rate)
 
-    def _run_tower(
-        self, known: ways.Scene, features: PatchFeatures, selection: str, tower: str, rate: float
-    ) -> None:
+    def _run_tower(self, known: ways.Scene, features: PatchFeatures, selection: str, tower: str, rate: float) -> None:
         """What a tower that does not compute everything makes of the kept tokens."""
         kept = self.kept[selection, rate]
         options = {**self._settings.options, **({"encoder_refresh": 0} if tower == "skip" else {})}

@@ -34,10 +34,10 @@ class Shape:
     """
 
     width: int = 256
-    layers: int = 5
+    layers: int = 4
     head: int = 64
     base: float = 1000.0
-    dropout: float = 0.1
+    dropout: float = 0.0
 
 
 def clip_positions(

@@ -17,8 +17,12 @@ DRAWS = 2000
 
 Result = dict[str, Any]
 GROUPS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "photo, nothing moves": lambda scene: scene["kind"] == "photo" and scene["camera"] == PLAIN and scene["cut"] is None,
-    "photo, moving camera": lambda scene: scene["kind"] == "photo" and scene["camera"] != PLAIN and scene["cut"] is None,
+    "photo, nothing moves": lambda scene: (
+        scene["kind"] == "photo" and scene["camera"] == PLAIN and scene["cut"] is None
+    ),
+    "photo, moving camera": lambda scene: (
+        scene["kind"] == "photo" and scene["camera"] != PLAIN and scene["cut"] is None
+    ),
     "real clip": lambda scene: scene["kind"] == "clip" and scene["cut"] is None,
     "cut": lambda scene: scene["cut"] is not None,
     "plain light": lambda scene: scene["light"] == PLAIN,
@@ -81,10 +85,10 @@ def markdown(result: Result) -> str:
         "# What a small language model on a pretrained tower answers", "",
         f"{len(told.tasks)} questions about {len(result['scenes'])} scenes ({settings['ask']}) of {settings['units']} "
         f"units of {settings['grid'][0]} x {settings['grid'][1]} tokens; {len(settings['seeds'])} seed(s) of a model "
-        f"of {result['weights'] / 1e6:.1f} million weights, trained on views of {settings['train_scenes']} other scenes; "
-        f"{result['seconds']} s; {environment['time_utc']}; `{environment['command']}`", "",
-        "Right answers in %, mean over the seeds; ± is half of the 95 % interval of drawing scenes again. Whoever gives "
-        f"to each kind of question its most frequent answer has {told.most_frequent():.1f} %.",
+        f"of {result['weights'] / 1e6:.1f} million weights, trained on views of {settings['train_scenes']} other "
+        f"scenes; {result['seconds']} s; {environment['time_utc']}; `{environment['command']}`", "",
+        "Right answers in %, mean over the seeds; ± is half of the 95 % interval of drawing scenes again. Whoever "
+        f"gives to each kind of question its most frequent answer has {told.most_frequent():.1f} %.",
     ]  # fmt: skip
     for model in models:
         lines += ["", f"## {model}", "", *_accuracies(told, model, rates)]

@@ -28,7 +28,7 @@ from evs_vllm.train.rates import RateSampler
 SCHEMA = 1
 TRAINING = 1
 """Raise it when the same settings train other models than before."""
-EVERY = 100
+EVERY = 50
 """Scenes between two lines of the log."""
 
 Log = Callable[[str], None]

@@ -63,13 +63,13 @@ class Settings:
     train: str = "train"
     ask: str = "report"
     tower: str = "pretrained"
-    grid: list[int] = field(default_factory=lambda: [5, 5])
+    grid: list[int] = field(default_factory=lambda: [4, 4])
     units: int = 24
     cuts: float = 0.2
     train_scenes: int = 1000
     ask_scenes: int = 200
     shape: dict[str, Any] = field(default_factory=dict)
-    stages: list[list[int]] = field(default_factory=lambda: [[8, 400], [24, 1200]])
+    stages: list[list[int]] = field(default_factory=lambda: [[6, 1200], [12, 600], [24, 400]])
     further: int = 400
     batch: int = 16
     learning_rate: float = 1e-3

@@ -24,8 +24,8 @@ from evs_vllm.config import EVSConfig
 from evs_vllm.core.selection import make_plan
 from evs_vllm.train.rates import RateSampler
 
-STRIDES = {1: 0.6, 2: 0.25, 3: 0.15}
-"""How often a view takes every frame, every second or third; positions follow the time."""
+STRIDES = {1: 0.4, 2: 0.25, 3: 0.2, 4: 0.15}
+"""How often a view takes every frame, every second and so on; positions follow the time. See `strides_of`."""
 CUT, PART = 0.25, 0.3
 """How often a view is cut together from two scenes, and how often it is a part of what there is."""
 LEAST = 4
@@ -51,7 +51,8 @@ class View(Known):
 
 def draw_view(scenes: Sequence[Known], units: int, rng: np.random.Generator) -> View:
     """A random view of at most so many units."""
-    stride = int(rng.choice(list(STRIDES), p=list(STRIDES.values())))
+    strides = strides_of(len(scenes[0].frames), units)
+    stride = int(rng.choice(list(strides), p=list(strides.values())))
     first, second = (_thinned(scenes[rng.integers(len(scenes))], stride, rng) for _ in range(2))
     if rng.random() < CUT and min(len(first.frames), len(second.frames)) >= 2 * LEAST:
         at = int(rng.integers(LEAST // 2, len(first.frames) - LEAST // 2))
@@ -66,6 +67,12 @@ def draw_view(scenes: Sequence[Known], units: int, rng: np.random.Generator) -> 
     start = int(rng.integers(0, 1 + len(first.frames) - count))
     index = np.arange(start, start + count)
     return replace(_taken(first, index[::-1] if rng.random() < 0.5 else index), ticks=TICKS * stride)
+
+
+def strides_of(length: int, units: int) -> dict[int, float]:
+    """Those of `STRIDES` by which a scene of `length` units gives at most `units`, or the largest, and how often."""
+    fit = {stride: often for stride, often in STRIDES.items() if -(-length // stride) <= units} or {max(STRIDES): 1.0}
+    return {stride: often / sum(fit.values()) for stride, often in fit.items()}
 
 
 def _thinned(scene: Known, stride: int, rng: np.random.Generator) -> View:
