@@ -96,9 +96,9 @@ def _where(units: Units, rng: np.random.Generator) -> tuple[str, str] | None:
 
 def _when(units: Units, rng: np.random.Generator) -> tuple[str, str] | None:
     objects = _objects(units)
-    if rng.random() < 0.2:
-        absent = sorted(set(COLOURS) - {colour for each in objects for colour in each.colours})
-        return f"when came {rng.choice(absent)}", "never" if absent else ""
+    absent = sorted(set(COLOURS) - {colour for each in objects for colour in each.colours})
+    if absent and rng.random() < 0.2:
+        return f"when came {rng.choice(absent)}", "never"
     asked = _any(_named(objects), rng)
     if asked is None:
         return None
@@ -185,7 +185,7 @@ def ask_about(units: Units, rng: np.random.Generator, tasks: Sequence[str] = tup
     found = []
     for task in tasks:
         asked = TASKS[task](units, rng)
-        if asked is not None and asked[1]:
+        if asked is not None:
             found.append(Question(task, (*asked[0].split(), "?"), asked[1]))
     return found
 

@@ -96,6 +96,11 @@ def test_what_has_no_one_answer_is_not_asked():
     assert "what was there at five tenths ?" not in asked("at", units_of(10, track(0, ["red"] * 5, at=5)))
 
 
+def test_where_every_colour_is_there_none_is_asked_for_that_is_not():
+    units = units_of(12, *(track(number, [colour] * 12) for number, colour in enumerate(COLOURS)))
+    assert {answer for told in asked("when", units).values() for answer in told} == {"start"}
+
+
 def test_every_word_is_known():
     maker = Maker("drawn", (3, 4), 16, cuts=0.5)
     tasks = set()
