@@ -19,7 +19,7 @@ from bench.answers.features import PatchFeatures
 from bench.answers.model import Reader
 from bench.answers.scenes import Maker
 from bench.answers.settings import Settings
-from bench.answers.train import Known, new_model, train
+from bench.answers.train import Known, align, new_model, train
 from bench.common import harness
 from bench.common.fetch import sha256_of
 from bench.common.pretrained_tower import pretrained_path, pretrained_tower, random_tower
@@ -95,13 +95,13 @@ class Lab:
 
         if name == "base":
             model = new_model(settings, self.known(), seed)
+            align(model, self.known(), settings.grid, settings.align, seed, say)
             train(model, self.known(), settings, settings.stages, settings.learning_rate, seed, log=say)
         else:
             model = copy.deepcopy(self.model(seed, "base"))
             sampler = RateSampler(replace(settings.rate_settings(), seed=seed)) if name == "uptrained" else None
-            stages = [[settings.units, settings.further]]
             rate = settings.further_learning_rate
-            train(model, self.known(), settings, stages, rate, seed + 1000, sampler, say)
+            train(model, self.known(), settings, settings.further, rate, seed + 1000, sampler, say)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
         torch.save(model.state_dict(), part)

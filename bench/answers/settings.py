@@ -48,10 +48,10 @@ class Settings:
         cuts: The share of the scenes that are asked about which are cut together from two.
         train_scenes, ask_scenes: How many.
         shape: The model's size (`bench.answers.model.Shape`).
-        stages: Of the base's training: [largest number of units, steps] each.
-        further: The steps of the control, without pruning, and of the uptrained model, at random rates.
-        batch: Views of scenes a step.
-        learning_rate, further_learning_rate: The highest of each training; it grows at first, then falls to 0.
+        align: Steps by which the merger learns to name what a token shows.
+        stages: Of the base's training: [largest number of units, steps, views a step] each.
+        further: The same of the control, without pruning, and of the uptrained model, at random rates.
+        learning_rate, further_learning_rate: The highest of each training.
         rates: What uptraining draws from (`evs_vllm.train.rates.RateSettings`), with the selection that is the default.
         seeds: One base, control and uptrained model each.
         models: Which of `MODELS` are trained and asked; the base first.
@@ -69,10 +69,10 @@ class Settings:
     train_scenes: int = 1000
     ask_scenes: int = 200
     shape: dict[str, Any] = field(default_factory=dict)
-    stages: list[list[int]] = field(default_factory=lambda: [[6, 1200], [12, 600], [24, 400]])
-    further: int = 400
-    batch: int = 16
-    learning_rate: float = 1e-3
+    align: int = 2000
+    stages: list[list[int]] = field(default_factory=lambda: [[1, 500, 32], [2, 500, 32], [6, 1000, 16], [24, 400, 16]])
+    further: list[list[int]] = field(default_factory=lambda: [[24, 200, 16]])
+    learning_rate: float = 1.5e-3
     further_learning_rate: float = 5e-4
     rates: dict[str, Any] = field(default_factory=lambda: {"distribution": "beta", "alpha": 3, "beta": 1, "high": 0.93})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from bench.answers.model import TICKS, Prompt, Reader, clip_positions, collate
 from bench.answers.questions import ask_about
-from bench.answers.scenes import Seen, joined
+from bench.answers.scenes import COLOURS, SHAPES, Seen, joined
 from bench.answers.settings import Settings
 from bench.selection.clips import as_clip
 from evs_vllm.config import EVSConfig
@@ -30,7 +30,8 @@ CUT, PART = 0.25, 0.3
 """How often a view is cut together from two scenes, and how often it is a part of what there is."""
 LEAST = 4
 """Units of a view."""
-WARM_UP = 50
+WARM_UP = 25
+"""Steps, at the start of every stage."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,79 @@ def new_model(settings: Settings, scenes: Sequence[Known], seed: int) -> Reader:
     return model
 
 
+def align(
+    model: Reader,
+    scenes: Sequence[Known],
+    grid: Sequence[int],
+    steps: int,
+    seed: int,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Teaches the merger, in place, to name what a token shows: colour, shape, row and column.
+
+    Large models are made ready for a tower by captions; few weights and scenes do not find out by questions alone what
+    a colour is. The heads that name are thrown away.
+
+    Args:
+        model: The model, new.
+        scenes: What is learned from.
+        grid: (rows, columns) of tokens.
+        steps: Of 512 tokens each, half of which show an object.
+        seed: Of the heads and the tokens.
+        log: Told how it ends.
+    """
+    rows, labels = _labelled(scenes, grid)
+    shown = labels[:, 0] > 0
+    objects, others = shown.nonzero().flatten(), (~shown).nonzero().flatten()
+    torch.manual_seed(seed)
+    sizes = [int(labels[:, column].max()) + 1 for column in range(labels.shape[1])]
+    heads = torch.nn.Linear(model.shape.width, sum(sizes))
+    optimiser = torch.optim.AdamW([*model.merger.parameters(), *heads.parameters()], lr=1e-3, weight_decay=0.05)
+    right = []
+    for step in range(1, steps + 1):
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        drawn = torch.cat([each[torch.randint(len(each), (256,))] for each in (objects, others)])
+        seen = (rows[drawn].float() - model.mean) / model.spread
+        with torch.autocast("cpu", torch.bfloat16):
+            # Some numbers of a token are left out at random: no few of them should say it all.
+            told = heads(F.normalize(model.merger(F.dropout(seen, 0.2)), dim=-1) * model.shape.width**0.5).float()
+        parts = list(zip(told.split(sizes, dim=1), labels[drawn].unbind(1), strict=True))
+        loss = sum((F.cross_entropy(part, wanted) for part, wanted in parts), torch.zeros(()))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        right.append([float((part.argmax(1) == wanted).float().mean()) for part, wanted in parts])
+    shares = ", ".join(f"{share:.1%}" for share in np.mean(right[-100:], axis=0))
+    log(f"colour, shape, row and column of tokens named rightly: {shares}")
+
+
+NEAR, FAR = 0.14, 0.3
+"""A token shows an object whose middle is nearer than this, by the frame's sides, and none if all are farther off."""
+
+
+def _labelled(scenes: Sequence[Known], grid: Sequence[int], every: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of every second unit, (R, C) fp16, and (R, 4) int64: colour and shape from 1 on, 0 for none; row, column.
+
+    Tokens at the border of an object are left out.
+    """
+    height, width = grid
+    middles = [((row + 0.5) / height, (column + 0.5) / width) for row in range(height) for column in range(width)]
+    rows, labels = [], []
+    for scene in scenes:
+        for t in range(0, len(scene.seen), every):
+            for place, (y, x) in enumerate(middles):
+                off = {max(abs(seen.x - x), abs(seen.y - y)): seen for seen in scene.seen[t]}
+                nearest = min(off, default=1.0)
+                if NEAR <= nearest < FAR:
+                    continue
+                seen = off[nearest] if nearest < NEAR else None
+                what = (1 + list(COLOURS).index(seen.colour), 1 + SHAPES.index(seen.shape)) if seen else (0, 0)
+                rows.append(scene.features[t, place])
+                labels.append((*what, place // width, place % width))
+    return torch.stack(rows), torch.tensor(labels)
+
+
 def train(
     model: Reader,
     scenes: Sequence[Known],
@@ -119,9 +193,9 @@ def train(
     Args:
         model: The model.
         scenes: What is learned from.
-        settings: Batch size and grid.
-        stages: [largest number of units, steps] each.
-        learning_rate: The highest one.
+        settings: The grid.
+        stages: [largest number of units, steps, views a step] each.
+        learning_rate: The highest one; in each stage it grows at first, then falls to 0.
         seed: Of the views, the questions and the dropout. Equal seeds give equal views.
         rates: Where each step's rate is drawn from; by default nothing is dropped.
         log: Told how it goes.
@@ -134,15 +208,14 @@ def train(
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
         lr=learning_rate, betas=(0.9, 0.98),
     )  # fmt: skip
-    lengths = [units for units, steps in stages for _ in range(steps)]
+    plan = [(units, size, step / steps, step) for units, steps, size in stages for step in range(1, steps + 1)]
     started, losses, right = time.time(), [], []
     model.train()
-    for step, units in enumerate(lengths, 1):
-        share = step / len(lengths)
+    for number, (units, size, share, step) in enumerate(plan, 1):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * min(1, step / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * share))
         rate = rates.draw() if rates else 0.0
-        views = [draw_view(scenes, units, rng) for _ in range(settings.batch)]
+        views = [draw_view(scenes, units, rng) for _ in range(size)]
         batch = collate([prompt_of(view, settings.grid, rate, rng) for view in views])
         with torch.autocast("cpu", torch.bfloat16):
             told = model(batch)
@@ -153,9 +226,9 @@ def train(
         optimiser.step()
         losses.append(float(loss.detach()))
         right.append(float((told.argmax(-1) == batch.answers).float().mean()))
-        if step % 100 == 0 or step == len(lengths):
+        if number % 100 == 0 or number == len(plan):
             log(
-                f"step {step}/{len(lengths)}, {time.time() - started:.0f} s: loss {np.mean(losses[-100:]):.3f}, "
+                f"step {number}/{len(plan)}, {time.time() - started:.0f} s: loss {np.mean(losses[-100:]):.3f}, "
                 f"right {np.mean(right[-100:]):.1%}"
             )
     model.eval()

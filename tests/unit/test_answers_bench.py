@@ -18,7 +18,7 @@ from bench.answers.model import PADDING, Prompt, Reader, Shape, clip_positions, 
 from bench.answers.questions import NUMBER_OF, TASKS, VOCABULARY, Question, ask_about
 from bench.answers.scenes import COLOURS, PLAIN, SHAPES, Maker, Seen, joined
 from bench.answers.settings import Settings, Way
-from bench.answers.train import STRIDES, Known, draw_view, new_model, prompt_of, strides_of, train
+from bench.answers.train import STRIDES, Known, _labelled, align, draw_view, new_model, prompt_of, strides_of, train
 from bench.common.pretrained_tower import random_tower
 from bench.selection.clips import TOKEN
 from evs_vllm.errors import ConfigError
@@ -312,10 +312,10 @@ def test_training_learns():
         features[..., number % 6] += 2
         seen = ((Seen(0, colour, "disc", 0.5, 0.5),),) * 4
         scenes.append(Known(np.zeros((4, 56, 56, 3), np.uint8), features.half(), seen))
-    settings = Settings(grid=[2, 2], shape={"width": 64, "layers": 2, "head": 32}, batch=8)
+    settings = Settings(grid=[2, 2], shape={"width": 64, "layers": 2, "head": 32})
     model = new_model(settings, scenes, 0)
     said: list[str] = []
-    train(model, scenes, settings, [[4, 200]], 2e-3, 0, log=said.append)
+    train(model, scenes, settings, [[4, 200, 8]], 2e-3, 0, log=said.append)
     assert float(said[-1].split()[-1].rstrip("%")) > float(said[0].split()[-1].rstrip("%"))
     rng = np.random.default_rng(0)
     prompts = [prompt_of(draw_view([each], 4, rng), (2, 2), 0.0, rng) for each in scenes]
@@ -324,6 +324,42 @@ def test_training_learns():
     with torch.inference_mode():
         right = (model(batch).argmax(-1) == batch.answers).float().mean()
     assert len(batch.answers) > 12 and right > 0.9
+
+
+def test_tokens_are_labelled_by_what_they_show():
+    seen = (Seen(0, "red", "disc", 0.15, 0.1), Seen(1, "white", "ring", 0.8, 0.9))
+    features = torch.arange(32).view(2, 16, 1).expand(-1, -1, 4).half()
+    rows, labels = _labelled([Known(np.zeros((2, 112, 112, 3), np.uint8), features, (seen, ()))], (4, 4), 1)
+    found = dict(zip(rows[:, 0].int().tolist(), labels.tolist()))
+    red, white = 1 + list(COLOURS).index("red"), 1 + list(COLOURS).index("white")
+    assert found[0] == [red, 1 + SHAPES.index("disc"), 0, 0] and found[15] == [white, 1 + SHAPES.index("ring"), 3, 3]
+    assert 1 not in found and found[6] == [0, 0, 1, 2]  # at a border, and far from both
+    assert [found[16 + place] for place in range(16)] == [[0, 0, place // 4, place % 4] for place in range(16)]
+
+
+def test_aligning_makes_tokens_tell_what_they_show():
+    """A line through what the merger makes separates the colours better than before."""
+    scenes = []
+    for number in range(60):
+        colour = list(COLOURS)[number % 6]
+        features = 0.5 * torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(number))
+        features[:, :, 6:22] += 2 * torch.eye(16)
+        features[:, 5, number % 6] += 2
+        scenes.append(Known(np.zeros((2, 112, 112, 3), np.uint8), features.half(),
+                            ((Seen(0, colour, "disc", 0.375, 0.375),),) * 2))  # fmt: skip
+    settings = Settings(shape={"width": 64, "layers": 1, "head": 32})
+    model = new_model(settings, scenes[:30], 0)
+
+    def told() -> float:
+        with torch.inference_mode():
+            made = [model.merger((s.features[0, 5].float() - model.mean) / model.spread) for s in scenes]
+        unit = torch.nn.functional.normalize(torch.stack(made), dim=1)
+        means = torch.stack([unit[:30][number::6].mean(0) for number in range(6)])
+        return float(((unit[30:] @ means.T).argmax(1) == torch.arange(30, 60) % 6).float().mean())
+
+    before, said = told(), []
+    align(model, scenes[:30], (4, 4), 200, 0, said.append)
+    assert told() > max(0.8, before) and said[0].startswith("colour, shape, row and column")
 
 
 # asking
