@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from evs_vllm.core.schedule import ReuseSchedule
 from evs_vllm.core.scorers import Scorer, Selection, named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.families import family_of
+from evs_vllm.families.front_end import CELLS, sources_of_cells
 from evs_vllm.families.qwen2_vl import GRID, PIXELS
 from evs_vllm.hf import tower
 from evs_vllm.train.data import ChatCollator, as_item
@@ -197,8 +199,8 @@ def ask(
     """
     model = speed_up(transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval())
     towers = Towers(share)
-    hf.enable(model, 0, served_positions=True, encode=towers.encode)
     processor = transformers.AutoProcessor.from_pretrained(folder)
+    hf.enable(model, 0, processor=processor, served_positions=True, encode=towers.encode)
     adapter = FAMILY.bind(model.config, processor=processor)
     collate = ChatCollator(processor)
     results: list[list[tuple[bool, bool, int]]] = [[] for _ in cells]
@@ -209,6 +211,8 @@ def ask(
         features = model.model.get_video_features(pixels, grids, return_dict=True).pooler_output
         rows = pixels.split(grids.prod(-1).tolist())
         clips = [adapter.clip({PIXELS: own, GRID: grid}) for own, grid in zip(rows, grids, strict=True)]
+        sources = sources_of_cells(inputs[CELLS], [clip.grid for clip in clips])
+        clips = [replace(clip, source=source) for clip, source in zip(clips, sources, strict=True)]
         towers.forget()
         for (variant, rate), found in zip(cells, results, strict=True):
             given: dict[str, Any] = {}

@@ -30,6 +30,7 @@ from evs_vllm.engine.plan_field import MODALITY, plan_of
 from evs_vllm.engine.times import unit_starts
 from evs_vllm.errors import EVSError, UnsupportedError
 from evs_vllm.families import family_of
+from evs_vllm.families.front_end import watching
 from evs_vllm.options import CONFIG_KEY
 
 
@@ -66,7 +67,7 @@ def inspect_clip(
         started = time.perf_counter()
         media = _load(video, model_config)
         decode = time.perf_counter() - started
-    with _reported(f"process {video}"), set_default_torch_num_threads():
+    with _reported(f"process {video}"), set_default_torch_num_threads(), watching() as watch:
         inputs = _inputs(processor, media)
         # The second run is what a server does: the first one imports and compiles.
         processor.apply(inputs, TimingContext())
@@ -79,7 +80,11 @@ def inspect_clip(
     clip = adapter.clip(fields)
     if clip is None:
         raise UnsupportedError(f"The processor made no pixels of {video}.")
-    clip = replace(clip, starts=unit_starts(getattr(media, "media", media)[1] or {}, clip))
+    clip = replace(
+        clip,
+        starts=unit_starts(getattr(media, "media", media)[1] or {}, clip),
+        source=watch.seen[-1].source if watch.seen else None,
+    )
     weights = unit_weights(clip, config)
     frames = adapter.frames(fields)
     plan = plan_of(item) or RetentionPlan(clip.grid, np.arange(np.prod(clip.grid)), config.positions)

@@ -19,6 +19,7 @@ import torch
 
 import evs_kernels
 from evs_vllm.core.clip import Source
+from evs_vllm.errors import RequestError
 from evs_vllm.families.qwen2_vl import GRID, PIXELS
 
 CELLS = "evs_cells"
@@ -224,10 +225,21 @@ def cells_of(seen: Seen) -> torch.Tensor:
     return evs_kernels.pool_frames(seen.source.frames, rows, columns, unit_frames=seen.source.unit_frames).view(-1, 3)
 
 
-def source_of_cells(cells: torch.Tensor, grid: tuple[int, int, int]) -> Source:
-    """What `cells_of` made of a clip of `grid` tokens, as frames from which the same picture is made."""
-    units, rows, columns = grid
-    return Source(cells.reshape(units, CELLS_PER_TOKEN * rows, CELLS_PER_TOKEN * columns, 3), 1)
+def sources_of_cells(cells: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> list[Source]:
+    """The field `CELLS` of clips as frames, from which the same pictures are made.
+
+    Args:
+        cells: (n, 3) uint8.
+        grids: (T, H, W) in tokens of each clip.
+
+    Raises:
+        RequestError: They do not fit.
+    """
+    shapes = [(t, CELLS_PER_TOKEN * h, CELLS_PER_TOKEN * w, 3) for t, h, w in grids]
+    counts = [t * h * w for t, h, w, _ in shapes]
+    if cells.dtype != torch.uint8 or tuple(cells.shape) != (sum(counts), 3):
+        raise RequestError(f"{CELLS} has {cells.dtype} of shape {tuple(cells.shape)}, which does not fit clips of {grids}.")
+    return [Source(own.view(shape), 1) for own, shape in zip(cells.split(counts), shapes, strict=True)]
 
 
 def _colours_last(video: Any) -> bool:

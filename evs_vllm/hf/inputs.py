@@ -10,13 +10,14 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_vllm.config import EVSConfig
+from evs_vllm.core.clip import Source
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.rows import keep_rows
 from evs_vllm.core.scorers import named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.errors import RequestError, UnsupportedError
 from evs_vllm.families.base import PixelStats, to_uint8
-from evs_vllm.families.front_end import CELLS, CELLS_PER_TOKEN, source_of_cells
+from evs_vllm.families.front_end import CELLS, sources_of_cells
 from evs_vllm.families.qwen2_vl import GRID, PIXELS
 from evs_vllm.hf.classes import CLASSES
 from evs_vllm.hf.prompt import Batch, MediaItem, prune_batch
@@ -144,7 +145,7 @@ def _plan_clips(
     judged = config.active and plans is None
     if judged:
         _check_normalised(pixels, vision.in_channels, state.adapter.stats)
-        pictures = _pictures(state, config, grids, vision.spatial_merge_size, cells)
+        sources = _sources(state, config, [_in_tokens(model, grid) for grid in grids], cells)
     units_apart = CLASSES[type(model).__name__].units_apart
     clips = []
     rows = pixels.detach().split(grids.prod(-1).tolist())
@@ -162,8 +163,8 @@ def _plan_clips(
         elif judged:
             clip = state.adapter.clip(fields)
             assert clip is not None  # it has pixels
-            if pictures is not None:
-                clip = replace(clip, source=source_of_cells(pictures[number], clip.grid))
+            if sources is not None:
+                clip = replace(clip, source=sources[number])
             plan = make_plan(clip, config, state.selection)
         else:
             plan = RetentionPlan(medium.grid, np.arange(medium.num_tokens))
@@ -171,15 +172,12 @@ def _plan_clips(
     return clips
 
 
-def _pictures(
-    state: State, config: EVSConfig, grids: torch.Tensor, merge: int, cells: torch.Tensor | None
-) -> Sequence[torch.Tensor] | None:
-    """The low-resolution picture of each clip, or None where nothing looks at one."""
+def _sources(
+    state: State, config: EVSConfig, grids: Sequence[tuple[int, int, int]], cells: torch.Tensor | None
+) -> list[Source] | None:
+    """What each clip is judged by, or None where its pixels alone are looked at."""
     if cells is not None:
-        sizes = [int(grid.prod()) // merge**2 * CELLS_PER_TOKEN**2 for grid in grids]
-        if cells.ndim != 2 or len(cells) != sum(sizes):
-            raise RequestError(f"{CELLS} has shape {tuple(cells.shape)}, which does not fit {GRID}={grids.tolist()}.")
-        return cells.split(sizes)
+        return sources_of_cells(cells, grids)
     selection = named_selection(config.selection) if state.selection is None else state.selection
     if selection.reads_pixels and not (config.encoder == "reuse" and config.encoder_refresh):
         return None

@@ -274,16 +274,12 @@ def test_cells_beside_the_fields(ours: Any) -> None:
         made, expected = (p(videos=videos, do_sample_frames=False, return_tensors="pt") for p in (processor, plain))
         cells = made.pop(front_end.CELLS)
         assert made.keys() == expected.keys() and torch.equal(made[PIXELS], expected[PIXELS])
-        read = 0
-        for clip, (units, height, width) in zip(clips, made[front_end.GRID].tolist(), strict=True):
-            grid = units, height // 2, width // 2
-            here = cells[read : read + 16 * int(np.prod(grid))]
-            read += len(here)
-            reference = selection.source_pictures(clip, 2, *grid[1:])
-            source = front_end.source_of_cells(here, grid)
-            blocks = source.frames.view(units, grid[1], 4, grid[2], 4, 3).transpose(2, 3)
-            assert source.unit_frames == 1 and blocks.tolist() == reference.tolist()
-        assert read == len(cells)
+        grids = [(units, height // 2, width // 2) for units, height, width in made[front_end.GRID].tolist()]
+        sources = front_end.sources_of_cells(cells, grids)
+        for clip, grid, source in zip(clips, grids, sources, strict=True):
+            expected_cells = selection.source_pictures(clip, 2, *grid[1:])
+            blocks = source.frames.view(grid[0], grid[1], 4, grid[2], 4, 3).transpose(2, 3)
+            assert source.unit_frames == 1 and blocks.tolist() == expected_cells.tolist()
 
 
 def test_prompts_are_those_of_stock_with_tokens_taken_out(ours: Any, stock: Any) -> None:
