@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vectors inside numba kernels: a few types and operations that numba leaves to LLVM's luck.
 
-For loops whose gathers no compiler turns into vectors. The operations are vector IR of LLVM that names no CPU, so every
-target has them; x86 makes one instruction of a `dot` (pmaddwd, or vpdpwssd where there is VNNI). An `at` counts
-elements from the start of a contiguous array; nothing is checked, and any alignment will do.
+For loops whose gathers no compiler turns into vectors. The operations are vector IR of LLVM, which every target has;
+only `dot` asks what the CPU can. An `at` counts elements from the start of a contiguous array; nothing is checked, and
+any alignment will do.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +11,16 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 _I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _LANES = 16
 _BYTES = 16  # a group of a `Vector` of 64 bytes
 _GROUPS = 4
+# The multiplication of pairs, by what a CPU must have for it and in how many parts: left to itself LLVM finds it in one
+# place and not in the next. With the addition it becomes vpdpwssd where there is VNNI.
+_PAIRS_OF_X86 = (("avx512bw", 1, "llvm.x86.avx512.pmaddw.d.512"), ("avx2", 2, "llvm.x86.avx2.pmadd.wd"))
 
 
 class Vector(types.Type):
@@ -51,6 +55,15 @@ def _splat(builder: Any, value: Any, lanes: int) -> Any:
     kind = ir.VectorType(value.type, lanes)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
     return _shuffle(builder, one, ir.Constant(kind, ir.Undefined), [0] * lanes)
+
+
+def _half(builder: Any, pairs: Any, i: int, halves: int) -> Any:
+    size = 2 * _LANES // halves
+    return pairs if halves == 1 else _shuffle(builder, pairs, pairs, range(i * size, (i + 1) * size))
+
+
+def _function(builder: Any, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> Any:
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
 
 
 def _pointer(context: Any, builder: Any, kind: types.Array, array: Any, at: Any, to: ir.Type) -> Any:
@@ -125,9 +138,7 @@ def load_singles(typing: Any, values: Any, at: Any) -> Any:
     """Sixteen bytes of a uint8 array, each with a 0 as a pair."""
 
     def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        wide = builder.zext(
-            _load(context, builder, signature.args[0], *args, _LANES), ir.VectorType(_I32, _LANES)
-        )
+        wide = builder.zext(_load(context, builder, signature.args[0], *args, _LANES), ir.VectorType(_I32, _LANES))
         return builder.bitcast(wide, ir.VectorType(_I16, 2 * _LANES))
 
     return I16X32(values, types.int64), make
@@ -150,13 +161,21 @@ def dot(typing: Any, sums: Any, a: Any, b: Any) -> Any:
 
     def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         sums, a, b = args
-        total = None
+        _, _, features = context.codegen().magic_tuple()
+        has = {name[1:] for name in features.split(",") if name.startswith("+")}
+        for feature, halves, name in _PAIRS_OF_X86:
+            if feature in has:
+                parts = [[_half(builder, x, i, halves) for x in (a, b)] for i in range(halves)]
+                kind = ir.VectorType(_I32, _LANES // halves)
+                function = _function(builder, name, kind, [parts[0][0].type] * 2)
+                made = [builder.call(function, part) for part in parts]
+                total = made[0] if halves == 1 else _shuffle(builder, *made, range(_LANES))
+                return builder.add(sums, total)
         for parity in (0, 1):
             order = range(parity, 2 * _LANES, 2)
             wide = [builder.sext(_shuffle(builder, x, x, order), ir.VectorType(_I32, _LANES)) for x in (a, b)]
-            product = builder.mul(*wide)
-            total = product if total is None else builder.add(total, product)
-        return builder.add(sums, total)
+            sums = builder.add(sums, builder.mul(*wide))
+        return sums
 
     return I32X16(I32X16, I16X32, I16X32), make
 
@@ -201,3 +220,18 @@ def store_planes(typing: Any, values: Any, at: Any, stride: Any, bytes_: Any) ->
         return context.get_dummy_value()
 
     return types.none(values, types.int64, types.int64, U8X16), make
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing: Any, values: Any, at: Any) -> Any:
+    """Asks for the cache line of an element that will be read soon; the element need not exist."""
+
+    def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], *args, _I8)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        reading, into_all_caches, data = _I32(0), _I32(3), _I32(1)
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, reading, into_all_caches, data])
+        return context.get_dummy_value()
+
+    return types.none(values, types.int64), make
