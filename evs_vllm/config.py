@@ -35,6 +35,7 @@ class EVSConfig:
     encoder: str = "auto"
     encoder_refresh: float = 25
     request_overrides: str = "stricter"
+    processor_threads: int | None = None
     why_not_reuse: str = ""
     """Not an option: why this server cannot run the encoder 'reuse', or "". Set at start-up by `resolve_encoder`."""
 

@@ -4,7 +4,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, wraps
@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PromptUpdateDetails
+from vllm.utils.torch_utils import set_default_torch_num_threads
 
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.clip import Clip
@@ -140,10 +141,13 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                 "are not pruned: send them as one (data:video/jpeg;base64,FRAME,FRAME,...; see docs/options.md).",
                 FRAMES_IN_A_ROW,
             )
-        if not settings.active or not self._evs.judges_source:
-            with _set(_settings, settings):
-                return super().apply(inputs, timing_ctx)
-        with watching(leave_rows=not self._evs_why_stock) as watch, _set(_watched, watch), _set(_settings, settings):
+        with ExitStack() as within:
+            within.enter_context(_set(_settings, settings))
+            if settings.active and self._evs.judges_source:
+                watch = within.enter_context(watching(leave_rows=not self._evs_why_stock))
+                within.enter_context(_set(_watched, watch))
+            if settings.active and (threads := self._evs_config.processor_threads) is not None:
+                within.enter_context(set_default_torch_num_threads(threads))
             return super().apply(inputs, timing_ctx)
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:

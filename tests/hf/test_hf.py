@@ -478,7 +478,7 @@ def test_refusals(model, ref):
         ({"inputs_embeds": embeds}, "inputs_embeds"),
         ({"evs_rate": 2}, "evs_rate"),
         ({"evs_speed": 2}, "evs_speed"),
-        ({"evs_encoder": "reuse"}, "no backward"),
+        ({"evs_encoder": "reuse", "evs_encoder_refresh": 0}, "no backward"),
         ({"input_ids": odd}, "placeholders"),
         ({"video_grid_thw": batch["video_grid_thw"][:1]}, "rows"),
         ({"attention_mask": both_sides}, "padded|Pad"),
