@@ -2,8 +2,8 @@
 """What a token looks like, in a few bytes: descriptors, whose L1 distance says how much a token changed.
 
 They start from a low-resolution picture of every token, made of the frames before they were resized
-(`evs_kernels.pool_frames`), or of the token's pixels where those are all there is (`evs_kernels.pool_tokens`); either way
-a clip is read once.
+(`evs_kernels.pool_frames`), or of the token's pixels where those are all there is (`evs_kernels.pool_tokens`); either
+way a clip is read once.
 All arithmetic is exact: integers, quotients and square roots that IEEE 754 rounds correctly, and matrix products of
 integers whose sums stay below 2**24, which float32 holds exactly in whatever order a library adds them up. So equal
 pixels have equal descriptors on every machine and device.

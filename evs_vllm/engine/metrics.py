@@ -7,11 +7,12 @@
 | ``evs:video_tokens_total`` | counter | their video tokens before pruning |
 | ``evs:video_tokens_kept_total`` | counter | their video tokens in the prompts |
 | ``evs:frames_as_images_total`` | counter | requests whose images look like the frames of a video (not pruned) |
-| ``evs:frontend_clips_total`` | counter | clips planned, by the label ``path``: see `PATHS` (none on processor-cache hits) |
+| ``evs:frontend_clips_total`` | counter | clips planned, by who made their pixels (none on processor-cache hits) |
 | ``evs:planning_time_seconds`` | histogram | score, select and lay out one clip (none on processor-cache hits) |
 
-All but the requests with images and the paths are told apart by the label ``selection``. The prefix is ``evs:`` because vLLM
-unregisters every collector with "vllm" in its name when it starts its own.
+They are told apart by the label ``selection``, but for those of the front end, which have the label ``path`` (`PATHS`),
+and the requests with images. The prefix is ``evs:`` because vLLM unregisters every collector with "vllm" in its name
+when it starts its own.
 """
 
 from functools import cache

@@ -173,9 +173,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         try:
             pruned = [
                 self._prune(item, item_updates, settings, metadata_of(mm_items[MODALITY], number), video)
-                for number, (item, item_updates, video) in enumerate(
-                    zip(items, updates[MODALITY], seen, strict=True)
-                )
+                for number, (item, item_updates, video) in enumerate(zip(items, updates[MODALITY], seen, strict=True))
             ]
         except (ArithmeticError, LookupError, RuntimeError, PlanError) as error:
             if not hf_processor_mm_kwargs:

@@ -30,7 +30,7 @@ CELLS_PER_TOKEN = 4
 
 PROVEN = ("Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor", "Glm4vVideoProcessor", "Glm46VVideoProcessor")
 """Classes of transformers whose pixel rows `evs_kernels.resize_patches` makes: resized bicubically with antialiasing,
-then cut into patches in the order of Qwen2-VL. Tests compare each with it, and so does `why_not` on the installation."""
+then cut into patches in the order of Qwen2-VL. Tests compare each with it, and `why_not` does where it is installed."""
 
 _BICUBIC = 3  # PIL's number
 _ROWS_AT_ONCE = 1 << 14
@@ -175,7 +175,7 @@ class _Watched:
             source = None
             if video.dtype == torch.uint8 and video.shape[1] == 3:
                 source = Source(video.permute(0, 2, 3, 1).contiguous(), units)
-            shape = tuple(int(size) for size in grid)
+            shape = int(grid[0]), int(grid[1]), int(grid[2])
             watch.seen.append(Seen(source, shape, kwargs["patch_size"], kwargs["merge_size"], why, levels))
         return out
 
@@ -183,14 +183,14 @@ class _Watched:
         return _rebuild, (_stock_of(type(self)), self._evs_with_cells, self.__dict__)
 
 
-def _rebuild(stock: type, with_cells: bool, attributes: Mapping[str, Any]) -> Any:
+def _rebuild(stock: Any, with_cells: bool, attributes: Mapping[str, Any]) -> Any:
     processor = stock.__new__(_class(stock, with_cells))
     processor.__dict__.update(attributes)
     return processor
 
 
 @cache
-def _class(stock: type, with_cells: bool) -> type:
+def _class(stock: Any, with_cells: bool) -> type:
     # Named as it was: processors are saved by the names of their classes.
     own = {"_evs_with_cells": with_cells, "__module__": stock.__module__, "__doc__": stock.__doc__}
     return type(stock.__name__, (_Watched, stock), own)
@@ -205,7 +205,8 @@ def watch_processor(video_processor: Any, with_cells: bool = False) -> None:
             returns: `cells_of` each, one after the other. It has no such field for videos without a source.
     """
     if not isinstance(video_processor, _Watched):
-        video_processor.__class__ = _class(type(video_processor), with_cells)
+        stock: Any = type(video_processor)
+        video_processor.__class__ = _class(stock, with_cells)
 
 
 def unwatch_processor(video_processor: Any) -> None:
@@ -238,14 +239,19 @@ def sources_of_cells(cells: torch.Tensor, grids: Sequence[tuple[int, int, int]])
     shapes = [(t, CELLS_PER_TOKEN * h, CELLS_PER_TOKEN * w, 3) for t, h, w in grids]
     counts = [t * h * w for t, h, w, _ in shapes]
     if cells.dtype != torch.uint8 or tuple(cells.shape) != (sum(counts), 3):
-        raise RequestError(f"{CELLS} has {cells.dtype} of shape {tuple(cells.shape)}, which does not fit clips of {grids}.")
+        raise RequestError(
+            f"{CELLS} has {cells.dtype} of shape {tuple(cells.shape)}, which does not fit clips of {grids}."
+        )
     return [Source(own.view(shape), 1) for own, shape in zip(cells.split(counts), shapes, strict=True)]
 
 
 def _colours_last(video: Any) -> bool:
     """Whether transformers takes a video for (F, H, W, 3) uint8 frames, of which a view is as good as a copy."""
-    return isinstance(video, np.ndarray) and video.ndim == 4 and video.dtype == np.uint8 and (
-        video.shape[3] == 3 and video.shape[1] not in (1, 3) and video.flags.c_contiguous
+    return (
+        isinstance(video, np.ndarray)
+        and video.ndim == 4
+        and video.dtype == np.uint8
+        and (video.shape[3] == 3 and video.shape[1] not in (1, 3) and video.flags.c_contiguous)
     )
 
 

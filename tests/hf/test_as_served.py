@@ -81,10 +81,9 @@ def test_the_plan_is_the_one_that_vllm_makes(model_dir, reference, family, facts
             model(**inputs(ref, frames))
         (plan,) = hf.last_plans(model)
         assert served is not None and plan.kept.tolist() == served.kept.tolist()
-    with torch.no_grad():
-        # Mixed precision, as in a training step, is for the model and not for what chooses its tokens.
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            model(**inputs(ref, frames))
+    # Mixed precision, as in a training step, is for the model and not for what chooses its tokens.
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**inputs(ref, frames))
     assert hf.last_plans(model)[0].kept.tolist() == plan.kept.tolist()
 
 

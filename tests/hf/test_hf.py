@@ -134,7 +134,7 @@ def test_the_default_selection(model, ref, facts):
 def test_clips_that_are_resized_are_judged_as_they_were_before(model, ref):
     """By a batch's own processor, two clips of it, of odd sizes; without the processor nothing is guessed."""
     settings = Settings(0.6, selection="learned")
-    clips = [untied(ref, lambda seed: synthetic_clip(9, (70, 101), seed=seed, noise=2), settings)]  # noqa: B023
+    clips = [untied(ref, lambda seed: synthetic_clip(9, (70, 101), seed=seed, noise=2), settings)]
     clips.append(untied(ref, lambda seed: synthetic_clip(6, (131, 64), seed=seed, noise=2), settings))
     hf.enable(model, 0.6)
     plain = copy.deepcopy(ref.processor)
