@@ -8,7 +8,7 @@ from .cosine_score import cosine_score
 from .pool_frames import pool_frames
 from .pool_tokens import pool_tokens
 from .prune_topk import prune_topk
-from .resize_patches import resize_patches
+from .resize_patches import resize_matches_torch, resize_patches
 from .select_anchored import select_anchored
 from .select_hold import select_hold
 from .select_threshold import select_threshold
@@ -23,6 +23,7 @@ __all__ = [
     "pool_frames",
     "pool_tokens",
     "prune_topk",
+    "resize_matches_torch",
     "resize_patches",
     "select_anchored",
     "select_hold",

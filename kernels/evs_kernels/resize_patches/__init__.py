@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """resize_patches: the pixel rows of some tokens, from the frames as a decoder gives them."""
 
+import functools
+
 import torch
 
 from .. import _validate
@@ -63,3 +65,27 @@ def resize_patches(
         _validate.token_indices("tokens", tokens, total)
     run = implementation("resize_patches", backend, frames.device)
     return run(frames, height, width, tokens, merge, side, unit_frames)
+
+
+@functools.cache
+def resize_matches_torch() -> bool:
+    """Says whether the torch that is installed resizes as `resize_patches` does on a CPU.
+
+    Resizes a few small noisy pictures both ways, with and against their grain, once in a process. Another version or
+    build of torch may compute other weights: its own processor then has to run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for source, target in (((45, 61), (56, 28)), ((30, 90), (28, 140)), ((28, 97), (28, 56)), ((120, 84), (28, 84))):
+        noise = torch.randint(0, 256, (2, *source, 3), dtype=torch.uint8, generator=generator)
+        frames = torch.stack([noise[0], noise[1] // 128 * 255])
+        ours = resize_patches(frames, *target, None, 1, 1, 1, backend="cpu")
+        for pictures in (frames.permute(0, 3, 1, 2), frames.permute(0, 3, 1, 2).contiguous()):
+            try:
+                resized = torch.nn.functional.interpolate(
+                    pictures, target, mode="bicubic", align_corners=False, antialias=True
+                )
+            except (RuntimeError, NotImplementedError):  # a torch that has no such resize of uint8
+                return False
+            if not torch.equal(ours.view(2, *target, 3), resized.permute(0, 2, 3, 1)):
+                return False
+    return True

@@ -32,20 +32,7 @@ class Weights(NamedTuple):
 def weights_of(source: int, target: int) -> Weights:
     """The weights from ``source`` to ``target`` values, without zeros at either end of a place's. Of as many values
     as there are, the weight of each itself."""
-    scale = source / target
-    support = 2.0 * max(scale, 1.0)
-    inverse = 1.0 / scale if scale >= 1.0 else 1.0
-    most = 2 * int(np.ceil(support)) + 1
-    centre = scale * (np.arange(target) + 0.5)
-    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
-    counts = np.minimum((centre + support + 0.5).astype(np.int64), source) - first
-    counts = np.clip(counts, 0, most)
-    real = np.zeros((target, int(counts.max())))
-    totals = np.zeros(target)
-    for k in range(real.shape[1]):
-        real[:, k] = np.where(k < counts, _cubic((k + first - centre + 0.5) * inverse), 0.0)
-        totals += real[:, k]  # in this order, as torch adds: the last bit of a float64 can turn a rounding
-    real /= totals[:, None]
+    first, real = real_weights(source, target)
     bits = 0
     while bits < _MOST_BITS and int(0.5 + real.max() * 2 ** (bits + 1)) < 2**15:
         bits += 1
@@ -59,6 +46,24 @@ def weights_of(source: int, target: int) -> Weights:
     for array in (first := first + start, counts, whole := whole.astype(np.int16)):
         array.flags.writeable = False  # the cache hands out the same ones to all
     return Weights(first, counts, whole, bits)
+
+
+def real_weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the values of every place begin, (N,) int64, and their weights as torch has them in float64."""
+    scale = source / target
+    support = 2.0 * max(scale, 1.0)
+    inverse = 1.0 / scale if scale >= 1.0 else 1.0
+    most = 2 * int(np.ceil(support)) + 1
+    centre = scale * (np.arange(target) + 0.5)
+    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
+    counts = np.minimum((centre + support + 0.5).astype(np.int64), source) - first
+    counts = np.clip(counts, 0, most)
+    real = np.zeros((target, int(counts.max())))
+    totals = np.zeros(target)
+    for k in range(real.shape[1]):
+        real[:, k] = np.where(k < counts, _cubic((k + first - centre + 0.5) * inverse), 0.0)
+        totals += real[:, k]  # in this order, as torch adds: the last bit of a float64 can turn a rounding
+    return first, real / totals[:, None]
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:
