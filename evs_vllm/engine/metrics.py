@@ -9,10 +9,11 @@
 | ``evs:frames_as_images_total`` | counter | requests whose images look like the frames of a video (not pruned) |
 | ``evs:frontend_clips_total`` | counter | clips planned, by who made their pixels (none on processor-cache hits) |
 | ``evs:planning_time_seconds`` | histogram | score, select and lay out one clip (none on processor-cache hits) |
+| ``evs:rows_time_seconds`` | histogram | resize and cut one clip, where Hugging Face's processor does not |
 
-They are told apart by the label ``selection``, but for those of the front end, which have the label ``path`` (`PATHS`),
-and the requests with images. The prefix is ``evs:`` because vLLM unregisters every collector with "vllm" in its name
-when it starts its own.
+They are told apart by the label ``selection``, but for the clips of the front end, which have the label ``path``
+(`PATHS`), the time for rows and the requests with images. The prefix is ``evs:`` because vLLM unregisters every
+collector with "vllm" in its name when it starts its own.
 """
 
 from functools import cache
@@ -35,6 +36,7 @@ class Metrics(NamedTuple):
     frames_as_images: Counter
     frontend_clips: Counter
     planning_time: Histogram
+    rows_time: Histogram
 
 
 @cache
@@ -48,6 +50,7 @@ def metrics() -> Metrics:
         Counter("evs:frames_as_images", "Number of requests whose images look like the frames of a video."),
         Counter("evs:frontend_clips", "Number of clips planned, by who made their pixel rows.", ("path",)),
         Histogram("evs:planning_time_seconds", "Time to score, select and lay out one clip.", label, buckets=_BUCKETS),
+        Histogram("evs:rows_time_seconds", "Time to make the pixel rows of one clip.", buckets=_BUCKETS),
     )
     for name in SELECTION_NAMES:  # series that are there from the start begin at 0
         for collector in (found.clips, found.tokens, found.tokens_kept, found.planning_time):

@@ -104,7 +104,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
     def __init__(self, info: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(info, *args, **kwargs)
-        self._evs_why_stock = f"its processor gives {self._evs_family.name} other than patch rows"
+        self._evs_why_stock = "this family's does more than to resize frames and cut them into patches"
         if self._evs.judges_source:
             _watch_processors(info)
             self._evs_why_stock = why_not(info.get_hf_processor().video_processor)
@@ -189,13 +189,12 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         self, item: Any, updates: Any, settings: EVSConfig, metadata: Mapping[str, Any], seen: Seen | None
     ) -> Any:
         """Plans one clip, puts the plan among its fields and returns its prompt updates, shortened."""
-        started = time.perf_counter()
         fields = {key: elem.data for key, elem in item.items()}
-        left_out = seen is not None and not seen.why_stock
-        if left_out:
-            assert seen is not None
-            dtype, selection = fields[PIXELS].dtype, named_selection(settings.selection)
-            fields[PIXELS] = seen.rows(None, dtype) if selection.reads_pixels else seen.blank(dtype)
+        to_make = seen if seen is not None and not seen.why_stock else None
+        if to_make is not None:
+            dtype, reads_pixels = fields[PIXELS].dtype, named_selection(settings.selection).reads_pixels
+            fields[PIXELS] = _rows(to_make, None, dtype) if reads_pixels else to_make.blank(dtype)
+        started = time.perf_counter()
         clip = self._evs.clip(fields)
         if clip is None:
             if not any("embeds" in name for name in fields):
@@ -219,20 +218,19 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         array = pruned[0].content.plan.to_array()
         if any((update.content.plan.to_array() != array).any() for update in pruned[1:]):
             raise UnsupportedError("A clip has several ways to be laid out in the prompt; EVS needs exactly one.")
-        # Pixels that nobody computes need not be made, hashed, cached, serialised or copied to the device.
-        pixels: Mapping[str, Any] = {}
-        if left_out and fields[PIXELS].is_meta:
-            assert seen is not None
-            pixels = {PIXELS: seen.rows(plan.computed if plan.encoder == "reuse" else None, dtype)}
-        elif plan.encoder == "reuse":
+        item[PLAN_FIELD] = MultiModalFieldElem(torch.from_numpy(array), MultiModalBatchedField(keep_on_cpu=True))
+        metrics().planning_time.labels(settings.selection).observe(time.perf_counter() - started)
+        metrics().frontend_clips.labels(PATHS[to_make is None]).inc()
+        # Pixels that nobody computes need not be made, cached, serialised or copied to the device.
+        reuse = plan.encoder == "reuse"
+        if to_make is not None and not reads_pixels:
+            pixels = {PIXELS: _rows(to_make, plan.computed if reuse else None, dtype)}
+        elif reuse:
             pixels = self._evs.computed_pixels(fields, plan)
-        elif left_out:
-            pixels = {PIXELS: fields[PIXELS]}
+        else:
+            pixels = {} if to_make is None else {PIXELS: fields[PIXELS]}
         for key, data in pixels.items():
             item[key] = replace(item[key], data=data)
-        item[PLAN_FIELD] = MultiModalFieldElem(torch.from_numpy(array), MultiModalBatchedField(keep_on_cpu=True))
-        metrics().frontend_clips.labels(PATHS[not left_out]).inc()
-        metrics().planning_time.labels(settings.selection).observe(time.perf_counter() - started)
         return pruned
 
     def _pruned_details(
@@ -256,6 +254,11 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             count.tokens.labels(selection).inc(sum(plan.num_tokens for plan in plans))
             count.tokens_kept.labels(selection).inc(sum(plan.num_kept for plan in plans))
         return result
+
+
+def _rows(seen: Seen, tokens: Any, dtype: torch.dtype) -> torch.Tensor:
+    with metrics().rows_time.time():
+        return seen.rows(tokens, dtype)
 
 
 def _watch_processors(info: Any) -> None:

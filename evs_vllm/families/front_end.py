@@ -255,10 +255,17 @@ def _colours_last(video: Any) -> bool:
     )
 
 
+def _unknown(processor: Any) -> str:
+    name = _stock_of(type(processor)).__name__
+    return "" if name in PROVEN else f"what {name} does with pixels is not known"
+
+
 def _why_stock(processor: Any, videos: Sequence[torch.Tensor], kwargs: Mapping[str, Any], watch: Watch) -> str:
     """Why the rows of these videos are not proven equal, or ""."""
-    if _stock_of(type(processor)).__name__ not in PROVEN:
-        return f"{_stock_of(type(processor)).__name__} is not known to resize and cut as it must"
+    if why := _unknown(processor):
+        return why
+    if any(video.device.type != "cpu" for video in videos):
+        return "the frames are on a GPU"
     if not watch.unpermuted:
         return "the frames are no arrays of uint8 (F, H, W, 3)"
     if kwargs.get("return_tensors") != "pt":
@@ -283,6 +290,15 @@ def why_not(video_processor: Any) -> str:
     Returns:
         Why its pixel rows cannot be made without it on this installation, or "".
     """
+    if why := _unknown(video_processor):
+        return why
+    try:
+        return _differs(video_processor)
+    except Exception as error:  # whatever it does not take: the videos of requests may be of another kind
+        return f"it cannot be tried ({type(error).__name__}: {error})"
+
+
+def _differs(video_processor: Any) -> str:
     rng = np.random.default_rng(0)
     for frames, height, width in ((5, 61, 83), (4, 150, 211), (2, 84, 36)):
         video = rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)

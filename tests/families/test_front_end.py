@@ -289,3 +289,11 @@ def test_prompts_are_those_of_stock_with_tokens_taken_out(ours: Any, stock: Any)
     assert plan is not None and prompt_for(ours) == prompt_for(stock)
     missing = len(unpruned["prompt_token_ids"]) - len(result["prompt_token_ids"])
     assert missing == plan.num_tokens - plan.num_kept
+
+
+@families(lambda facts: facts.whole_frames)
+def test_families_with_whole_frames_are_judged_as_the_model_sees_them(model: Path, facts: Facts) -> None:
+    processor = processor_for(model, {"rate": 0.5})
+    result, path = path_of(lambda: process(processor, synthetic_clip(4, facts.frame_size)))
+    assert path == "processor" and plan_in(result) is not None
+    assert not isinstance(getattr(processor.info.get_hf_processor(), "video_processor", None), front_end._Watched)
