@@ -144,7 +144,7 @@ class _Watched:
             return super().preprocess(videos, **kwargs)  # type: ignore[misc]
         with watching() as watch:
             out = super().preprocess(videos, **kwargs)  # type: ignore[misc]
-        if all(seen.source is not None for seen in watch.seen):
+        if watch.seen and all(seen.source is not None for seen in watch.seen):
             out[CELLS] = torch.cat([cells_of(seen) for seen in watch.seen])
         return out
 
@@ -169,14 +169,13 @@ class _Watched:
             bare = [torch.empty(video.shape, dtype=video.dtype, device="meta") for video in videos]
             out = super()._preprocess(bare, **kwargs)  # type: ignore[misc]
             out[PIXELS] = torch.empty(len(out[PIXELS]), 0, dtype=out[PIXELS].dtype)
+        sizes: list[Any] = [kwargs.get(name) for name in ("temporal_patch_size", "patch_size", "merge_size")]
+        if GRID not in out or None in sizes:
+            return out  # a processor that we know nothing of
         levels = None if why or not out[PIXELS].is_floating_point() else _levels(self, kwargs)
-        units = kwargs["temporal_patch_size"]
         for video, grid in zip(videos, out[GRID], strict=True):
-            source = None
-            if video.dtype == torch.uint8 and video.shape[1] == 3:
-                source = Source(video.permute(0, 2, 3, 1).contiguous(), units)
             shape = int(grid[0]), int(grid[1]), int(grid[2])
-            watch.seen.append(Seen(source, shape, kwargs["patch_size"], kwargs["merge_size"], why, levels))
+            watch.seen.append(Seen(_source_of(video, sizes[0], shape[0]), shape, sizes[1], sizes[2], why, levels))
         return out
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
@@ -204,9 +203,8 @@ def watch_processor(video_processor: Any, with_cells: bool = False) -> None:
         with_cells: Whether it also hands on the low-resolution pictures of its clips, as the field `CELLS` of what it
             returns: `cells_of` each, one after the other. It has no such field for videos without a source.
     """
-    if not isinstance(video_processor, _Watched):
-        stock: Any = type(video_processor)
-        video_processor.__class__ = _class(stock, with_cells)
+    stock: Any = _stock_of(type(video_processor))
+    video_processor.__class__ = _class(stock, with_cells or getattr(video_processor, "_evs_with_cells", False))
 
 
 def unwatch_processor(video_processor: Any) -> None:
@@ -216,7 +214,15 @@ def unwatch_processor(video_processor: Any) -> None:
 
 
 def _stock_of(cls: type) -> type:
+    """The class that a watched one stands for; others are their own."""
     return next(base for base in cls.__mro__ if not issubclass(base, _Watched))
+
+
+def _source_of(video: torch.Tensor, unit_frames: int, units: int) -> Source | None:
+    """The frames of a video, (F, 3, height, width), of which the processor made so many units."""
+    if video.dtype != torch.uint8 or video.shape[1] != 3 or -(-len(video) // unit_frames) != units:
+        return None
+    return Source(video.permute(0, 2, 3, 1).contiguous(), unit_frames)
 
 
 def cells_of(seen: Seen) -> torch.Tensor:

@@ -184,8 +184,8 @@ def _sources(
     raise RequestError(
         f"Clips are judged by their frames as they were before the processor resized them, which {PIXELS} does not "
         f"hold. Call enable(model, processor=processor) before the processor makes the inputs: it then adds {CELLS} to "
-        "them, which goes to the model with the rest. Or use selection='paper' (with a tower that reuses, "
-        "encoder_refresh=0)."
+        "them (of frames that are uint8 of three colours), which goes to the model with the rest. Or use "
+        "selection='paper' (with a tower that reuses, encoder_refresh=0)."
     )
 
 
