@@ -42,7 +42,7 @@ def pool_kernel(
                 sums += tl.maximum(weight, 0).to(sums.dtype)[:, None] * value.to(sums.dtype)
             total += sums.to(tl.int64) * y_weight
     weight = (unit_frames * (stop - start) * (right - left))[:, None]
-    # (2 * total + weight) // (2 * weight), bit by bit: a division of int64 would be a call, before which registers are spilled.
+    # (2 * total + weight) // (2 * weight), bit by bit: a division of int64 would be a call.
     rest, mean = 2 * total + weight, tl.zeros([CELLS, CHANNELS], tl.int32)
     for bit in tl.static_range(7, -1, -1):
         part = weight << (bit + 1)
