@@ -3,7 +3,7 @@
 
 For loops whose gathers no compiler turns into vectors. The operations are vector IR of LLVM, which every target has;
 only `dot` asks what the CPU can. An `at` counts elements from the start of a contiguous array; nothing is checked, and
-any alignment will do.
+any alignment will do. A pair in an int32 is low half first, as on every CPU that numba compiles for.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ class Vector(types.Type):
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Vector) -> None:
         super().__init__(manager, kind, ir.VectorType(ir.IntType(kind.bits), kind.lanes))
 
@@ -76,7 +76,7 @@ def _load(context: Any, builder: Any, kind: types.Array, array: Any, at: Any, la
     return builder.load(_pointer(context, builder, kind, array, at, vector), align=1)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def splat(typing: Any, value: Any) -> Any:
     """Sixteen times an int64, as int32."""
 
@@ -86,7 +86,7 @@ def splat(typing: Any, value: Any) -> Any:
     return I32X16(types.int64), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def groups(typing: Any, values: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """Sixteen bytes of a uint8 array from each of four places, one group after another."""
 
@@ -100,7 +100,7 @@ def groups(typing: Any, values: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 
 
 def _make_rgb_pairs(first: int) -> Callable[..., Any]:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def pairs(typing: Any, bytes_: Any) -> Any:
         def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             zero, order = _GROUPS * _BYTES, []
@@ -123,39 +123,43 @@ rgb_pairs_0, rgb_pairs_2, rgb_pairs_4 = _make_rgb_pairs(0), _make_rgb_pairs(2), 
 channel, and the pixel after the fifth, are 0."""
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load_pairs(typing: Any, pairs: Any, at: Any) -> Any:
     """Sixteen pairs from an int16 array."""
 
     def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _load(context, builder, signature.args[0], *args, 2 * _LANES)
+        pairs, at = args
+        return _load(context, builder, signature.args[0], pairs, at, 2 * _LANES)
 
     return I16X32(pairs, types.int64), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load_singles(typing: Any, values: Any, at: Any) -> Any:
     """Sixteen bytes of a uint8 array, each with a 0 as a pair."""
 
     def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        wide = builder.zext(_load(context, builder, signature.args[0], *args, _LANES), ir.VectorType(_I32, _LANES))
+        values, at = args
+        narrow = _load(context, builder, signature.args[0], values, at, _LANES)
+        wide = builder.zext(narrow, ir.VectorType(_I32, _LANES))
         return builder.bitcast(wide, ir.VectorType(_I16, 2 * _LANES))
 
     return I16X32(values, types.int64), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def splat_pair(typing: Any, pairs: Any, at: Any) -> Any:
     """Sixteen times one element of an int32 array, read as a pair of int16."""
 
     def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pair = builder.load(_pointer(context, builder, signature.args[0], *args, _I32))
+        pairs, at = args
+        pair = builder.load(_pointer(context, builder, signature.args[0], pairs, at, _I32))
         return builder.bitcast(_splat(builder, pair, _LANES), ir.VectorType(_I16, 2 * _LANES))
 
     return I16X32(pairs, types.int64), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def dot(typing: Any, sums: Any, a: Any, b: Any) -> Any:
     """Adds to every sum the product of a pair with a pair: ``a0 * b0 + a1 * b1``."""
 
@@ -169,7 +173,7 @@ def dot(typing: Any, sums: Any, a: Any, b: Any) -> Any:
                 kind = ir.VectorType(_I32, _LANES // halves)
                 function = _function(builder, name, kind, [parts[0][0].type] * 2)
                 made = [builder.call(function, part) for part in parts]
-                total = made[0] if halves == 1 else _shuffle(builder, *made, range(_LANES))
+                total = made[0] if halves == 1 else _shuffle(builder, made[0], made[1], range(_LANES))
                 return builder.add(sums, total)
         for parity in (0, 1):
             order = range(parity, 2 * _LANES, 2)
@@ -180,7 +184,7 @@ def dot(typing: Any, sums: Any, a: Any, b: Any) -> Any:
     return I32X16(I32X16, I16X32, I16X32), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def to_bytes(typing: Any, sums: Any, bits: Any) -> Any:
     """Sums shifted right by ``bits``, held to 0 ... 255."""
 
@@ -195,7 +199,7 @@ def to_bytes(typing: Any, sums: Any, bits: Any) -> Any:
     return U8X16(I32X16, types.int64), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store(typing: Any, values: Any, at: Any, bytes_: Any) -> Any:
     """Writes sixteen bytes into a uint8 array."""
 
@@ -207,7 +211,7 @@ def store(typing: Any, values: Any, at: Any, bytes_: Any) -> Any:
     return types.none(values, types.int64, U8X16), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store_planes(typing: Any, values: Any, at: Any, stride: Any, bytes_: Any) -> Any:
     """Writes the first three channels of four groups of four, each as four bytes, ``stride`` apart."""
 
@@ -222,12 +226,13 @@ def store_planes(typing: Any, values: Any, at: Any, stride: Any, bytes_: Any) ->
     return types.none(values, types.int64, types.int64, U8X16), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def prefetch(typing: Any, values: Any, at: Any) -> Any:
     """Asks for the cache line of an element that will be read soon; the element need not exist."""
 
     def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, signature.args[0], *args, _I8)
+        values, at = args
+        pointer = _pointer(context, builder, signature.args[0], values, at, _I8)
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
         reading, into_all_caches, data = _I32(0), _I32(3), _I32(1)
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")

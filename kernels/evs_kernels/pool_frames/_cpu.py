@@ -6,6 +6,7 @@ import torch
 
 from .._numba import njit
 from .._parallel import for_ranges
+from ._edges import edges
 
 # Below this much input a second thread costs more than it saves.
 _GRAIN_BYTES = 256 * 1024
@@ -53,31 +54,31 @@ def _widen(sums, narrow):
 
 
 @njit()
-def _add_columns(sums, edges, totals):
+def _add_columns(sums, across, totals):
     """Adds to (columns, channels) totals what lies in each; empties the sums."""
     columns, channels = totals.shape
     for j in range(columns):
-        first, last = edges[j] >> 8, (edges[j + 1] - 1) >> 8
+        first, last = across[j] >> 8, (across[j + 1] - 1) >> 8
         if channels == 3 and first < last:
             red = green = blue = np.int64(0)
             for x in range(np.uintp(3 * first + 3), np.uintp(3 * last), np.uintp(3)):
                 red += np.int64(sums[x])
                 green += np.int64(sums[x + np.uintp(1)])
                 blue += np.int64(sums[x + np.uintp(2)])
-            left, right = (first + 1) * 256 - edges[j], edges[j + 1] - last * 256
+            left, right = (first + 1) * 256 - across[j], across[j + 1] - last * 256
             for channel, total in enumerate((red, green, blue)):
                 total = (total << 8) + left * np.int64(sums[3 * first + channel])
                 totals[j, channel] += total + right * np.int64(sums[3 * last + channel])
             continue
         for channel in range(channels):
             if first == last:
-                total = (edges[j + 1] - edges[j]) * np.int64(sums[first * channels + channel])
+                total = (across[j + 1] - across[j]) * np.int64(sums[first * channels + channel])
             else:
                 total = np.int64(0)
                 for x in range(first + 1, last):
                     total += np.int64(sums[x * channels + channel])
-                total = (total << 8) + ((first + 1) * 256 - edges[j]) * np.int64(sums[first * channels + channel])
-                total += (edges[j + 1] - last * 256) * np.int64(sums[last * channels + channel])
+                total = (total << 8) + ((first + 1) * 256 - across[j]) * np.int64(sums[first * channels + channel])
+                total += (across[j + 1] - last * 256) * np.int64(sums[last * channels + channel])
             totals[j, channel] += total
     sums[:] = 0
 
@@ -96,14 +97,14 @@ def _write_means(totals, weights, height, out):
 
 
 @njit()
-def _pool(frames, begin, end, rows_edges, columns_edges, unit_frames, weights, pooled):
+def _pool(frames, begin, end, down, across, unit_frames, weights, pooled):
     """Writes rows of cells [begin, end) of all units; frames are (F, H, W * C), weights those of (columns * C)."""
     count, line = frames.shape[0], frames.shape[2]
-    rows, columns = rows_edges.shape[0] - 1, columns_edges.shape[0] - 1
+    rows, columns = down.shape[0] - 1, across.shape[0] - 1
     narrow, wide = np.zeros(line, np.uint16), np.zeros(line, np.uint32)
     totals = np.zeros((columns, pooled.shape[1] // columns), np.int64)
     for n in range(begin, end):
-        unit, start, stop = n // rows, rows_edges[n % rows], rows_edges[n % rows + 1]
+        unit, start, stop = n // rows, down[n % rows], down[n % rows + 1]
         in_narrow = in_wide = 0
         totals[:] = 0
         for frame in range(0, unit_frames, 2):
@@ -116,7 +117,7 @@ def _pool(frames, begin, end, rows_edges, columns_edges, unit_frames, weights, p
                 two = weight == 256 and (y + 2) << 8 <= stop
                 if in_wide + in_narrow + 4 > _WIDE:
                     _widen(wide, narrow)
-                    _add_columns(wide, columns_edges, totals)
+                    _add_columns(wide, across, totals)
                     in_narrow = in_wide = 0
                 elif in_narrow + 4 > _NARROW:
                     _widen(wide, narrow)
@@ -138,7 +139,7 @@ def _pool(frames, begin, end, rows_edges, columns_edges, unit_frames, weights, p
                 y += 1 + two
         if in_narrow:
             _widen(wide, narrow)
-        _add_columns(wide, columns_edges, totals)
+        _add_columns(wide, across, totals)
         _write_means(totals.reshape(-1), weights, (stop - start) * unit_frames, pooled[n])
 
 
@@ -148,10 +149,7 @@ def run(frames: torch.Tensor, rows: int, columns: int, unit_frames: int) -> torc
     units = -(-count // unit_frames)
     pooled = torch.empty((units, rows, columns, channels), dtype=torch.uint8)
     pictures, out = frames.view(count, height, -1).numpy(), pooled.view(units * rows, -1).numpy()
-    down, across = (
-        np.array([i * pixels * 256 // cells for i in range(cells + 1)])
-        for pixels, cells in ((height, rows), (width, columns))
-    )
+    down, across = edges(height, rows), edges(width, columns)
     weights = np.repeat(np.diff(across), channels)
     grain = _GRAIN_BYTES * rows // (unit_frames * frames[0].numel())
     for_ranges(

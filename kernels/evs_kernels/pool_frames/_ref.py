@@ -1,34 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reference of pool_frames: every pixel's share of every cell, row of cells after row of cells."""
+"""Reference of pool_frames: sums from the edge of the picture to every edge of a cell, and their differences."""
 
 import torch
 
 ONE = 256  # parts of a pixel
 
 
-def shares(pixels: int, cells: int) -> torch.Tensor:
-    """(cells, pixels) int64: how many 256ths of a pixel lie in a cell, along one side."""
-    edges = [i * pixels * ONE // cells for i in range(cells + 1)]
-    table = torch.zeros((cells, pixels), dtype=torch.int64)
-    for i, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
-        for pixel in range(start // ONE, -(-stop // ONE)):
-            table[i, pixel] = min(stop, (pixel + 1) * ONE) - max(start, pixel * ONE)
-    return table
-
-
 def run(frames: torch.Tensor, rows: int, columns: int, unit_frames: int) -> torch.Tensor:
     """See evs_kernels.pool_frames."""
-    count, height, width, channels = frames.shape
-    units = -(-count // unit_frames)
-    down, across = shares(height, rows).to(frames.device), shares(width, columns).to(frames.device)
-    pooled = torch.empty((units, rows, columns, channels), dtype=torch.uint8, device=frames.device)
-    for t in range(units):
-        seen = [frames[min(f, count - 1)] for f in range(t * unit_frames, (t + 1) * unit_frames)]
-        unit = torch.stack(seen).to(torch.int64).sum(dim=0)
-        for i in range(rows):
-            line = (unit * down[i, :, None, None]).sum(dim=0)
-            for j in range(columns):
-                total = (line * across[j, :, None]).sum(dim=0)
-                weight = unit_frames * down[i].sum() * across[j].sum()
-                pooled[t, i, j] = ((2 * total + weight) // (2 * weight)).to(torch.uint8)
-    return pooled
+    count, height, width, _ = frames.shape
+    means = []
+    for first in range(0, count, unit_frames):
+        seen = [frames[min(frame, count - 1)] for frame in range(first, first + unit_frames)]
+        unit = torch.stack(seen).sum(dim=0, dtype=torch.int64)
+        sums, tall = _cells(unit, rows)
+        sums, wide = _cells(sums.transpose(0, 1), columns)
+        weights = unit_frames * tall[:, None, None] * wide[:, None]
+        means.append((2 * sums.transpose(0, 1) + weights) // (2 * weights))
+    return torch.stack(means).to(torch.uint8)
+
+
+def _cells(values: torch.Tensor, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values along the first axis summed over cells, each as often as it has 256ths there; and how many a cell has."""
+    pixels = len(values)
+    edges = torch.arange(cells + 1, device=values.device) * pixels * ONE // cells
+    before = torch.cat([torch.zeros_like(values[:1]), values.cumsum(dim=0)])
+    whole, parts = edges // ONE, (edges % ONE)[:, None, None]
+    # The last edge is that of the picture, where no pixel begins.
+    sums = before[whole] * ONE + parts * values[whole.clamp(max=pixels - 1)]
+    return sums.diff(dim=0), edges.diff()
