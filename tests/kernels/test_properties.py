@@ -207,7 +207,7 @@ def test_every_pixel_counts_by_its_share_of_a_cell(array, data):
 @SETTINGS
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
 def test_pool_frames_equals_pool_tokens_of_the_same_pixels(down, across, patch, cells, seed):
-    """Where the grid divides the picture: tokens of 2 x 2 patches, cells x cells in each, frames that are not resized."""
+    """Where the grid divides the picture: tokens of 2 x 2 patches, in each cells x cells, frames of the right size."""
     side = patch * cells
     frames = torch.randint(
         0, 256, (3, 2 * side * down, 2 * side * across, 3), generator=torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ ONE = 256  # parts of a pixel
 
 def run(frames: torch.Tensor, rows: int, columns: int, unit_frames: int) -> torch.Tensor:
     """See evs_kernels.pool_frames."""
-    count, height, width, _ = frames.shape
+    count = len(frames)
     means = []
     for first in range(0, count, unit_frames):
         seen = [frames[min(frame, count - 1)] for frame in range(first, first + unit_frames)]

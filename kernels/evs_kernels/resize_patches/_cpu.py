@@ -27,6 +27,7 @@ def _across_rgb(values, at, line, rows, first, weights, column, pixels, taps, st
         a, b = at + first[x], at + first[x + np.uintp(1)]
         c, d = at + first[x + np.uintp(2)], at + first[x + np.uintp(3)]
         into = to
+        # The same thing three times: with few steps, up to eight pixels, the weights stay in registers.
         if steps == 1:
             w0, w2, w4 = v.load_pairs(weights, w), v.load_pairs(weights, w + 32), v.load_pairs(weights, w + 64)
             for _ in range(rows):
@@ -35,6 +36,18 @@ def _across_rgb(values, at, line, rows, first, weights, column, pixels, taps, st
                 sums = v.dot(sums, v.rgb_pairs_2(read), w2)
                 if pairs == 3:
                     sums = v.dot(sums, v.rgb_pairs_4(read), w4)
+                v.store_planes(planes, into, pixels, v.to_bytes(sums, bits))
+                into += 3 * pixels
+                a, b, c, d = a + line, b + line, c + line, d + line
+        elif steps == 2 and pairs == 2:
+            w0, w2 = v.load_pairs(weights, w), v.load_pairs(weights, w + 32)
+            w4, w6 = v.load_pairs(weights, w + 64), v.load_pairs(weights, w + 96)
+            for _ in range(rows):
+                read, more = v.groups(values, a, b, c, d), v.groups(values, a + 12, b + 12, c + 12, d + 12)
+                sums = v.dot(v.splat(half), v.rgb_pairs_0(read), w0)
+                sums = v.dot(sums, v.rgb_pairs_2(read), w2)
+                sums = v.dot(sums, v.rgb_pairs_0(more), w4)
+                sums = v.dot(sums, v.rgb_pairs_2(more), w6)
                 v.store_planes(planes, into, pixels, v.to_bytes(sums, bits))
                 into += 3 * pixels
                 a, b, c, d = a + line, b + line, c + line, d + line
