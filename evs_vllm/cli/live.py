@@ -92,8 +92,9 @@ def run(args: argparse.Namespace) -> int:
     report = Report(args.json)
     check_opencv()
     source = parse_source(args.source)
+    url = args.server if "://" in args.server else f"http://{args.server}"
     asking = Asking(
-        url=args.server.rstrip("/").removesuffix("/v1"),
+        url=url.rstrip("/").removesuffix("/v1"),
         model=args.served_model,
         fps=args.fps,
         answer_tokens=args.answer_tokens,
