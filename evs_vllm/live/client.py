@@ -136,7 +136,7 @@ class Client:
                 delay = min(2 * delay, LONGEST_BACK_OFF_S)
             else:
                 if gone is not None:
-                    self._say(f"the server is back after {time.monotonic() - gone:.1f} s")
+                    self._say(f"the server answers again after {time.monotonic() - gone:.1f} s")
                 return answer
 
     def _drops_fps(self, error: ServerError, conversation: Conversation) -> bool:

@@ -114,7 +114,7 @@ def test_a_server_that_breaks_in_the_middle_is_asked_again():
         assert client.ask(asked(), pieces).text == "a man."
         assert pieces == ["a ", "man", "."], "nothing twice"
         assert server.bodies[0] == server.bodies[1] == server.bodies[2]
-    assert len(said) == 2 and "trying again" in said[0] and "back after" in said[1]
+    assert len(said) == 2 and "trying again" in said[0] and "answers again after" in said[1]
 
 
 def test_a_server_that_restarts_is_waited_for():
