@@ -250,6 +250,14 @@ def test_an_interrupt_ends_what_waits_and_nothing_else():
         time.sleep(10)
 
 
+def test_ctrl_c_closes_the_camera():
+    with FakeVLLM(max_model_len=10**6) as server:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        session = Session(server, RealCamera(), seconds=60)
+    assert session.cameras[0].released and session.stop.is_set() and session.rows
+    assert session.err.getvalue().splitlines()[-1].startswith(f"stopped: {len(session.rows)} turn(s)")
+
+
 def started(server, *words):
     command = [*LIVE, BIKES, "--server", server.url, "--chunk", "1", "--question", "?", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
