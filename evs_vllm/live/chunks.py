@@ -48,7 +48,7 @@ class Turn:
 
 
 class Chunker:
-    """Cuts frames into turns of `every` seconds, and those into chunks of at most `chunk` seconds of equal length.
+    """Cuts frames into turns of `every` seconds, and those into chunks of at most `chunk` seconds, about equal.
 
     A gap in the video or another picture size begins a chunk, too.
 
@@ -65,8 +65,11 @@ class Chunker:
         self._fps = fps
         longest = self._frames("--chunk", chunk)
         self.turn_frames = longest if every is None else self._frames("--every", every)
-        count = max(1, min(math.ceil(self.turn_frames / longest), self.turn_frames // MIN_FRAMES))
-        self.bounds = [i * self.turn_frames // count for i in range(count + 1)]
+        # In pairs: some families make a unit of two frames, and a chunk with an odd one repeats it.
+        pairs, count = self.turn_frames // 2, 1
+        if self.turn_frames > longest:
+            count = min(math.ceil(self.turn_frames / (longest // 2 * 2)), pairs)
+        self.bounds = [*(2 * -(-i * pairs // count) for i in range(count)), self.turn_frames]
         """Where the chunks of a turn begin and end, in frames."""
 
     def turns(self, frames: Iterable[Frame]) -> Iterator[Turn]:

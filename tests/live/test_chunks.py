@@ -44,8 +44,10 @@ def test_a_chunk_a_turn():
     assert (first.start, first.stop, first.frames) == (0, 4, 8)
 
 
-def test_turns_of_several_chunks_of_equal_length():
-    assert cut(range(10), 2, 2, 5) == [[[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]]
+def test_turns_of_several_chunks_of_pairs_of_frames():
+    assert cut(range(10), 2, 2, 5) == [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]]
+    assert cut(range(9), 2, 4, 4.5) == [[[0, 1, 2, 3], [4, 5, 6, 7, 8]]]
+    assert cut(range(7), 2, 3.5) == [[[0, 1, 2, 3, 4, 5, 6]]], "as long as it was asked for"
     assert cut(range(8), 2, 4, 2) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     assert cut(range(3), 1, 2, 3) == [[[0, 1, 2]]], "not 2 and 1"
 
@@ -89,6 +91,17 @@ def test_where_chunks_end_depends_on_no_other_frame():
         assert seen == sorted(set(seen)) and set(seen) <= set(ticks)
         lone = [t for t in set(ticks) - set(seen)]
         assert sum(t.skipped for t in turns) <= len(lone)
+
+
+def test_no_chunk_is_longer_than_it_may_be():
+    for longest in range(2, 40):
+        for frames_of_turn in range(2, 120):
+            bounds = Chunker(1, longest, frames_of_turn).bounds
+            sizes = [b - a for a, b in zip(bounds, bounds[1:])]
+            assert bounds[0] == 0 and bounds[-1] == frames_of_turn and min(sizes) >= 2
+            assert all(size % 2 == 0 for size in sizes[:-1])
+            at_most = longest + (longest < 4 and frames_of_turn % 2)  # an odd frame of pairs has to go somewhere
+            assert max(sizes) <= at_most, (longest, frames_of_turn, sizes)
 
 
 @pytest.mark.parametrize(
