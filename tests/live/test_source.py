@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames at even distances: of files, cameras, sources that break, and a real file through OpenCV."""
 
+import asyncio
 import random
 import sys
+import threading
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from evs_vllm.errors import EVSError
 from evs_vllm.live import source
 from evs_vllm.live.source import Player, Source, check_opencv, open_capture, parse_source
 from evs_vllm.testing import real_clip_path
 from tests.live.fakes import Camera, Clock, level
+from tests.unit.local_server import LocalServer
 
 FILE = Source("a.mp4", "a.mp4", True)
 CAMERA = Source("camera 0", 0, False)
@@ -171,3 +175,55 @@ def test_opencv_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(EVSError, match=r'pip install "evs-vllm\[live\]"'):
         check_opencv()
+
+
+class Web(LocalServer):
+    """Serves a video file, and a camera's MJPEG stream that ends after 30 frames of 20 ms."""
+
+    def __init__(self):
+        self.streams = 0
+        super().__init__()
+
+    def routes(self):
+        return [web.get("/a.mp4", self.file), web.get("/cam.mjpg", self.camera)]
+
+    async def file(self, request):
+        return web.FileResponse(real_clip_path("bikes"))
+
+    async def camera(self, request):
+        import cv2
+
+        self.streams += 1
+        response = web.StreamResponse(headers={"Content-Type": "multipart/x-mixed-replace; boundary=frame"})
+        await response.prepare(request)
+        for level_ in range(30):
+            _, jpeg = cv2.imencode(".jpg", np.full((32, 48, 3), 8 * level_, np.uint8))
+            head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
+            await response.write(head.encode() + jpeg.tobytes() + b"\r\n")
+            await asyncio.sleep(0.02)
+        return response
+
+
+@pytest.fixture
+def no_proxy(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_file_behind_a_url(no_proxy):
+    with Web() as server:
+        stop = Clock()
+        frames = list(Player(parse_source(f"{server.url}/a.mp4"), 2.0, stop, print, fast=True, clock=stop))
+    assert frames == list(Player(parse_source(str(real_clip_path("bikes"))), 2.0, stop, print, fast=True, clock=stop))
+
+
+def test_a_network_camera_that_ends_is_opened_again(no_proxy):
+    stop, said, ticks = threading.Event(), [], []
+    with Web() as server:
+        for frame in Player(parse_source(f"{server.url}/cam.mjpg"), 10.0, stop, said.append):
+            ticks.append(frame.tick)
+            assert frame.size == (32, 48)
+            if server.streams == 3:
+                stop.set()
+    assert server.streams == 3 and ticks == sorted(set(ticks))
+    assert [("is lost" in text, "is back" in text) for text in said][:2] == [(True, False), (False, True)]
