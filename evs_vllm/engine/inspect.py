@@ -21,7 +21,7 @@ from vllm.utils.torch_utils import set_default_torch_num_threads
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.focus import unit_weights
-from evs_vllm.core.inspection import Inspection
+from evs_vllm.core.inspection import STAGES, Inspection
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.prompt import pruned_clip
 from evs_vllm.core.scorers import Selection, named_selection
@@ -112,6 +112,94 @@ def inspect_clip(
     )
 
 
+def inspect_stream(
+    chunks: Sequence[tuple[str, float]],
+    fps: float,
+    model: str,
+    config: EVSConfig,
+    keys: Mapping[str, Any],
+    name: str,
+    trust_remote_code: bool = False,
+) -> Inspection:
+    """Processes the videos of one request as ``vllm serve`` with these settings would, and shows them as one clip.
+
+    Args:
+        chunks: URL and start, in seconds, of each video: JPEGs of one size, as a ``data:`` URL.
+        fps: Their frames a second.
+        model: Model folder or hub name.
+        config: The server's settings; inactive ones keep every token.
+        keys: The request's ``evs_*`` keys.
+        name: What the stream is called.
+        trust_remote_code: As for ``vllm serve``.
+
+    Returns:
+        The units of all videos in a row. What was scored is not in it: `evidence` is empty.
+
+    Raises:
+        EVSError: The model or a video cannot be read, EVS refuses them, or the videos have several sizes.
+    """
+    plugin.register()
+    with _reported(f"load the model {model}"):
+        model_config = EngineArgs(
+            model=model,
+            trust_remote_code=trust_remote_code,
+            media_io_kwargs={MODALITY: {"fps": fps, "num_frames": -1}},
+            additional_config={CONFIG_KEY: config.to_mapping() | {"encoder": "full", "request_overrides": "any"}},
+        ).create_model_config()
+        processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+    started = time.perf_counter()
+    with _reported(f"decode {name}"):
+        connector = MediaConnector(model_config.multimodal_config.media_io_kwargs)
+        media = [connector.fetch_video(url) for url, _ in chunks]
+    decode = time.perf_counter() - started
+    timing = TimingContext()
+    with _reported(f"process {name}"), set_default_torch_num_threads():
+        inputs = replace(_inputs(processor, *media), hf_processor_mm_kwargs=dict(keys))
+        items = processor.apply(inputs, timing)["mm_kwargs"].require_data()[MODALITY]
+    family = family_of(model_config.architecture)
+    assert family is not None  # checked when the model config was made
+    adapter = family.bind(processor.info.get_hf_config(), processor=processor.info.get_hf_processor())
+    frames, plans, starts = [], [], []
+    for item, (_, start) in zip(items, chunks, strict=True):
+        fields = {key: elem.data for key, elem in item.items()}
+        clip = adapter.clip(fields)
+        if clip is None:
+            raise UnsupportedError(f"The processor made no pixels of {name}.")
+        frames.append(adapter.frames(fields))
+        plans.append(plan_of(item) or RetentionPlan(clip.grid, np.arange(np.prod(clip.grid)), config.positions))
+        starts += [start + unit * len(frames[-1]) / clip.num_units / fps for unit in range(clip.num_units)]
+    plan = joined(plans)
+    return Inspection(
+        video=Path(name),
+        model=model,
+        architecture=model_config.architecture,
+        family=family.name,
+        config=config,
+        plan=plan,
+        selection=named_selection(config.selection),
+        evidence=np.empty((0, 0), dtype=np.uint8),
+        unit=1.0,
+        frames=np.concatenate(frames),
+        unit_seconds=tuple(starts),
+        prompt_tokens=(plan.num_tokens, plan.num_kept),
+        seconds=dict.fromkeys(STAGES, 0.0)
+        | {"decode": decode, "HF processor": timing.stage_secs.get("apply_hf_processor", 0.0)},
+    )
+
+
+def joined(plans: Sequence[RetentionPlan]) -> RetentionPlan:
+    """The plans of clips of one size as that of all their units in a row, without a layout.
+
+    Raises:
+        UnsupportedError: They have several sizes.
+    """
+    if len({plan.grid[1:] for plan in plans}) > 1:
+        raise UnsupportedError("The videos have several sizes, so they cannot be shown as one.")
+    before = np.cumsum([0, *(plan.num_tokens for plan in plans)])
+    kept = np.concatenate([plan.kept + start for plan, start in zip(plans, before)])
+    return RetentionPlan((sum(plan.num_units for plan in plans), *plans[0].grid[1:]), kept, plans[0].positions)
+
+
 def _load(video: Path, model_config: Any) -> Any:
     connector = MediaConnector(
         model_config.multimodal_config.media_io_kwargs, allowed_local_media_path=str(video.resolve().parent)
@@ -130,10 +218,10 @@ def _reported(what: str) -> Iterator[None]:
         raise EVSError(f"vLLM cannot {what}: {error or type(error).__name__}") from error
 
 
-def _inputs(processor: Any, media: Any) -> ProcessorInputs:
-    text = processor.dummy_inputs.get_dummy_text({MODALITY: 1})
+def _inputs(processor: Any, *media: Any) -> ProcessorInputs:
+    text = processor.dummy_inputs.get_dummy_text({MODALITY: len(media)})
     prompt = processor.info.get_tokenizer().encode(text, add_special_tokens=False)
-    return ProcessorInputs(prompt, processor.info.parse_mm_data({MODALITY: [media]}))
+    return ProcessorInputs(prompt, processor.info.parse_mm_data({MODALITY: list(media)}))
 
 
 def _planning_seconds(
