@@ -118,6 +118,7 @@ class Option:
         nullable: Whether a server may leave it unset, as None.
         per_request: Whether a request may carry it.
         choices: The allowed strings of an option that is a choice.
+        switch: Whether it is on where its flag stands without a value, as vLLM's ``--config`` files spell "true".
     """
 
     name: str
@@ -130,6 +131,7 @@ class Option:
     nullable: bool = False
     per_request: bool = True
     choices: tuple[str, ...] | None = None
+    switch: bool = False
 
     @property
     def flag(self) -> str:
@@ -173,6 +175,7 @@ class Option:
             type=read,
             default=None,
             metavar=self.metavar,
+            **({"nargs": "?", "const": True} if self.switch else {}),
             help=self.help.replace("%", "%%"),
         )
 
@@ -287,6 +290,7 @@ OPTIONS: tuple[Option, ...] = (
         help="Whether the videos of a request, in their order, are parts of one stream: each is compared with what the "
         "ones before it last kept at each place, and keeps what is new.",
         metavar="{true,false}",
+        switch=True,
         affects="prompt",
         no_more=operator.ge,
     ),
