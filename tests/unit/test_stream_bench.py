@@ -5,21 +5,27 @@ import json
 import os
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from aiohttp import web
 
+from bench.selection.clips import as_clip
 from bench.serve import client
 from bench.serve.pool import Live
 from bench.stream import __main__ as command
-from bench.stream import report, run, scenes
+from bench.stream import loss, noise, report, run, scenes
 from bench.stream.plot import draw
 from bench.stream.run import ALONE, RESEND, SERVERS, VANILLA, Played, Turn, rows_of, wrong_count
 from bench.stream.settings import Settings, load_settings
+from evs_vllm.config import EVSConfig
+from evs_vllm.core.scorers import SELECTIONS
 from evs_vllm.errors import EVSError
+from evs_vllm.testing import synthetic_clip
 from tests.unit.local_server import LocalServer
 
 SIZE = (56, 84)  # 2 x 3 tokens
@@ -176,3 +182,27 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: boo
     draw(content, 8, tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()
     assert "no figure" in out.with_suffix(".md").read_text() or not wrong
+
+
+def test_what_still_scenes_are_measured_by() -> None:
+    """Nothing changes in a clip of one picture, and the more the higher its noise."""
+    rng = np.random.default_rng(5)
+    picture = rng.integers(0, 256, (56, 84, 3))
+    found = []
+    for spread in (0, 3, 12):
+        frames = picture + rng.normal(0, spread, (8, 56, 84, 3))
+        clip = noise.clip_of(frames.clip(0, 255).astype(np.uint8))
+        found.append([noise.shares(name, clip)[0] for name in SELECTIONS])
+    assert found[0] == [0, 0, 0] and all(low <= high for low, high in zip(found[1], found[2], strict=True))
+    assert max(found[2]) > 50
+
+
+def test_a_clip_in_chunks() -> None:
+    clip = as_clip(synthetic_clip(7, (56, 84), moving=0.3, seed=1))
+    parts = list(loss.pieces(clip, 3))
+    assert [part.grid for part in parts] == [(3, 2, 3), (3, 2, 3), (1, 2, 3)]
+    assert torch.equal(torch.cat([part.tokens for part in parts]), clip.tokens)
+    config = EVSConfig(rate=0.5, encoder="reuse")
+    alone, stream = loss.chunked(clip, 3, config), loss.chunked(clip, 3, replace(config, stream=True))
+    assert [plan.counts[0] for plan in alone] == [6, 6, 6] and stream[0].counts[0] == 6
+    assert loss.mask_of(stream).sum() < loss.mask_of(alone).sum()
