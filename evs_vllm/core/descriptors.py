@@ -30,24 +30,17 @@ def low_resolution(clip: Clip, cells: int) -> torch.Tensor:
     """The low-resolution picture of a clip.
 
     Args:
-        clip: T units of H x W tokens, with pixels of three channels. What `Clip.previous` holds comes first, as one
-            more unit.
+        clip: T units of H x W tokens, with pixels of three channels.
         cells: Cells along one side of a token.
 
     Returns:
-        (T or T + 1, H, W, cells, cells, 3) uint8, each cell the mean over its pixels and the frames of the unit: the
+        (T, H, W, cells, cells, 3) uint8, each cell the mean over its pixels and the frames of the unit: the
         pixels of `Clip.source`, or of `Clip.tokens` where there is none.
 
     Raises:
-        UnsupportedError: The clip has no source and does not say how its pixels are ordered, or it has a source and
-            goes on from another clip, of which only pixels are known.
+        UnsupportedError: The clip has no source and does not say how its pixels are ordered.
     """
     if clip.source is not None:
-        if clip.previous is not None:
-            raise UnsupportedError(
-                "This clip has its source frames (Clip.source), but of what was there before only resized pixels "
-                "(Clip.previous), which cannot be compared. Leave the source out."
-            )
         units, rows, columns = clip.grid
         picture = evs_kernels.pool_frames(
             clip.source.frames, rows * cells, columns * cells, unit_frames=clip.source.unit_frames
@@ -58,9 +51,8 @@ def low_resolution(clip: Clip, cells: int) -> torch.Tensor:
             "This clip does not say where in a token its pixels are (Clip.pixels), which every selection but 'paper' "
             "looks at. Give it, or select by 'paper'."
         )
-    tokens = clip.tokens if clip.previous is None else torch.cat([clip.previous[None], clip.tokens])
     order = clip.pixels
-    pooled = evs_kernels.pool_tokens(tokens, order.merge, order.channels, order.frames, order.side, cells)
+    pooled = evs_kernels.pool_tokens(clip.tokens, order.merge, order.channels, order.frames, order.side, cells)
     return pooled.view(-1, *clip.grid[1:], cells, cells, order.channels)
 
 
@@ -119,10 +111,10 @@ class Descriptor(ABC):
         """Describes every token, once for each clip.
 
         Args:
-            clip: The clip; what `Clip.previous` holds comes first, as one more unit.
+            clip: The clip.
 
         Returns:
-            (T or T + 1, P, F) uint8, contiguous, on the clip's device.
+            (T, P, F) uint8, contiguous, on the clip's device.
 
         Raises:
             UnsupportedError: The clip does not say how its pixels are ordered.

@@ -26,9 +26,10 @@ from evs_vllm.core.scorers import named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.engine.compat import settings_of
 from evs_vllm.engine.limits import check_positions
-from evs_vllm.engine.metrics import PATHS, metrics
+from evs_vllm.engine.metrics import PATHS, metrics, news_of
 from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD
-from evs_vllm.engine.times import metadata_of, unit_starts
+from evs_vllm.engine.streams import Stream, StreamStore, chain
+from evs_vllm.engine.times import metadata_of, seconds_of, unit_starts
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
 from evs_vllm.families import Family
 from evs_vllm.families.base import FamilyAdapter
@@ -47,6 +48,9 @@ _settings: ContextVar[EVSConfig] = ContextVar("evs_settings", default=_OFF)
 _profiling: ContextVar[bool] = ContextVar("evs_profiling", default=False)
 # What its video processor was given.
 _watched: ContextVar[Watch | None] = ContextVar("evs_watched", default=None)
+
+# Its videos, if they are parts of one stream.
+_stream: ContextVar[Stream | None] = ContextVar("evs_stream", default=None)
 
 T = TypeVar("T")
 
@@ -104,6 +108,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
     def __init__(self, info: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(info, *args, **kwargs)
+        self._evs_store = StreamStore(int(self._evs_config.stream_cache_gb * 2**30))
         self._evs_why_stock = "this family's does more than to resize frames and cut them into patches"
         if self._evs.judges_source:
             _watch_processors(info)
@@ -143,6 +148,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             )
         with ExitStack() as within:
             within.enter_context(_set(_settings, settings))
+            streams = settings.active and settings.stream
+            within.enter_context(_set(_stream, Stream(self._evs_store) if streams else None))
             if settings.active and self._evs.judges_source:
                 watch = within.enter_context(watching(leave_rows=not self._evs_why_stock))
                 within.enter_context(_set(_watched, watch))
@@ -157,10 +164,22 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         hashes = super()._get_mm_hashes(inputs)
-        if (settings := _settings.get()).active and MODALITY in hashes:
-            digest = hashlib.sha256(settings.identity.encode()).hexdigest()[:16]
-            hashes = {**hashes, MODALITY: [f"{item}-evs{digest}" for item in hashes[MODALITY]]}
-        return hashes
+        settings, stream = _settings.get(), _stream.get()
+        if not settings.active or MODALITY not in hashes:
+            return hashes
+        own = hashes[MODALITY]
+        if stream is not None:
+            stream.links = chain(own, settings.identity)
+            marks = [link[:32] for link in stream.links[:-1]]
+        else:
+            marks = [hashlib.sha256(settings.identity.encode()).hexdigest()[:16]] * len(own)
+        return {**hashes, MODALITY: [f"{item}-evs{mark}" for item, mark in zip(own, marks, strict=True)]}
+
+    def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
+        stream = _stream.get()
+        if stream is not None and MODALITY in mm_hashes:
+            cache = stream.without(cache, mm_data_items[MODALITY], mm_hashes[MODALITY])
+        return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)
 
     def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
@@ -171,9 +190,10 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         # Embeddings go through no processor.
         seen = watch.seen if watch is not None and watch.seen else [None] * len(items)
         try:
+            # One after the other, as in a stream a clip needs what the one before it leaves.
             pruned = [
-                self._prune(item, item_updates, settings, metadata_of(mm_items[MODALITY], number), video)
-                for number, (item, item_updates, video) in enumerate(zip(items, updates[MODALITY], seen, strict=True))
+                self._prune(item, item_updates, settings, metadata_of(mm_items[MODALITY], place), video, place)
+                for place, (item, item_updates, video) in enumerate(zip(items, updates[MODALITY], seen, strict=True))
             ]
         except (ArithmeticError, LookupError, RuntimeError, PlanError) as error:
             if not hf_processor_mm_kwargs:
@@ -186,14 +206,19 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         return {**updates, MODALITY: pruned}
 
     def _prune(
-        self, item: Any, updates: Any, settings: EVSConfig, metadata: Mapping[str, Any], seen: Seen | None
+        self, item: Any, updates: Any, settings: EVSConfig, metadata: Mapping[str, Any], seen: Seen | None, place: int
     ) -> Any:
-        """Plans one clip, puts the plan among its fields and returns its prompt updates, shortened."""
+        """Plans one clip, puts the plan among its fields and returns its prompt updates, shortened.
+
+        `place` is where it stands among the clips that are being processed.
+        """
+        stream = _stream.get()
         fields = {key: elem.data for key, elem in item.items()}
+        selection = named_selection(settings.selection)
         to_make = seen if seen is not None and not seen.why_stock else None
         if to_make is not None:
-            dtype, reads_pixels = fields[PIXELS].dtype, named_selection(settings.selection).reads_pixels
-            fields[PIXELS] = _rows(to_make, None, dtype) if reads_pixels else to_make.blank(dtype)
+            dtype = fields[PIXELS].dtype
+            fields[PIXELS] = _rows(to_make, None, dtype) if selection.reads_pixels else to_make.blank(dtype)
         started = time.perf_counter()
         clip = self._evs.clip(fields)
         if clip is None:
@@ -204,13 +229,23 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                     "evs_rate to 0 on both sides where the servers admit it."
                 )
             logger.warning_once("EVS: precomputed video embeddings have no pixels to compare; they are not pruned.")
+            if stream is not None:
+                stream.leave(stream.number_of(place), None)
             return updates
         if seen is not None:
             clip = replace(clip, source=seen.source)
         if settings.focus:
             clip = replace(clip, starts=unit_starts(metadata, clip))
         try:
-            plan = make_plan(clip, settings)
+            if stream is None:
+                plan = make_plan(clip, settings)
+            else:
+                number = stream.number_of(place)
+                clip = clip.after(stream.before[number])
+                plan = make_plan(clip, settings)
+                stream.leave(number, selection.anchors(torch.from_numpy(plan.kept), clip, settings))
+                rebuilt = number in stream.rebuilt
+                metrics().stream_chunks.labels("rebuilt" if rebuilt else news_of(clip, plan)).inc()
         except UnsupportedError as error:
             raise RequestError(str(error)) from None
         span = self._evs.position_span(fields, clip.grid)
@@ -223,7 +258,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         metrics().frontend_clips.labels(PATHS[to_make is None]).inc()
         # Pixels that nobody computes need not be made, cached, serialised or copied to the device.
         reuse = plan.encoder == "reuse"
-        if to_make is not None and not reads_pixels:
+        if to_make is not None and not selection.reads_pixels:
             pixels = {PIXELS: _rows(to_make, plan.computed if reuse else None, dtype)}
         elif reuse:
             pixels = self._evs.computed_pixels(fields, plan)
@@ -248,7 +283,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         contents = [item_updates[0].content for item_updates in updates if item_updates]
         plans = [content.plan for content in contents if isinstance(content, PrunedUpdateDetails)]
         if plans:
-            check_positions(self._evs, self.info.ctx.model_config, len(result[0]), plans)
+            seconds = None if _stream.get() is None else seconds_of(mm_items[MODALITY], len(updates))
+            check_positions(self._evs, self.info.ctx.model_config, len(result[0]), plans, seconds)
             count, selection = metrics(), _settings.get().selection
             count.clips.labels(selection).inc(len(plans))
             count.tokens.labels(selection).inc(sum(plan.num_tokens for plan in plans))

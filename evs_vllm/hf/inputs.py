@@ -61,6 +61,11 @@ def prune_arguments(
     ids, mask = out.get("input_ids"), out.get("attention_mask")
     if ids is None or ids.ndim != 2 or (mask is not None and mask.shape != ids.shape):
         raise UnsupportedError("EVS needs input_ids of (batch, length) and attention_mask of the same shape or None.")
+    if config.stream and config.active and plans is None and len(ids) > 1:
+        raise UnsupportedError(
+            f"A stream is one conversation, and this batch has {len(ids)}. Call the model once for each, or leave "
+            "stream out."
+        )
     state = state_of(model)
     pixels, seconds = out.pop(PIXELS), out.pop("second_per_grid_ts", None)
     image_pixels, grids, image_grids = (out.pop(name, None) for name in ("pixel_values", GRID, "image_grid_thw"))
@@ -146,8 +151,9 @@ def _plan_clips(
     if judged:
         _check_normalised(pixels, vision.in_channels, state.adapter.stats)
         sources = _sources(state, config, [_in_tokens(model, grid) for grid in grids], cells)
+        selection = named_selection(config.selection) if state.selection is None else state.selection
     units_apart = CLASSES[type(model).__name__].units_apart
-    clips = []
+    clips, anchors = [], None
     rows = pixels.detach().split(grids.prod(-1).tolist())
     for number, (clip_pixels, grid) in enumerate(zip(rows, grids, strict=True)):
         fields = {PIXELS: clip_pixels, GRID: grid}
@@ -165,7 +171,10 @@ def _plan_clips(
             assert clip is not None  # it has pixels
             if sources is not None:
                 clip = replace(clip, source=sources[number])
-            plan = make_plan(clip, config, state.selection)
+            clip = clip.after(anchors)
+            plan = make_plan(clip, config, selection)
+            if config.stream:
+                anchors = selection.anchors(torch.from_numpy(plan.kept), clip, config)
         else:
             plan = RetentionPlan(medium.grid, np.arange(medium.num_tokens))
         clips.append((medium, plan))

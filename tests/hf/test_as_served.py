@@ -88,6 +88,37 @@ def test_the_plan_is_the_one_that_vllm_makes(model_dir, reference, family, facts
 
 
 @pytest.mark.vllm
+@pytest.mark.families(CLASS_IDS)
+def test_a_stream_is_the_one_that_vllm_makes(model_dir, reference, family, facts) -> None:
+    from transformers.video_utils import VideoMetadata
+
+    from tests.families.test_streams import ask, pieces, plans_in
+
+    clips, ref = pieces(facts), reference(family)
+    served = plans_in(ask(processor_for(model_dir(family), {"rate": 0.6, "encoder": "full"}), clips))
+    model = hf.enable(copy.deepcopy(ref.model), 0.6, processor=ref.processor, stream=True)
+    batch = ref.processor(
+        text=[TEXT * len(clips)],
+        videos=[torch.from_numpy(clip).permute(0, 3, 1, 2) for clip in clips],
+        video_metadata=[
+            VideoMetadata(total_num_frames=len(c), fps=2.0, frames_indices=list(range(len(c)))) for c in clips
+        ],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        model(**batch)
+        plans = hf.last_plans(model)
+        assert [(p.kept.tolist(), p.unchanged) for p in plans] == [(p.kept.tolist(), p.unchanged) for p in served]
+        assert plans[1].num_kept == 1
+        model(**batch, evs_stream=False)
+        assert hf.last_plans(model)[1].num_kept > facts.per_unit
+        ids = torch.cat([batch["input_ids"]] * 2)
+        with pytest.raises(UnsupportedError, match=r"A stream is one conversation, and this batch has 2"):
+            model(**{**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+@pytest.mark.vllm
 @pytest.mark.families(["qwen2_5_vl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fps", [1.5, 2.997, 23.976, 29.97])

@@ -46,11 +46,15 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A video: uint8 frames (F, H, W, 3). `fps` is that of the frames given."""
+    """A video: uint8 frames (F, H, W, 3). `fps` is that of the frames given.
+
+    `after` are the clips before it, if it is part of a stream; all have its settings.
+    """
 
     frames: np.ndarray
     fps: float = 2.0
     settings: Settings = field(default_factory=Settings)
+    after: tuple[Clip, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,9 +254,18 @@ class Reference:
 
     def choose(self, clip: Clip, grid: tuple[int, int, int], pixels: np.ndarray) -> np.ndarray:
         """Which tokens of a clip to keep, by the selection that its settings name."""
+        if clip.after is not None:
+            looks = selection.DESCRIBE[clip.settings.selection]
+            stream = [(g[1:], looks(self.pictures(c, g))) for c in (*clip.after, clip) for g in [self.grid(c)]]
+            return np.array(selection.stream(stream, clip.settings)[-1][0])
         if clip.settings.off or clip.settings.selection == "paper":
             return select(pixels, clip.settings)
         return selection.select(self.pictures(clip, grid), clip.settings)
+
+    def grid(self, clip: Clip) -> tuple[int, int, int]:
+        """(units, rows, columns) in tokens."""
+        units, rows, columns = self._process(clip)["video_grid_thw"][0].tolist()
+        return units, rows // 2, columns // 2
 
     def pictures(self, clip: Clip, grid: tuple[int, int, int]) -> np.ndarray:
         """Low-resolution pictures of a clip's tokens, from its frames as they were before they were resized."""

@@ -42,11 +42,12 @@ def computed_tokens(looks: np.ndarray, kept: np.ndarray, settings: TowerSettings
         settings: The settings.
 
     Returns:
-        (T*P,) bool: the kept tokens, and those that differ by `refresh` hundredths or more from what was computed last
-        at their place; where that is more than half of the dropped tokens, those that differ most.
+        (T*P,) bool: the kept tokens, all of unit 0, and those that differ by `refresh` hundredths or more from what was
+        computed last at their place; where that is more than half of the other tokens, those that differ most.
     """
     units, per_unit, _ = looks.shape
     total = units * per_unit
+    kept = np.union1d(np.arange(per_unit), kept)  # of a clip that goes on from others, unit 0 is not kept whole
     wanted = kept
     if settings.refresh:
         level = max(1, math.ceil(Fraction(str(settings.refresh)) * selection.UNIT["learned"]))

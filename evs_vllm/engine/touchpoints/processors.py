@@ -56,6 +56,21 @@ ROWS: tuple[Touchpoint, ...] = (
         gone_when=PROCESSORS,
     ),
     Touchpoint(
+        what="clips of a stream follow each other (processor.EVSProcessorMixin._get_cache_missing_items)",
+        where="vllm.multimodal.processing.processor:BaseMultiModalProcessor._get_cache_missing_items",
+        parameters=("self", "cache", "mm_data_items", "mm_hashes"),
+        source=("cache.is_cached(hashes)", "mm_data_items[modality][idx]"),
+        why="Here it is decided which clips are processed: also those whose pixels a later one needs for its anchors.",
+        gone_when=PROCESSORS,
+    ),
+    Touchpoint(
+        what="clips of a stream follow each other (streams.Stream)",
+        where="vllm.multimodal.processing.processor:BaseMultiModalProcessor._apply_hf_processor",
+        source=("self._get_mm_hashes(", "self._get_mm_prompt_updates("),
+        why="Without a cache, too, the videos' identities are made before they are planned.",
+        gone_when=PROCESSORS,
+    ),
+    Touchpoint(
         what="clips are planned (processor.EVSProcessorMixin._get_mm_prompt_updates)",
         where="vllm.multimodal.processing.processor:BaseMultiModalProcessor._get_mm_prompt_updates",
         parameters=("self", "mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
