@@ -207,6 +207,10 @@ def _all_conditions(answers: Answers) -> list[str]:
         if (model, *way) == ("base", *PLAIN):
             shown = [_text(answers.by_seed(model, way, rate, of="shown")) for rate in rates]
             rows.append(["*answer still readable*", "evs", "", "", *shown])
+        if model == "base" and way in (list(PLAIN), ["paper", *PLAIN[1:]]):
+            # Of clips that are short at their rate "paper" keeps as few as vLLM would.
+            kept = [f"{answers.lines[model, *way][q][0]['tokens']:g}" if q in known else "" for q in rates]
+            rows.append(["*tokens kept*", way[0], "", "", *kept])
     return tables.markdown(["model", "tokens", "positions", "tower", *(f"q={q:g}" for q in rates)], rows, "llllr")
 
 

@@ -160,7 +160,7 @@ def test_results_are_written(smoke, tmp_path):
     tables, bars = report.markdown(result).split("**Bars**")
     assert "base, nothing dropped" in bars and "met" in bars
     table = tables.split("**All conditions**")[1].split("**By condition**")[0]
-    assert table.count("\n| ") == 2 + len(report.lines_of(result)) and "still readable" in table
+    assert table.count("\n| ") == 3 + len(report.lines_of(result)) and "still readable" in table
     report.plot(result, tmp_path / "p.svg")
     assert "<svg" in (tmp_path / "p.svg").read_text()
 
@@ -268,7 +268,7 @@ def made_up(model, rate, noise, when=0, scene=0, seed=0, selection="evs", tower=
     """A point with so many right answers, of 50 and twice 25."""
     point = {"seed": seed, "model": model, "selection": selection, "positions": "keep", "tower": tower, "rate": rate}
     right = "".join("1" * good + "0" * (count - good) for good, count in ((noise, 50), (when, 25), (scene, 25)))
-    return point | {"right": right, "shown": "1" * 100}
+    return point | {"right": right, "shown": "1" * 100, "tokens": 9 if selection == "paper" else 11}
 
 
 def test_bars_are_read_off_the_points():
@@ -311,6 +311,8 @@ def test_tables_have_each_condition_and_kind_of_question():
     for row in (
         "| base | evs | keep | full | 99.0 | 79.0 |",
         "| base | paper | keep | full |  | 77.0 |",
+        "| *tokens kept* | evs |  |  | 11 | 11 |",
+        "| *tokens kept* | paper |  |  |  | 9 |",
         "| noise | base | evs | 100.0 | 80.0 |",
         "| pan | base | paper |  | 76.0 |",
         "| pan | *readable* | evs | 100.0 | 100.0 |",
