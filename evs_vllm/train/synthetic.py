@@ -60,6 +60,8 @@ class SceneSettings:
             the scene only.
         texture: Seed of the background that all clips share, as before one camera; None gives each clip its own, and
             then only position IDs tell cells apart.
+        frame: Width in pixels of a frame that each cell has in a hue of its own, fixed in the picture, as of a window
+            that the camera looks through. It tells cells apart where the background moves or changes.
         conditions: What happens beside the square, drawn for each clip. Cells are places in the picture, whatever moves
             behind them. "still": nothing, not even noise; "noise": noise alone; the others with noise: "light": over
             the clip the light falls to a part of itself, or rises from it; "pan": the camera turns to one side and
@@ -82,6 +84,7 @@ class SceneSettings:
     lost: float = 0.0
     tasks: tuple[str, ...] = TASKS
     texture: int | None = 0
+    frame: int = 0
     conditions: tuple[str, ...] = ("noise",)
     light: float = 0.2
     pan: float = 6.0
@@ -103,6 +106,8 @@ class SceneSettings:
             )
         if not 0 <= self.lost < 1:
             raise ConfigError(f"lost got {self.lost}; a share from 0 up to but not including 1 is needed.")
+        if not 0 <= self.frame <= (self.cell - self.square) // 2 and self.square <= self.cell:
+            raise ConfigError(f"frame got {self.frame}; it has to leave room for the square in the cell.")
         if self.square > self.cell or not 0 <= self.noise <= 127 or self.rows * self.columns < 2:
             raise ConfigError("A synthetic clip needs square <= cell, noise from 0 to 127 and at least two cells.")
         if not self.tasks or not set(self.tasks) <= {*TASKS, "scene"}:
@@ -168,6 +173,8 @@ def make_example(settings: SceneSettings, seed: int | Sequence[int]) -> Example:
     painter = rng if s.texture is None else np.random.default_rng(s.texture)
     progress = _progress(condition, s, stride * np.arange(units), rng)
     frames = _backgrounds(condition, s, progress, painter).astype(np.int16).repeat(2, axis=0)
+    if s.frame:
+        frames[:, _framed(s)] = _hues(s)[_framed(s)]
     margin = (s.cell - s.square) // 2
     for visit in visits:
         y, x = (visit.cell // s.columns) * s.cell + margin, (visit.cell % s.columns) * s.cell + margin
@@ -250,6 +257,19 @@ def _backgrounds(condition: str, s: SceneSettings, progress: np.ndarray, painter
     if condition == "cuts":
         return np.stack([paint(width) for _ in range(3)])[(3 * progress).astype(int)]
     return paint(width)[None].repeat(len(progress), axis=0)
+
+
+def _framed(s: SceneSettings) -> np.ndarray:
+    """Which pixels belong to the frames of cells, (rows * cell, columns * cell)."""
+    near = np.minimum(np.arange(s.cell), np.arange(s.cell)[::-1]) < s.frame
+    return np.tile(near[:, None] | near, (s.rows, s.columns))
+
+
+def _hues(s: SceneSettings) -> np.ndarray:
+    """The hue of each pixel's cell, evenly spread over the circle and no brighter than a background."""
+    angles = np.arange(s.rows * s.columns)[:, None] / (s.rows * s.columns) + np.arange(3) / 3
+    hues = (125 + 60 * np.cos(2 * np.pi * angles)).round().astype(np.int16).reshape(s.rows, s.columns, 3)
+    return hues.repeat(s.cell, 0).repeat(s.cell, 1)
 
 
 def _lit(frames: np.ndarray, light: np.ndarray) -> np.ndarray:

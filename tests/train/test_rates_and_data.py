@@ -272,6 +272,21 @@ def test_cuts_are_between_three_scenes():
     assert set(shown) == {"1", "2", "3"}
 
 
+def test_frames_tell_cells_apart_whatever_moves_behind_them():
+    edge = np.ones((28, 28), bool)
+    edge[2:-2, 2:-2] = False
+    for condition in CONDITIONS:
+        settings = SceneSettings(conditions=(condition,), noise=0, frame=2, light=0.9999)
+        plain, framed = (make_example(replace(settings, frame=width), 5) for width in (0, 2))
+        cells, behind = (e.frames.reshape(64, 2, 28, 3, 28, 3).swapaxes(2, 3) for e in (framed, plain))
+        hues = cells[0, :, :, 0, 0]
+        assert len(np.unique(hues.reshape(6, 3), axis=0)) == 6
+        assert (np.abs(cells[:, :, :, edge].astype(int) - hues[:, :, None]) <= 1).all()
+        assert np.array_equal(cells[:, :, :, ~edge], behind[:, :, :, ~edge])
+    with pytest.raises(ConfigError, match="frame"):
+        SceneSettings(frame=8)
+
+
 @pytest.mark.parametrize("condition", SCENES)
 def test_the_scene_is_asked_for_at_a_time(condition):
     settings = SceneSettings(conditions=CONDITIONS, tasks=(*TASKS, "scene"))
