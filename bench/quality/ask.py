@@ -184,7 +184,8 @@ def readable(example: Example, kept: np.ndarray, per_unit: int) -> bool:
     if example.task == "when":
         return seen[max(number for number, v in enumerate(example.visits) if v.begin <= example.asked)]
     if example.task == "scene":
-        return example.scene[kept[kept < (example.asked + 1) * per_unit].max() // per_unit] == example.answer
+        before = kept[kept < (example.asked + 1) * per_unit]
+        return bool(len(before)) and example.scene[before.max() // per_unit] == example.answer
     return seen[0 if example.task == "first" else -1]
 
 

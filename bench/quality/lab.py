@@ -23,10 +23,10 @@ UNSEEN = 5
 """Seed of the clips that are asked about; those of training have others."""
 
 
-def unseen(settings: Settings) -> list[Example]:
+def unseen(settings: Settings, seed: int = UNSEEN) -> list[Example]:
     """The questions; the conditions take turns."""
     scenes = [replace(settings.scenes, conditions=(condition,)) for condition in settings.scenes.conditions]
-    return [make_example(scenes[number % len(scenes)], [UNSEEN, number]) for number in range(settings.clips)]
+    return [make_example(scenes[number % len(scenes)], [seed, number]) for number in range(settings.clips)]
 
 
 def prepare(folder: Path, settings: Settings, seed: int, name: str) -> Path:

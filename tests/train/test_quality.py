@@ -18,15 +18,16 @@ import evs_vllm.hf.prompt
 from bench.quality import ask as quality_ask
 from bench.quality import lab as quality
 from bench.quality import models as quality_models
-from bench.quality import report
+from bench.quality import report, shown
 from evs_kernels import select_topk
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.budget import token_budget
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.scorers import SELECTIONS, PixelChange
 from evs_vllm.errors import ConfigError
+from evs_vllm.families.qwen2_vl import GRID, PIXELS
 from evs_vllm.options import SELECTION_NAMES
-from evs_vllm.train.data import ChatCollator
+from evs_vllm.train.data import ChatCollator, as_item
 from evs_vllm.train.synthetic import CONDITIONS, TASKS, SceneSettings, make_example
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,7 +229,36 @@ def test_the_scene_is_readable_from_the_latest_token():
         assert not quality_ask.readable(example, first, 6)
         assert quality_ask.readable(example, np.concatenate([first, last]), 6)
         assert not quality_ask.readable(example, np.concatenate([first, last + 6]), 6), "that is later"
+        assert not quality_ask.readable(example, last + 6, 6)
     assert checked > 10
+
+
+def test_a_clip_without_a_model_is_what_the_processor_makes(tmp_path):
+    scene = SceneSettings(units=6, rows=2, columns=3)
+    folder = quality_models.untrained(tmp_path, quality_models.Settings(), 0)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    adapter = quality_ask.FAMILY.bind(transformers.AutoConfig.from_pretrained(folder), processor=processor)
+    example = make_example(scene, 3)
+    inputs = ChatCollator(processor)([as_item(example)])
+    expected = adapter.clip({PIXELS: inputs["pixel_values_videos"], GRID: inputs["video_grid_thw"][0]})
+    found = shown.clip_of(example, scene)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert (found.grid, found.pixels) == (expected.grid, expected.pixels)
+
+
+def test_what_is_shown_is_counted():
+    settings = quality.Settings(scene={"conditions": ["still", "cuts"], "tasks": ["last", "scene"]}, clips=40)
+    examples = quality.unseen(settings)
+    points = shown.measure(settings, examples)
+    found = {(p["selection"], p["rate"], p["condition"], p["kind"]): (p["clips"], p["readable"]) for p in points}
+    assert len(found) == len(points) == len(shown.WAYS) * 4 * 3
+    assert found["evs", 0.5, "still", "square"] == (20, 100) and found["frames", 0.95, "still", "square"][1] < 50
+    clips = [found["evs", 0.9, "cuts", kind][0] for kind in ("square", "scene")]
+    assert sum(clips) == 20 and clips[1] == sum(example.task == "scene" for example in examples)
+    settings = {"scene": {"conditions": ["still", "cuts"]}, "clips": 40}
+    result = {"points": points, "settings": settings, "seed": 5, "seconds": 1}
+    table = shown.markdown(result | {"environment": {"time_utc": "today", "command": "c"}})
+    assert table.count("\n| ") == 4 * 3 and "| still | square | 0.5 | 100.0 |" in table
 
 
 def test_a_focus_is_on_the_time_that_is_asked_for():
