@@ -71,9 +71,9 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
     args = ["*i32", "*i32", "i32", "i32", "i32"]
     yield "anchored-step", anchored.step_kernel, args, {"BLOCK": anchored.BLOCK}, set(), 4
     for size in (1, 28, 64, 448):
-        rows, width = pool.block_of(size)
+        rows, width, warps = pool.block_of(size)
         args, constants = ["*u8", "*u8", *["i32"] * 5], {"ROWS": rows, "WIDTH": width}
-        yield f"pool-{size}", pool.pool_kernel, args, constants, set(), 1
+        yield f"pool-{size}", pool.pool_kernel, args, constants, set(), warps
     args = ["*fp32", "*fp32", "*fp32", "i32", "i32", "i32"]
     yield "cosine-finish", cosine.finish_kernel, args, {"BLOCK": score.BLOCK}, set(), 4
     for s in ("i32", "fp32"):

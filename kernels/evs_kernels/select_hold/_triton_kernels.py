@@ -27,7 +27,7 @@ from ..select_topk._triton_kernels import select_partial
 from ._prices import UNITS, top_number
 
 # Places of a program of one warp. There are few places, so more would leave most of a GPU idle.
-PLACES = 16
+PLACES = 8
 
 BLOCK_UNITS = tl.constexpr(UNITS)
 NEVER = tl.constexpr(2**31 - 1)  # above every cost, and every distance
