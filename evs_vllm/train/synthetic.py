@@ -62,6 +62,8 @@ class SceneSettings:
             then only position IDs tell cells apart.
         frame: Width in pixels of a frame that each cell has in a hue of its own, fixed in the picture, as of a window
             that the camera looks through. It tells cells apart where the background moves or changes.
+        tint: By up to how many grey levels a background's colours lean to a hue: where the scene changes, to another one
+            in each part of its range (`SCENES`), without a step in between where it changes without.
         conditions: What happens beside the square, drawn for each clip. Cells are places in the picture, whatever moves
             behind them. "still": nothing, not even noise; "noise": noise alone; the others with noise: "light": over
             the clip the light falls to a part of itself, or rises from it; "pan": the camera turns to one side and
@@ -85,6 +87,7 @@ class SceneSettings:
     tasks: tuple[str, ...] = TASKS
     texture: int | None = 0
     frame: int = 0
+    tint: int = 0
     conditions: tuple[str, ...] = ("noise",)
     light: float = 0.2
     pan: float = 6.0
@@ -116,6 +119,8 @@ class SceneSettings:
             raise ConfigError(f"conditions got {list(self.conditions)}; known: {', '.join(CONDITIONS)}.")
         if set(self.tasks) == {"scene"} and not set(self.conditions) <= set(SCENES):
             raise ConfigError(f"The task scene needs a condition that changes the scene: {', '.join(SCENES)}.")
+        if not 0 <= self.tint <= 60:
+            raise ConfigError(f"tint got {self.tint}; grey levels from 0 to 60 are needed.")
         if not 0 < self.light <= 1 or self.pan <= 0:
             raise ConfigError(f"light got {self.light} and pan {self.pan}; 0 < light <= 1 and pan > 0 are needed.")
 
@@ -253,9 +258,11 @@ def _backgrounds(condition: str, s: SceneSettings, progress: np.ndarray, painter
 
     if condition == "pan":
         panorama = paint(2 * width)
+        panorama = panorama + _hue(np.arange(2 * width) / (2 * width), s.tint)
         return np.stack([panorama[:, start : start + width] for start in (width * progress).round().astype(int)])
     if condition == "cuts":
-        return np.stack([paint(width) for _ in range(3)])[(3 * progress).astype(int)]
+        scenes = np.stack([paint(width) for _ in range(3)]) + _hue(np.array([1, 3, 5]) / 6, s.tint)[:, None, None]
+        return scenes[(3 * progress).astype(int)]
     return paint(width)[None].repeat(len(progress), axis=0)
 
 
@@ -267,9 +274,13 @@ def _framed(s: SceneSettings) -> np.ndarray:
 
 def _hues(s: SceneSettings) -> np.ndarray:
     """The hue of each pixel's cell, evenly spread over the circle and no brighter than a background."""
-    angles = np.arange(s.rows * s.columns)[:, None] / (s.rows * s.columns) + np.arange(3) / 3
-    hues = (125 + 60 * np.cos(2 * np.pi * angles)).round().astype(np.int16).reshape(s.rows, s.columns, 3)
+    hues = (125 + _hue(np.arange(s.rows * s.columns) / (s.rows * s.columns), 60)).reshape(s.rows, s.columns, 3)
     return hues.repeat(s.cell, 0).repeat(s.cell, 1)
+
+
+def _hue(turns: np.ndarray, strength: int) -> np.ndarray:
+    """Deviations from grey, (n, 3) int16, for hues at `turns` (n,) of the circle."""
+    return (strength * np.cos(2 * np.pi * (turns[:, None] + np.arange(3) / 3))).round().astype(np.int16)
 
 
 def _lit(frames: np.ndarray, light: np.ndarray) -> np.ndarray:
