@@ -287,6 +287,27 @@ def test_frames_tell_cells_apart_whatever_moves_behind_them():
         SceneSettings(frame=8)
 
 
+def test_a_tint_tells_scenes_apart_by_their_colour():
+    for condition in ("cuts", "pan"):
+        settings = SceneSettings(conditions=(condition,), noise=0)
+        leaning = {}
+        for seed in range(8):
+            plain, tinted = (make_example(replace(settings, tint=width), seed) for width in (0, 40))
+            assert tinted.scene == plain.scene
+            for unit, word in enumerate(tinted.scene):
+                means = [example.frames[2 * unit].astype(int).mean(axis=(0, 1)) for example in (tinted, plain)]
+                leaning.setdefault(word, []).append(means[0] - means[1])
+        means = {word: np.mean(found, axis=0) for word, found in leaning.items()}
+        assert set(means) == set(SCENES[condition][1])
+        for word, found in leaning.items():
+            nearest = [min(means, key=lambda other, one=one: np.abs(one - means[other]).sum()) for one in found]
+            assert np.mean([other == word for other in nearest]) > (0.99 if condition == "cuts" else 0.8)
+    noise = [make_example(SceneSettings(tint=width), 3).frames for width in (0, 40)]
+    assert np.array_equal(*noise), "nothing is asked for there"
+    with pytest.raises(ConfigError, match="tint"):
+        SceneSettings(tint=90)
+
+
 @pytest.mark.parametrize("condition", SCENES)
 def test_the_scene_is_asked_for_at_a_time(condition):
     settings = SceneSettings(conditions=CONDITIONS, tasks=(*TASKS, "scene"))
