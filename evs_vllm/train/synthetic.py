@@ -62,8 +62,8 @@ class SceneSettings:
             then only position IDs tell cells apart.
         frame: Width in pixels of a frame that each cell has in a hue of its own, fixed in the picture, as of a window
             that the camera looks through. It tells cells apart where the background moves or changes.
-        tint: By up to how many grey levels a background's colours lean to a hue: where the scene changes, to another one
-            in each part of its range (`SCENES`), without a step in between where it changes without.
+        tint: By up to how many grey levels the backgrounds of "pan" and "cuts" lean to a hue, which is another one in
+            each part of the panorama and in each scene. It makes a small model learn sooner to tell them apart.
         conditions: What happens beside the square, drawn for each clip. Cells are places in the picture, whatever moves
             behind them. "still": nothing, not even noise; "noise": noise alone; the others with noise: "light": over
             the clip the light falls to a part of itself, or rises from it; "pan": the camera turns to one side and
