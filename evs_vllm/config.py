@@ -11,7 +11,7 @@ from typing import Any
 from evs_vllm.errors import ConfigError
 from evs_vllm.options import OPTIONS, SELECTION_NAMES, Option, exact
 
-IDENTITY_VERSION = "evs4"
+IDENTITY_VERSION = "evs5"
 """Bump it when what a plan holds or how tokens are counted changes: no cache may serve what an older version made."""
 
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -35,6 +35,7 @@ class EVSConfig:
     encoder: str = "auto"
     encoder_refresh: float = 25
     request_overrides: str = "stricter"
+    processor_threads: int | None = None
     why_not_reuse: str = ""
     """Not an option: why this server cannot run the encoder 'reuse', or "". Set at start-up by `resolve_encoder`."""
 

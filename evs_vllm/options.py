@@ -31,6 +31,9 @@ ENCODERS = ("auto", "reuse", "full")
 MOST_TOKENS = 10**9
 """Largest number of tokens that an option takes: more than any clip has."""
 
+MOST_THREADS = 1024
+"""Largest number of threads that an option takes."""
+
 MOST_RANGES = 32
 """Largest number of time ranges of a focus."""
 
@@ -272,6 +275,17 @@ OPTIONS: tuple[Option, ...] = (
         REQUEST_OVERRIDES,
         "Which evs_* keys a request may set: 'none', those that cannot keep more tokens ('stricter'), or 'any'.",
         affects="",
+        per_request=False,
+    ),
+    Option(
+        name="processor_threads",
+        is_allowed=lambda v: v is None or (_is_count(v, 1) and v <= MOST_THREADS),  # type: ignore[operator]
+        allowed=f"an integer from 1 to {MOST_THREADS}",
+        help="Threads with which a clip is judged and its pixels are resized; unset, as many as vLLM gives its "
+        "processor, which is one in a server.",
+        metavar="N",
+        affects="",
+        nullable=True,
         per_request=False,
     ),
 )

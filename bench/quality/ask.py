@@ -27,6 +27,7 @@ from evs_vllm.core.schedule import ReuseSchedule
 from evs_vllm.core.scorers import Scorer, Selection, named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.families import family_of
+from evs_vllm.families.front_end import CELLS, sources_of_cells
 from evs_vllm.families.qwen2_vl import GRID, PIXELS
 from evs_vllm.hf import tower
 from evs_vllm.train.data import ChatCollator, as_item
@@ -212,8 +213,8 @@ def ask(
     """
     model = speed_up(transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval())
     towers = Towers(share)
-    hf.enable(model, 0, served_positions=True, encode=towers.encode)
     processor = transformers.AutoProcessor.from_pretrained(folder)
+    hf.enable(model, 0, processor=processor, served_positions=True, encode=towers.encode)
     adapter = FAMILY.bind(model.config, processor=processor)
     collate = ChatCollator(processor)
     results: list[list[tuple[bool, bool, int]]] = [[] for _ in cells]
@@ -223,9 +224,11 @@ def ask(
         pixels, grids = inputs["pixel_values_videos"], inputs["video_grid_thw"]
         features = model.model.get_video_features(pixels, grids, return_dict=True).pooler_output
         rows = pixels.split(grids.prod(-1).tolist())
+        clips = [adapter.clip({PIXELS: own, GRID: grid}) for own, grid in zip(rows, grids, strict=True)]
+        sources = sources_of_cells(inputs[CELLS], [clip.grid for clip in clips])
         clips = [
-            replace(adapter.clip({PIXELS: own, GRID: grid}), starts=unit_starts(example))
-            for own, grid, example in zip(rows, grids, some, strict=True)
+            replace(clip, source=source, starts=unit_starts(example))
+            for clip, source, example in zip(clips, sources, some, strict=True)
         ]
         towers.forget()
         for (variant, rate), found in zip(cells, results, strict=True):

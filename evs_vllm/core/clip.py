@@ -29,15 +29,31 @@ class TokenPixels:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A clip's pixels, one row per language-model token.
+class Source:
+    """A clip's frames before anything was resized.
 
     Attributes:
-        tokens: (T, P, D) uint8, contiguous, CPU or CUDA.
+        frames: (F, height, width, 3) uint8, contiguous, CPU or CUDA, at least one.
+        unit_frames: Frames of a temporal unit; the last frame stands for those that the last unit lacks.
+    """
+
+    frames: torch.Tensor
+    unit_frames: int
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip, its pixels as one row per language-model token.
+
+    Attributes:
+        tokens: (T, P, D) uint8, contiguous, CPU or CUDA, as the processor resized them. Without data, on torch's device
+            "meta", where nothing reads them: with a source, only selections with `reads_pixels` do.
         grid: (T, H, W) with H*W == P.
         pixels: How a row is ordered, for selections that look at where a pixel is; None where that is not known.
         previous: (P, D) uint8, how each place looked before unit 0, for a clip that goes on from another one. None for
             a clip that stands alone, whose unit 0 is kept whole.
+        source: What the low-resolution picture of the clip is made from. None for `tokens`, which is the same where
+            nothing was resized.
         starts: (T,) seconds at which each unit begins, or None where the video does not say.
         described: Descriptors of this clip by name, as `evs_vllm.core.descriptors` makes them; each is made once.
     """
@@ -47,6 +63,7 @@ class Clip:
     pixels: TokenPixels | None = None
     previous: torch.Tensor | None = None
     starts: tuple[float, ...] | None = None
+    source: Source | None = None
     described: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a token looks like, in a few bytes: descriptors, whose L1 distance says how much a token changed.
 
-They start from a low-resolution picture of every token (`evs_kernels.pool_tokens`), so a clip's pixels are read once.
+They start from a low-resolution picture of every token, made of the frames before they were resized
+(`evs_kernels.pool_frames`), or of the token's pixels where those are all there is (`evs_kernels.pool_tokens`); either
+way a clip is read once.
 All arithmetic is exact: integers, quotients and square roots that IEEE 754 rounds correctly, and matrix products of
 integers whose sums stay below 2**24, which float32 holds exactly in whatever order a library adds them up. So equal
 pixels have equal descriptors on every machine and device.
@@ -33,11 +35,24 @@ def low_resolution(clip: Clip, cells: int) -> torch.Tensor:
         cells: Cells along one side of a token.
 
     Returns:
-        (T or T + 1, H, W, cells, cells, 3) uint8, each cell the mean over its pixels and the frames of the unit.
+        (T or T + 1, H, W, cells, cells, 3) uint8, each cell the mean over its pixels and the frames of the unit: the
+        pixels of `Clip.source`, or of `Clip.tokens` where there is none.
 
     Raises:
-        UnsupportedError: The clip does not say how its pixels are ordered.
+        UnsupportedError: The clip has no source and does not say how its pixels are ordered, or it has a source and
+            goes on from another clip, of which only pixels are known.
     """
+    if clip.source is not None:
+        if clip.previous is not None:
+            raise UnsupportedError(
+                "This clip has its source frames (Clip.source), but of what was there before only resized pixels "
+                "(Clip.previous), which cannot be compared. Leave the source out."
+            )
+        units, rows, columns = clip.grid
+        picture = evs_kernels.pool_frames(
+            clip.source.frames, rows * cells, columns * cells, unit_frames=clip.source.unit_frames
+        )
+        return picture.view(units, rows, cells, columns, cells, -1).transpose(2, 3).contiguous()
     if clip.pixels is None:
         raise UnsupportedError(
             "This clip does not say where in a token its pixels are (Clip.pixels), which every selection but 'paper' "

@@ -28,6 +28,8 @@ class Selection(ABC):
 
     Attributes:
         name: Its name in `SELECTIONS`. It is part of the cache identity: a method that changes needs another name.
+        reads_pixels: Whether it looks at `Clip.tokens`. Others see the low-resolution picture of a clip alone
+            (`evs_vllm.core.descriptors.low_resolution`), for which resized pixels need not exist.
         stock_count: Whether it keeps exactly the number of tokens that vLLM's ``--video-pruning-rate`` keeps, of short
             clips too (see `token_budget`).
         threshold_counts: What the option ``threshold`` counts, in words.
@@ -35,6 +37,7 @@ class Selection(ABC):
     """
 
     name: str
+    reads_pixels: bool = True
     stock_count: bool = False
     threshold_counts: str
     high_threshold: float = 100
@@ -97,6 +100,8 @@ class Anchored(Selection):
         descriptor: What tokens are compared by; the selection has its name.
         high_threshold: Where a slider for thresholds ends.
     """
+
+    reads_pixels = False
 
     def __init__(self, descriptor: Descriptor, high_threshold: float) -> None:
         self.name, self.descriptor = descriptor.name, descriptor

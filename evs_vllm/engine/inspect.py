@@ -3,13 +3,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import MediaConnector
@@ -30,6 +31,7 @@ from evs_vllm.engine.plan_field import MODALITY, plan_of
 from evs_vllm.engine.times import unit_starts
 from evs_vllm.errors import EVSError, UnsupportedError
 from evs_vllm.families import family_of
+from evs_vllm.families.front_end import Seen, watching
 from evs_vllm.options import CONFIG_KEY
 
 
@@ -66,7 +68,7 @@ def inspect_clip(
         started = time.perf_counter()
         media = _load(video, model_config)
         decode = time.perf_counter() - started
-    with _reported(f"process {video}"), set_default_torch_num_threads():
+    with _reported(f"process {video}"), set_default_torch_num_threads(), watching() as watch:
         inputs = _inputs(processor, media)
         # The second run is what a server does: the first one imports and compiles.
         processor.apply(inputs, TimingContext())
@@ -79,7 +81,11 @@ def inspect_clip(
     clip = adapter.clip(fields)
     if clip is None:
         raise UnsupportedError(f"The processor made no pixels of {video}.")
-    clip = replace(clip, starts=unit_starts(getattr(media, "media", media)[1] or {}, clip))
+    clip = replace(
+        clip,
+        starts=unit_starts(getattr(media, "media", media)[1] or {}, clip),
+        source=watch.seen[-1].source if watch.seen else None,
+    )
     weights = unit_weights(clip, config)
     frames = adapter.frames(fields)
     plan = plan_of(item) or RetentionPlan(clip.grid, np.arange(np.prod(clip.grid)), config.positions)
@@ -100,7 +106,8 @@ def inspect_clip(
         unit_seconds=clip.starts,
         prompt_tokens=(plan.num_tokens if layout is None else len(layout.token_ids), after),
         seconds={"decode": decode, "HF processor": timing.stage_secs["apply_hf_processor"]}
-        | _planning_seconds(clip, plan, config, selection, adapter),
+        | _planning_seconds(clip, plan, config, selection, adapter)
+        | {"pixels": _pixel_seconds(watch.seen, clip, config, adapter)},
         weights=None if weights is None else weights.tolist(),
     )
 
@@ -134,14 +141,6 @@ def _planning_seconds(
 ) -> dict[str, float]:
     """Medians of the stages that the processor runs in one go."""
 
-    def median(call: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times)
-
     def lay_out() -> None:
         whole = plan.layout
         if whole is not None:
@@ -151,9 +150,26 @@ def _planning_seconds(
 
     if not config.active:
         return {"score": 0.0, "select": 0.0, "layout": 0.0}
-    score = median(lambda: selection.evidence(clip).cpu())
-    both = median(lambda: make_plan(clip, config, selection))
-    return {"score": score, "select": max(0.0, both - score), "layout": median(lay_out)}
+    score = _median(lambda: selection.evidence(replace(clip)).cpu())  # a copy, which nothing was described of yet
+    both = _median(lambda: make_plan(replace(clip), config, selection))
+    return {"score": score, "select": max(0.0, both - score), "layout": _median(lay_out)}
+
+
+def _median(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _pixel_seconds(seen: Sequence[Seen], clip: Clip, config: EVSConfig, adapter: Any) -> float:
+    """What it takes to make the pixels of the tokens that a server's vision tower would compute."""
+    if not seen or seen[-1].why_stock:
+        return 0.0
+    tokens = make_plan(clip, config.resolve_encoder(adapter.why_not_reuse())).computed
+    return _median(lambda: seen[-1].rows(tokens, torch.uint8))
 
 
 def platform_name() -> str:

@@ -4,10 +4,10 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -16,20 +16,24 @@ from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PromptUpdateDetails
+from vllm.utils.torch_utils import set_default_torch_num_threads
 
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import BoolArray, RetentionPlan
 from evs_vllm.core.prompt import pruned_clip
+from evs_vllm.core.scorers import named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.engine.compat import settings_of
 from evs_vllm.engine.limits import check_positions
-from evs_vllm.engine.metrics import metrics
+from evs_vllm.engine.metrics import PATHS, metrics
 from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD
 from evs_vllm.engine.times import metadata_of, unit_starts
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
 from evs_vllm.families import Family
 from evs_vllm.families.base import FamilyAdapter
+from evs_vllm.families.front_end import Seen, Watch, watch_processor, watching, why_not
+from evs_vllm.families.qwen2_vl import PIXELS
 from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
 
 logger = init_logger("vllm.evs_vllm")
@@ -41,6 +45,8 @@ _OFF = EVSConfig()
 # The settings of the request that this thread is processing. vLLM calls `apply` and all it calls synchronously.
 _settings: ContextVar[EVSConfig] = ContextVar("evs_settings", default=_OFF)
 _profiling: ContextVar[bool] = ContextVar("evs_profiling", default=False)
+# What its video processor was given.
+_watched: ContextVar[Watch | None] = ContextVar("evs_watched", default=None)
 
 T = TypeVar("T")
 
@@ -93,6 +99,21 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
     """Goes before a family's processor class; `_evs_family` is set by `processor_class`."""
 
     _evs_family: Family
+    _evs_why_stock: str
+    """Why no clip's pixel rows are made without Hugging Face's processor, or ""."""
+
+    def __init__(self, info: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(info, *args, **kwargs)
+        self._evs_why_stock = "this family's does more than to resize frames and cut them into patches"
+        if self._evs.judges_source:
+            _watch_processors(info)
+            self._evs_why_stock = why_not(info.get_hf_processor().video_processor)
+        why = self._evs_why_stock
+        logger.info_once(
+            "EVS: pixel rows of clips for %s are made %s.",
+            self._evs_family.name,
+            f"by Hugging Face's processor: {why}" if why else "of the tokens that the vision tower computes",
+        )
 
     @cached_property
     def _evs(self) -> FamilyAdapter:
@@ -120,7 +141,13 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                 "are not pruned: send them as one (data:video/jpeg;base64,FRAME,FRAME,...; see docs/options.md).",
                 FRAMES_IN_A_ROW,
             )
-        with _set(_settings, settings):
+        with ExitStack() as within:
+            within.enter_context(_set(_settings, settings))
+            if settings.active and self._evs.judges_source:
+                watch = within.enter_context(watching(leave_rows=not self._evs_why_stock))
+                within.enter_context(_set(_watched, watch))
+            if settings.active and (threads := self._evs_config.processor_threads) is not None:
+                within.enter_context(set_default_torch_num_threads(threads))
             return super().apply(inputs, timing_ctx)
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,12 +167,13 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         settings = _settings.get()
         if not settings.active or not updates.get(MODALITY):  # empty when the processor cache has every clip
             return updates
+        items, watch = out_mm_kwargs[MODALITY], _watched.get()
+        # Embeddings go through no processor.
+        seen = watch.seen if watch is not None and watch.seen else [None] * len(items)
         try:
             pruned = [
-                self._prune(item, item_updates, settings, metadata_of(mm_items[MODALITY], number))
-                for number, (item, item_updates) in enumerate(
-                    zip(out_mm_kwargs[MODALITY], updates[MODALITY], strict=True)
-                )
+                self._prune(item, item_updates, settings, metadata_of(mm_items[MODALITY], number), video)
+                for number, (item, item_updates, video) in enumerate(zip(items, updates[MODALITY], seen, strict=True))
             ]
         except (ArithmeticError, LookupError, RuntimeError, PlanError) as error:
             if not hf_processor_mm_kwargs:
@@ -157,10 +185,16 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             ) from error
         return {**updates, MODALITY: pruned}
 
-    def _prune(self, item: Any, updates: Any, settings: EVSConfig, metadata: Mapping[str, Any]) -> Any:
+    def _prune(
+        self, item: Any, updates: Any, settings: EVSConfig, metadata: Mapping[str, Any], seen: Seen | None
+    ) -> Any:
         """Plans one clip, puts the plan among its fields and returns its prompt updates, shortened."""
-        started = time.perf_counter()
         fields = {key: elem.data for key, elem in item.items()}
+        to_make = seen if seen is not None and not seen.why_stock else None
+        if to_make is not None:
+            dtype, reads_pixels = fields[PIXELS].dtype, named_selection(settings.selection).reads_pixels
+            fields[PIXELS] = _rows(to_make, None, dtype) if reads_pixels else to_make.blank(dtype)
+        started = time.perf_counter()
         clip = self._evs.clip(fields)
         if clip is None:
             if not any("embeds" in name for name in fields):
@@ -171,6 +205,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                 )
             logger.warning_once("EVS: precomputed video embeddings have no pixels to compare; they are not pruned.")
             return updates
+        if seen is not None:
+            clip = replace(clip, source=seen.source)
         if settings.focus:
             clip = replace(clip, starts=unit_starts(metadata, clip))
         try:
@@ -182,12 +218,19 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         array = pruned[0].content.plan.to_array()
         if any((update.content.plan.to_array() != array).any() for update in pruned[1:]):
             raise UnsupportedError("A clip has several ways to be laid out in the prompt; EVS needs exactly one.")
-        if plan.encoder == "reuse":
-            # Pixels that nobody computes need not be hashed, cached, serialised or copied to the device.
-            for key, data in self._evs.computed_pixels(fields, plan).items():
-                item[key] = replace(item[key], data=data)
         item[PLAN_FIELD] = MultiModalFieldElem(torch.from_numpy(array), MultiModalBatchedField(keep_on_cpu=True))
         metrics().planning_time.labels(settings.selection).observe(time.perf_counter() - started)
+        metrics().frontend_clips.labels(PATHS[to_make is None]).inc()
+        # Pixels that nobody computes need not be made, cached, serialised or copied to the device.
+        reuse = plan.encoder == "reuse"
+        if to_make is not None and not reads_pixels:
+            pixels = {PIXELS: _rows(to_make, plan.computed if reuse else None, dtype)}
+        elif reuse:
+            pixels = self._evs.computed_pixels(fields, plan)
+        else:
+            pixels = {} if to_make is None else {PIXELS: fields[PIXELS]}
+        for key, data in pixels.items():
+            item[key] = replace(item[key], data=data)
         return pruned
 
     def _pruned_details(
@@ -211,6 +254,24 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             count.tokens.labels(selection).inc(sum(plan.num_tokens for plan in plans))
             count.tokens_kept.labels(selection).inc(sum(plan.num_kept for plan in plans))
         return result
+
+
+def _rows(seen: Seen, tokens: Any, dtype: torch.dtype) -> torch.Tensor:
+    with metrics().rows_time.time():
+        return seen.rows(tokens, dtype)
+
+
+def _watch_processors(info: Any) -> None:
+    """Lets every video processor that vLLM's `info` hands out be watched; keyword arguments make other ones."""
+    get_hf_processor = info.get_hf_processor
+
+    @wraps(get_hf_processor)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        processor = get_hf_processor(*args, **kwargs)
+        watch_processor(processor.video_processor)
+        return processor
+
+    info.get_hf_processor = watched
 
 
 @cache

@@ -37,7 +37,7 @@ def inputs(ref, frames, fps=2.0):
 def test_the_logits_depend_on_what_the_tower_returns(reference, family, rate) -> None:
     """An argument that the stock method does not know would be ignored: the model would answer without the video."""
     ref = reference(family)
-    model = hf.enable(copy.deepcopy(ref.model), rate, served_positions=True)
+    model = hf.enable(copy.deepcopy(ref.model), rate, processor=ref.processor, served_positions=True)
     batch = inputs(ref, synthetic_clip(8, (64, 96), moving=0.3))
     with torch.no_grad():
         seen = model(**batch).logits
@@ -71,18 +71,19 @@ def test_a_transformers_without_the_argument_is_refused(reference, family, monke
 @pytest.mark.parametrize("name", SELECTION_NAMES)
 def test_the_plan_is_the_one_that_vllm_makes(model_dir, reference, family, facts, name) -> None:
     """From the rows of transformers' own processor as from vLLM's, and by default the same selection."""
-    frames = synthetic_clip(12, facts.frame_size, moving=0.3, noise=3)
     chosen = {} if name == SELECTION_NAMES[0] else {"selection": name}
-    served = plan_in(process(processor_for(model_dir(family), {"rate": 0.8, **chosen}), frames))
-    ref = reference(family)
-    model = hf.enable(copy.deepcopy(ref.model), 0.8, **chosen)
-    with torch.no_grad():
-        model(**inputs(ref, frames))
+    processor, ref = processor_for(model_dir(family), {"rate": 0.8, **chosen}), reference(family)
+    model = hf.enable(copy.deepcopy(ref.model), 0.8, processor=ref.processor, **chosen)
+    for size in facts.frame_size, (75, 213):  # the second is resized
+        frames = synthetic_clip(11, size, moving=0.3, noise=3)
+        served = plan_in(process(processor, frames))
+        with torch.no_grad():
+            model(**inputs(ref, frames))
         (plan,) = hf.last_plans(model)
         assert served is not None and plan.kept.tolist() == served.kept.tolist()
-        # Mixed precision, as in a training step, is for the model and not for what chooses its tokens.
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            model(**inputs(ref, frames))
+    # Mixed precision, as in a training step, is for the model and not for what chooses its tokens.
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**inputs(ref, frames))
     assert hf.last_plans(model)[0].kept.tolist() == plan.kept.tolist()
 
 

@@ -15,6 +15,7 @@ SCORES = torch.zeros((2, 3), dtype=torch.int32)
 PIXELS = torch.zeros((2, 3, 192), dtype=torch.uint8)
 WEIGHTS = torch.tensor([0, 4096], dtype=torch.int32)
 ROWS = torch.zeros((3, 4))
+FRAMES = torch.zeros((3, 20, 30, 3), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,47 @@ ROWS = torch.zeros((3, 4))
         (lambda: ek.pool_tokens(PIXELS, 2, 3, 1, 4.0), TypeError, "side: got 4.0; allowed: an integer >= 1"),
         (lambda: ek.pool_tokens(PIXELS, 2, 3, 1, 4, 0), ValueError, "cells: got 0; allowed: an integer >= 1"),
         (lambda: ek.pool_tokens(PIXELS, 2, 3, 1, 4, 9), ValueError, "cells: got 9; allowed: 1 to 8"),
+        (
+            lambda: ek.pool_frames(FRAMES[0], 2, 2),
+            ValueError,
+            r"frames: got shape \(20, 30, 3\); allowed: \(F, H, W, C\)",
+        ),
+        (lambda: ek.pool_frames(FRAMES.float(), 2, 2), TypeError, "frames: got dtype torch.float32"),
+        (lambda: ek.pool_frames(FRAMES.transpose(1, 2), 2, 2), ValueError, "contiguous"),
+        (lambda: ek.pool_frames(FRAMES[:0], 2, 2), ValueError, "every dimension >= 1"),
+        (lambda: ek.pool_frames(FRAMES, 0, 2), ValueError, "rows: got 0; allowed: an integer >= 1"),
+        (lambda: ek.pool_frames(FRAMES, 2, 7681), ValueError, "columns: got 7681; allowed: 1 to 7680"),
+        (lambda: ek.pool_frames(FRAMES, 2, 2, 0), ValueError, "unit_frames: got 0; allowed: an integer >= 1"),
+        (lambda: ek.pool_frames(FRAMES, 2, 2, 2**32), ValueError, "unit_frames: got 7730941132800 values in a unit"),
+        (lambda: ek.resize_patches(FRAMES[0], 28, 28, None, 2, 14), ValueError, "frames: got shape"),
+        (lambda: ek.resize_patches(FRAMES.int(), 28, 28, None, 2, 14), TypeError, "frames: got dtype torch.int32"),
+        (
+            lambda: ek.resize_patches(FRAMES, 27, 28, None, 2, 14),
+            ValueError,
+            "height: got 27; allowed: multiples of 28",
+        ),
+        (lambda: ek.resize_patches(FRAMES, 28, 0, None, 2, 14), ValueError, "width: got 0; allowed: an integer >= 1"),
+        (lambda: ek.resize_patches(FRAMES, 28, 28, None, 0, 14), ValueError, "merge: got 0"),
+        (lambda: ek.resize_patches(FRAMES, 28, 28, None, 2, 1.5), TypeError, "side: got 1.5"),
+        (lambda: ek.resize_patches(FRAMES, 28, 28, [0], 2, 14), TypeError, "tokens: got list"),
+        (lambda: ek.resize_patches(FRAMES, 28, 28, WEIGHTS, 2, 14), TypeError, "tokens: got dtype torch.int32"),
+        (
+            lambda: ek.resize_patches(FRAMES, 28, 28, WEIGHTS.long(), 2, 14),
+            ValueError,
+            "from 0 to 4096; allowed: 0 to 1",
+        ),
+        (lambda: ek.resize_patches(FRAMES, 28, 28, WEIGHTS.long() - 1, 2, 14), ValueError, "from -1 to 4095"),
+        (
+            lambda: ek.resize_patches(FRAMES, 28, 28, torch.tensor([1, 1]), 2, 14),
+            ValueError,
+            "tokens: got indices that do not ascend; allowed: strictly ascending",
+        ),
+        (
+            lambda: ek.resize_patches(FRAMES, 28, 28, WEIGHTS.long().to("meta"), 2, 14),
+            ValueError,
+            "tokens: got device meta; allowed: cpu",
+        ),
+        (lambda: ek.resize_patches(FRAMES, 28, 28 * 2**26, None, 2, 14), ValueError, "height, width: got 28 x"),
         (lambda: ek.prune_topk(torch.full((2, 1, 1), torch.nan), 1), ValueError, "scores: got NaN"),
         (lambda: ek.supported("score", "cpu", "cpu"), ValueError, "op: got 'score'"),
     ],
@@ -151,6 +193,18 @@ def test_pixels_of_many_frames_do_not_wrap(backend, frames):
     # The sum of a column over 257 frames is the largest that fits 16 bits.
     tokens = torch.full((1, 2, frames * 64), 255, dtype=torch.uint8)
     assert (ek.pool_tokens(tokens, 1, 1, frames, 8, 8, backend=backend) == 255).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 300, 1, 1), (1, 70_000, 1, 1), (1, 1, 70_000, 3), (3, 129, 3, 2), (700, 1, 1, 1)]
+)
+def test_frames_of_many_rows_do_not_wrap(shape, generator):
+    """As many rows as 16-bit and 32-bit sums hold, and more; in one cell, and in cells that end inside of pixels."""
+    for frames in (torch.full(shape, 255, dtype=torch.uint8), torch.randint(0, 256, shape, generator=generator)):
+        frames = frames.to(torch.uint8)
+        for rows, columns in ((1, 1), (3, 1), (1, 7)):
+            got, want = (ek.pool_frames(frames, rows, columns, shape[0], backend=b) for b in ("cpu", "ref"))
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("backend", ["ref", "cpu"])

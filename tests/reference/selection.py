@@ -2,7 +2,7 @@
 """The independent reference of the selections `learned` and `contrast`, in plain loops and whole numbers.
 
 Nothing here comes from `evs_vllm` or `evs_kernels`, and nothing is fast; of the package it reads the numbers in
-`learned.npz`. It starts from frames as the model sees them, so it knows nothing of the order of pixel rows.
+`learned.npz`. It starts from frames, so it knows nothing of the order of pixel rows.
 """
 
 from __future__ import annotations
@@ -54,6 +54,47 @@ def pictures(frames: np.ndarray, unit_frames: int, tops: Sequence[int], lefts: S
                         for colour in range(3):
                             mean = Fraction(int(cell[..., colour].sum()), pixels)
                             out[t, row, column, i, j, colour] = math.floor(mean + Fraction(1, 2))
+    return out
+
+
+def source_pictures(frames: np.ndarray, unit_frames: int, rows: int, columns: int) -> np.ndarray:
+    """Low-resolution pictures of the tokens of a grid that is laid over frames of any size.
+
+    A cell's edges are where it begins in the frame, cut off to 256ths of a pixel. A pixel that it covers in part counts
+    by the part.
+
+    Args:
+        frames: (F, height, width, 3) uint8, before anything was resized.
+        unit_frames: Frames in a unit.
+        rows, columns: Of the grid.
+
+    Returns:
+        As `pictures`.
+    """
+    down, across = (_shares(size, CELLS * n) for size, n in zip(frames.shape[1:3], (rows, columns), strict=True))
+    units = -(-len(frames) // unit_frames)
+    out = np.empty((units, CELLS * rows, CELLS * columns, 3), dtype=np.int64)
+    for t in range(units):
+        several = [frames[min(f, len(frames) - 1)] for f in range(t * unit_frames, (t + 1) * unit_frames)]
+        whole = np.sum([frame.astype(np.int64) for frame in several], axis=0)
+        for i, (top, heights) in enumerate(down):
+            for j, (left, widths) in enumerate(across):
+                inside = whole[top : top + len(heights), left : left + len(widths)]
+                weights = np.outer(heights, widths)
+                area = int(weights.sum()) * unit_frames
+                for colour in range(3):
+                    mean = Fraction(int((inside[..., colour] * weights).sum()), area)
+                    out[t, i, j, colour] = math.floor(mean + Fraction(1, 2))
+    return out.reshape(units, rows, CELLS, columns, CELLS, 3).transpose(0, 1, 3, 2, 4, 5)
+
+
+def _shares(size: int, cells: int) -> list[tuple[int, list[int]]]:
+    """For each of `cells` along `size` pixels the first pixel in it, and how many 256ths of each pixel are."""
+    edges = [i * size * 256 // cells for i in range(cells + 1)]
+    out = []
+    for begin, end in zip(edges, edges[1:], strict=False):
+        pixels = range(begin // 256, -(-end // 256))
+        out.append((pixels[0], [min(end, 256 * p + 256) - max(begin, 256 * p) for p in pixels]))
     return out
 
 

@@ -169,7 +169,7 @@ class TowerReference(Reference):
         kept = self.choose(clip, grid, pixels)
         if not reuses(clip.settings) or len(kept) == np.prod(grid):
             return np.ones(np.prod(grid), dtype=bool)
-        return computed_tokens(selection.learned(self.pictures(clip, grid, pixels)), kept, clip.settings)
+        return computed_tokens(selection.learned(self.pictures(clip, grid)), kept, clip.settings)
 
     def _see_clip(self, clip: Clip) -> tuple[torch.Tensor, tuple[int, int, int], np.ndarray]:
         vectors, grid, pixels = super()._see_clip(clip)

@@ -28,6 +28,7 @@ GOOD = {
     "encoder": ["auto", "reuse", "full"],
     "encoder_refresh": [0, 4, 35.5, 255],
     "request_overrides": ["none", "stricter", "any"],
+    "processor_threads": [1, 4, 1024],
 }
 BAD = {
     "rate": [1, -0.1, 1.5, math.nan, math.inf, True, "0.5", [0.5], {}],
@@ -51,6 +52,7 @@ BAD = {
     "encoder": ["none", "", True, None],
     "encoder_refresh": [-1, 255.5, math.nan, True, None, "35"],
     "request_overrides": ["all", "", 0, None],
+    "processor_threads": [0, -1, 1025, 2.0, True, "2"],
 }
 
 
@@ -135,7 +137,7 @@ def test_identity_tells_settings_apart_and_spellings_not() -> None:
 OTHER = {
     "rate": 0.75, "threshold": 9, "selection": "paper", "positions": "sequential", "min_tokens_per_unit": 3,
     "max_tokens": 77, "encoder": "full", "encoder_refresh": 3, "request_overrides": "any",
-    "focus": ((0, 1, 4),),
+    "focus": ((0, 1, 4),), "processor_threads": 3,
 }  # fmt: skip
 """For each option a value that differs from that of `_BASE`."""
 _BASE = EVSConfig(threshold=6, encoder="reuse", selection="paper")

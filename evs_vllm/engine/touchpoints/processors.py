@@ -78,6 +78,34 @@ ROWS: tuple[Touchpoint, ...] = (
         gone_when=PROCESSORS,
     ),
     Touchpoint(
+        what="frames are seen before they are resized (processor._watch_processors)",
+        where="vllm.multimodal.processing.context:BaseProcessingInfo.get_hf_processor",
+        source=("self.ctx.get_hf_processor(**kwargs)",),
+        why="Processors get Hugging Face's processor from it alone, so its video processor can be replaced there.",
+        gone_when=PROCESSORS,
+    ),
+    Touchpoint(
+        what="frames are seen before they are resized (families.front_end)",
+        where="transformers.video_processing_utils:VideoProcessorMixin.preprocess",
+        source=("self._prepare_input_videos(", "self._preprocess(videos=videos, **kwargs)"),
+        why="Of these two a subclass sees the frames, and can leave out the work on their pixels.",
+        gone_when="transformers' video processors take the indices of the patches that are wanted.",
+    ),
+    Touchpoint(
+        what="pixel rows are left out (families.front_end)",
+        where="vllm.multimodal.processing.context:InputProcessingContext._postprocess_output",
+        source=("tensor.is_floating_point()", "tensor.to(dtype=self.model_config.dtype)"),
+        why="Rows without columns pass through it and get the type of the model, if they are normalised.",
+        gone_when=PROCESSORS,
+    ),
+    Touchpoint(
+        what="pixel rows are left out (families.front_end)",
+        where="vllm.model_executor.models.qwen2_vl:_create_qwen2vl_field_factory",
+        source=("pixel_values_videos=", "flat_from_sizes"),
+        why="Rows without columns are split among clips by the grids, as all are.",
+        gone_when=PROCESSORS,
+    ),
+    Touchpoint(
         what="placeholders are shortened (processor.PrunedUpdateDetails)",
         where="vllm.multimodal.processing.processor:PromptUpdateDetails",
         attributes=("full", "is_embed"),
@@ -202,7 +230,7 @@ ROWS: tuple[Touchpoint, ...] = (
         gone_when=PUBLIC,
     ),
     Touchpoint(
-        what="threads as in a server (inspect)",
+        what="threads as in a server (inspect), as the option says (processor.EVSProcessorMixin.apply)",
         where="vllm.utils.torch_utils:set_default_torch_num_threads",
         parameters=("num_threads",),
         why="Otherwise times are not those of a server.",
