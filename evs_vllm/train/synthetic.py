@@ -235,7 +235,7 @@ def _unit_before(tenths: int, units: int) -> int:
 def _progress(condition: str, s: SceneSettings, seconds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """How far a scene is in its range at each of the `seconds` (T,): from 0 to 1."""
     if condition == "light":
-        share = np.linspace(0, 1, len(seconds))
+        share = seconds / max(1, s.units - 1)
         return share if rng.integers(2) else 1 - share
     if condition == "pan":
         # In widths of the picture: to and fro over as much again as is seen at a time, beginning anywhere in that.

@@ -214,6 +214,12 @@ def test_light_falls_or_rises():
         stops = np.log(light / light[0]) / np.log(light[-1] / light[0])
         assert list(words) == [SCENES["light"][1][min(2, int(3 * stop + 0.001))] for stop in stops]
     assert directions == {True, False}
+    # A clip that is sampled more rarely shows the same light at the same time.
+    whole, rare = (
+        {make_example(SceneSettings(conditions=("light",), strides=(stride,)), seed).scene for seed in range(8)}
+        for stride in (1, 8)
+    )
+    assert len(whole) == 2 and rare == {scene[::8] for scene in whole}
 
 
 def shift_between(one, other, free):
