@@ -200,6 +200,29 @@ def to_bytes(typing: Any, sums: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def load_sums(typing: Any, sums: Any, at: Any) -> Any:
+    """Sixteen sums from an int32 array."""
+
+    def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sums, at = args
+        return _load(context, builder, signature.args[0], sums, at, _LANES)
+
+    return I32X16(sums, types.int64), make
+
+
+@intrinsic
+def store_sums(typing: Any, array: Any, at: Any, sums: Any) -> Any:
+    """Writes sixteen sums into an int32 array."""
+
+    def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array, at, sums = args
+        builder.store(sums, _pointer(context, builder, signature.args[0], array, at, sums.type), align=1)
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, I32X16), make
+
+
+@intrinsic
 def store(typing: Any, values: Any, at: Any, bytes_: Any) -> Any:
     """Writes sixteen bytes into a uint8 array."""
 

@@ -173,18 +173,17 @@ def _resize(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Ite
     frames = random_tensor(generator, dtype, shape)
     frames = torch.where(torch.rand(shape, generator=generator) < 0.5, frames, frames // 128 * 255)
     height, width = shape[1:3]
-    for merge, side, unit_frames in ((1, 1, 2), (2, 3, 1), (1, 17, 3), (2, 14, 2), (2, 16, 2)):
+    for merge, side, unit_frames in ((2, 3, 1), (1, 17, 3), (2, 14, 2)):
         size = merge * side
-        targets = [(size, 2 * size), (-(-height // size) * size, max(1, width // (2 * size)) * size)]
-        for rows, columns in {*targets, *([(height, 2 * size)] if height % size == 0 else [])}:
-            if rows * columns > 64 * max(height * width, 1500):
-                continue
+        larger, near = (size, 2 * size), (-(-height // size) * size, max(1, width // (2 * size)) * size)
+        for rows, columns in (larger, near):
             total = -(-len(frames) // unit_frames) * (rows // size) * (columns // size)
             some = (torch.rand(total, generator=generator) < 0.4).nonzero().flatten()
-            for tokens in (None, some, torch.tensor([total - 1])):
-                yield Call((frames, rows, columns), {
-                    "tokens": tokens, "merge": merge, "side": side, "unit_frames": unit_frames
-                })  # fmt: skip
+            tokens = None if total < 9 else some
+            sides = {"merge": merge, "side": side, "unit_frames": unit_frames}
+            yield Call((frames, rows, columns), {"tokens": tokens, **sides})
+    # Pixels of their own size, one by one.
+    yield Call((frames, height, min(width, 9)), {"tokens": torch.tensor([0]), "merge": 1, "side": 1})
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

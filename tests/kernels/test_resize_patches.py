@@ -82,7 +82,7 @@ def test_no_weight_of_usual_sizes_is_a_toss_up(source):
 @pytest.mark.parametrize("channels", [1, 3, 4, 5])
 def test_equals_interpolate(generator, channels, layout):
     for _ in range(12):
-        size = number(generator, 1, 33)
+        size = number(generator, 2, 33)  # of a single pixel torch 2.13 makes an error
         (high, height), (wide, width) = sizes(generator, size), sizes(generator, size)
         frames = noise(generator, number(generator, 1, 3), high, min(wide, 600), channels)
         pictures = frames.permute(0, 3, 1, 2)

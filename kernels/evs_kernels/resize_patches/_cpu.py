@@ -19,15 +19,16 @@ _GRAIN_BYTES = 256 * 1024
 
 
 @njit()
-def _across_rgb(values, at, line, rows, first, weights, column, pixels, taps, steps, bits, planes, to):
-    """Some source rows of one column of tokens, each as (3, pixels) values, one after another from planes[to]."""
+def _across_rgb(values, at, line, rows, first, weights, column, pixels, taps, steps, bits, planes, to, partial):
+    """Some source rows of one column of tokens, each as (3, pixels) values, one after another from planes[to];
+    partial has room for sixteen sums of each."""
     half, pairs = 1 << bits >> 1, (taps + 1) // 2
     w = column * pixels // 4 * steps * pairs * 32
     for x in range(np.uintp(column * pixels), np.uintp((column + 1) * pixels), np.uintp(4)):
         a, b = at + first[x], at + first[x + np.uintp(1)]
         c, d = at + first[x + np.uintp(2)], at + first[x + np.uintp(3)]
         into = to
-        # The same thing three times: with few steps, up to eight pixels, the weights stay in registers.
+        # The same thing three times. With few steps, up to eight pixels, weights and sums stay in registers.
         if steps == 1:
             w0, w2, w4 = v.load_pairs(weights, w), v.load_pairs(weights, w + 32), v.load_pairs(weights, w + 64)
             for _ in range(rows):
@@ -52,18 +53,23 @@ def _across_rgb(values, at, line, rows, first, weights, column, pixels, taps, st
                 into += 3 * pixels
                 a, b, c, d = a + line, b + line, c + line, d + line
         else:
-            for _ in range(rows):
-                sums = v.splat(half)
-                for step in range(steps):
-                    skip, u = step * 3 * taps, w + step * pairs * 32
-                    read = v.groups(values, a + skip, b + skip, c + skip, d + skip)
-                    sums = v.dot(sums, v.rgb_pairs_0(read), v.load_pairs(weights, u))
-                    sums = v.dot(sums, v.rgb_pairs_2(read), v.load_pairs(weights, u + 32))
+            for at_sum in range(0, 16 * rows, 16):
+                v.store_sums(partial, at_sum, v.splat(half))
+            for u in range(w, w + steps * pairs * 32, pairs * 32):
+                w0, w2, w4 = v.load_pairs(weights, u), v.load_pairs(weights, u + 32), v.load_pairs(weights, u + 64)
+                skipped = 0
+                for at_sum in range(0, 16 * rows, 16):
+                    read = v.groups(values, a + skipped, b + skipped, c + skipped, d + skipped)
+                    sums = v.dot(v.load_sums(partial, at_sum), v.rgb_pairs_0(read), w0)
+                    sums = v.dot(sums, v.rgb_pairs_2(read), w2)
                     if pairs == 3:
-                        sums = v.dot(sums, v.rgb_pairs_4(read), v.load_pairs(weights, u + 64))
-                v.store_planes(planes, into, pixels, v.to_bytes(sums, bits))
+                        sums = v.dot(sums, v.rgb_pairs_4(read), w4)
+                    v.store_sums(partial, at_sum, sums)
+                    skipped += line
+                a, b, c, d = a + 3 * taps, b + 3 * taps, c + 3 * taps, d + 3 * taps
+            for at_sum in range(0, 16 * rows, 16):
+                v.store_planes(planes, into, pixels, v.to_bytes(v.load_sums(partial, at_sum), bits))
                 into += 3 * pixels
-                a, b, c, d = a + line, b + line, c + line, d + line
         w += steps * pairs * 32
         to += 4
 
@@ -129,6 +135,7 @@ def _resize(
     line, per_unit, now = width * channels, rows * columns, -1
     span = first[pixels - 1] - first[0] + channels
     edge = np.zeros(line + reach, np.uint8)
+    partial = np.empty(16 * kept, np.int32)
     done = np.zeros((unit_frames, columns), np.int64)
     depth = merge * merge * channels * unit_frames * side * side
     for n in range(tokens.shape[0]):
@@ -153,7 +160,7 @@ def _resize(
                     source, at, some = edge, 0, 1
                 to = to_block + y % kept * per_row
                 if channels == 3:
-                    args = (first, across_weights, column, pixels, taps, steps, across_bits, planes, to)
+                    args = (first, across_weights, column, pixels, taps, steps, across_bits, planes, to, partial)
                     _across_rgb(source, at, line, some, *args)
                 else:
                     args = (first, across_weights, column, pixels, taps, channels, across_bits, planes, to)
