@@ -149,12 +149,9 @@ def test_hold_finds_the_best_of_all_ways(values, budget):
         anchors = [max(s for s in (0, *way) if s <= t) for t in range(units)]
         return [abs(int(values[t]) - int(values[s])) for t, s in enumerate(anchors)]
 
-    def paid(way, number):
-        return sum(math.isqrt(256 * far) for far in distances(way)) + len(way) * price(number)
-
     def best(number):
         # Of equal ways the one whose next token is latest, so whose sequence of kept units is the highest.
-        return min(ways, key=lambda way: (paid(way, number), [-t for t in (*way, 99)]))
+        return min(ways, key=lambda way: (sum(distances(way)) + len(way) * price(number), [-t for t in (*way, 99)]))
 
     def fits(number):
         return 1 + len(best(number)) <= bound
