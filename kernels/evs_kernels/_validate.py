@@ -18,6 +18,8 @@ MAX_UINT8_DEPTH = (2**31 - 1) // 255
 # 255 * 256 * 4096 < 2**30: a weighted distance between two descriptors is an int32 with room to spare.
 MAX_DESCRIPTOR = 256
 MAX_WEIGHT = 4096
+# Over a block of 32 units; prices and two such costs are added up in an int32.
+MAX_HOLD = 2**29 // 32
 # 511 * 2**22 < 2**31: rounding a mean half up needs twice the sum and the number of values in an int32.
 MAX_PIXELS = 2**22
 # Places in a frame are int32 in the kernels.
@@ -124,6 +126,16 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
     if value.device != other.device:
         raise ValueError(
             f"{name}: got device {value.device}; allowed: {other.device}, where {other_name} is. Move one of them."
+        )
+
+
+def hold_weights(name: str, value: torch.Tensor, units: int, width: int) -> None:
+    """Checks weights of units, and that no sum of weighted distances over a block leaves int32."""
+    unit_weights(name, value, units)
+    most = MAX_HOLD // (255 * width)
+    if (highest := int(value.max())) > most:
+        raise ValueError(
+            f"{name}: got {highest}; allowed: 0 to {most} for descriptors of {width} values. Scale them down."
         )
 
 

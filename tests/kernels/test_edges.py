@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the contract refuses, and how it says so."""
 
-import numpy as np
 import pytest
 import torch
 
 import evs_kernels as ek
 from evs_kernels import _dispatch, _validate
-from evs_kernels.select_hold._cpu import _to_costs
-from evs_kernels.select_hold._prices import UNITS, cost, price, top_number
+from evs_kernels.select_hold._prices import UNITS, price, top_number
 
 CLIP = torch.zeros((2, 3, 4), dtype=torch.uint8)
 SCORES = torch.zeros((2, 3), dtype=torch.int32)
@@ -75,6 +73,11 @@ FRAMES = torch.zeros((3, 20, 30, 3), dtype=torch.uint8)
         (lambda: ek.select_hold(CLIP, 1, weights=WEIGHTS - 1), ValueError, "from -1 to 4095; allowed: 0 to 4096"),
         (lambda: ek.select_hold(CLIP, 1, weights=WEIGHTS + 1), ValueError, "from 1 to 4097; allowed: 0 to 4096"),
         (lambda: ek.select_hold(CLIP, 1, weights=WEIGHTS.to("meta")), ValueError, "weights: got device meta"),
+        (
+            lambda: ek.select_hold(CLIP.repeat(1, 1, 64), 1, weights=WEIGHTS),
+            ValueError,
+            "weights: got 4096; allowed: 0 to 257 for descriptors of 256 values. Scale them down.",
+        ),
         (lambda: ek.pool_tokens(PIXELS.float(), 2, 3, 1, 4), TypeError, "tokens: got dtype torch.float32"),
         (
             lambda: ek.pool_tokens(PIXELS[0], 2, 3, 1, 4),
@@ -155,8 +158,13 @@ def test_refuses_tokens_whose_sum_could_overflow():
 
 @pytest.mark.parametrize("width", [1, 16, 17, 256])
 def test_no_cost_of_holding_can_overflow(width):
-    top = top_number(width, _validate.MAX_WEIGHT)
-    most = cost(255 * width) * UNITS * _validate.MAX_WEIGHT
+    highest = min(_validate.MAX_WEIGHT, _validate.MAX_HOLD // (255 * width))
+    _validate.hold_weights("weights", torch.tensor([highest], dtype=torch.int32), 1, width)
+    if highest < _validate.MAX_WEIGHT:
+        with pytest.raises(ValueError, match=f"weights: got {highest + 1}; allowed: 0 to {highest} for"):
+            _validate.hold_weights("weights", torch.tensor([highest + 1], dtype=torch.int32), 1, width)
+    top = top_number(width, highest)
+    most = 255 * width * UNITS * highest
     assert price(top - 1) <= most < price(top)
     # What is held, what the rest of the block costs at most, and a price.
     assert 2 * most + price(top) <= 2**31 - 1
@@ -166,17 +174,9 @@ def test_no_cost_of_holding_can_overflow(width):
 def test_largest_cost_of_holding_is_exact(backend):
     clip = torch.zeros((33, 2, 256), dtype=torch.uint8)
     clip[1:, 0], clip[32, 1, 0] = 255, 1
-    weights = torch.full((33,), _validate.MAX_WEIGHT, dtype=torch.int32)
+    weights = torch.full((33,), 257, dtype=torch.int32)
     assert ek.select_hold(clip, 2, weights=weights, backend=backend).indices.tolist() == [0, 1]
     assert ek.select_hold(clip, 3, weights=weights, backend=backend).indices.tolist() == [0, 1, 2]
-
-
-def test_costs_are_roots_rounded_down():
-    distances = np.arange(255 * 256 + 1)
-    costs = distances.astype(np.uint16)
-    _to_costs(costs)
-    assert costs.tolist() == [cost(distance) for distance in distances.tolist()]
-    assert all(c**2 <= 256 * d < (c + 1) ** 2 for d, c in zip(distances.tolist(), costs.tolist(), strict=True))
 
 
 def test_prices_grow_by_a_64th():

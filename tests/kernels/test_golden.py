@@ -112,13 +112,6 @@ def test_select_threshold(backend, dtype, threshold, reserved, cap, indices, cou
     assert kept(got) == (indices, counts)
 
 
-@pytest.mark.parametrize("backend", ["ref", "cpu"])
-def test_select_hold_pays_roots(backend):
-    # Place 0 is off by 10 for good, place 1 by 45 once: summed, the latter would count for more.
-    clip = torch.tensor([[0, 0], [10, 45], [10, 0], [10, 0], [10, 0]], dtype=torch.uint8)[:, :, None]
-    assert ek.select_hold(clip, 3, backend=backend).indices.tolist() == [0, 1, 2]
-
-
 # Place 0 creeps by 4, place 1 jumps by 40 and returns, place 2 rests.
 MOVES = torch.tensor([[0, 50, 7], [4, 90, 7], [8, 50, 7], [12, 50, 7], [16, 50, 7]], dtype=torch.uint8)[:, :, None]
 

@@ -216,7 +216,7 @@ def cheapest_units(looks: np.ndarray, price: int) -> list[int]:
             for following in range(at, end):
                 rest, units = best(following, following + 1, end)
                 ways.append((held + price + rest, (following, *units)))
-                held += math.floor(16 * math.sqrt(distance(looks[following], looks[last])))
+                held += distance(looks[following], looks[last])
             ways.append((held, ()))
             lowest = min(cost for cost, _ in ways)
             return [way for way in ways if way[0] == lowest][-1]  # that which keeps the next one latest
@@ -261,7 +261,7 @@ def hold(looks: np.ndarray, budget: int, least: int) -> np.ndarray:
 
     kept, far = at(0)
     if cost(units, per_unit, kept, least) > budget:
-        offered = prices(math.floor(16 * math.sqrt(255 * width)) * BLOCK)
+        offered = prices(255 * width * BLOCK)
         too_low, enough = 0, len(offered) - 1
         while enough - too_low > 1:
             middle = (too_low + enough) // 2
