@@ -5,7 +5,7 @@ Vanilla vLLM that is sent everything again with and without its caches, EVS for 
 on from one chunk to the next, side by side: rows take turns at every turn, and one whose numbers of tokens are wrong
 gets no figures.
 
-    python -m bench.stream            # about 45 minutes on 2 idle cores
+    python -m bench.stream            # about half an hour on 2 idle cores, estimated
     python -m bench.stream --smoke    # does it work? tiny model; its times mean nothing
 
 writes a JSON file and a Markdown table; ``bench/stream/plot.py`` draws it.

@@ -3,9 +3,9 @@
 
     python -m bench.stream.loss --clips report
 
-cuts the clips of `bench.selection` into chunks and plans them as a stream, as a clip of each chunk, and as one clip of
-as many tokens as the stream kept, by hindsight. It prints hold and coverage (`bench.selection.measures`) of each, and
-which share of the tokens stays and is computed by a tower that reuses. No model answers anything here.
+cuts the clips of `bench.selection` into chunks and plans them as a stream, as a clip of each chunk, and as one clip
+with as many tokens as the stream kept, by hindsight. It prints hold and coverage (`bench.selection.measures`) of each,
+and which share of the tokens stays and is computed by a tower that reuses. No model answers anything here.
 """
 
 import argparse

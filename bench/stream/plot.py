@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 from bench.common.clips import FPS
 from bench.serve.plot import SETTINGS
 
-COLOURS = ("#999999", "#000000", "#56B4E9", "#009E73", "#D55E00", "#CC79A7")
-MARKERS = "vo^Dsx"
+COLOURS = ("#999999", "#000000", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#E69F00")
+MARKERS = "vo^Dsx+*"
 
 
 def main() -> int:
@@ -46,7 +46,8 @@ def draw(content: dict[str, Any], frames: int, path: Path) -> None:
             shown = [p for p in content["results"] if (p["scene"], p["frames"]) == (scene, frames) and not p["error"]]
             for number, played in enumerate(shown):
                 seconds = [(turn["number"] + 1) * frames / FPS for turn in played["turns"]]
-                style = {"color": COLOURS[number % 6], "marker": MARKERS[number % 6], "ms": 3, "lw": 1}
+                number %= len(COLOURS)
+                style = {"color": COLOURS[number], "marker": MARKERS[number], "ms": 3, "lw": 1}
                 for line, key in enumerate(("ttft_s", "prompt_tokens")):
                     values = [turn[key] for turn in played["turns"]]
                     axes[line][column].plot(seconds, values, label=played["row"], **style)

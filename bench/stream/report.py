@@ -8,7 +8,7 @@ from typing import Any
 from bench.common.clips import FPS, TOKEN
 from bench.common.tables import markdown
 from bench.common.targets import add_bar
-from bench.stream.run import RESEND, VANILLA
+from bench.stream.run import BY_NAME, RESEND, VANILLA
 
 STILL = "nothing happens"
 
@@ -50,10 +50,10 @@ def bars(content: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     add = partial(add_bar, found)
     size, longest = config["frame_size"], max(config["chunks"])
-    for rate in config["rates"]:
-        name, factors, contexts, grown = f"evs stream {rate:g}", [], [], []
+    for rate, how in [(rate, "") for rate in config["rates"]] + [(rate, BY_NAME) for rate in config["rates"]]:
+        name, factors, contexts, grown = f"evs stream {rate:g}{how}", [], [], []
         for scene in config["scenes"]:
-            ours, vanilla = (find(content, scene, longest, row) for row in (name, VANILLA))
+            ours, vanilla = (find(content, scene, longest, row) for row in (name, VANILLA + how))
             if ours is None or vanilla is None:
                 continue
             factors.append(ttft(vanilla) / ttft(ours))
@@ -61,9 +61,11 @@ def bars(content: dict[str, Any]) -> list[dict[str, Any]]:
             grown.append(growth(ours) / growth(vanilla))
         if not factors:
             continue
-        add(f"TTFT against vanilla with prefix caching, {longest} frames, rate {rate:g}", min(factors), 3.0)
+        add(f"TTFT against vanilla with prefix caching, {longest} frames, rate {rate:g}{how}", min(factors), 3.0)
+        add(f"growth of a turn's TTFT over the stream, against vanilla's, rate {rate:g}{how}", max(grown), None)
+        if how:
+            continue
         add(f"context used against vanilla, {longest} frames, rate {rate:g}", min(contexts), 4.0)
-        add(f"growth of a turn's TTFT over the stream, against vanilla's, rate {rate:g}", max(grown), None)
         for frames in config["chunks"]:
             if (still := find(content, STILL, frames, name)) is not None:
                 share = 100 * new_share(still, size)

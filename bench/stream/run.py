@@ -3,7 +3,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from evs_vllm.errors import EVSError
 from evs_vllm.serving import video_part
 
 RESEND, VANILLA, ALONE = "vanilla, no caches", "vanilla", "evs per chunk"
+BY_NAME = ", by name"
 QUESTION = "What has changed?"
 ANSWER = "Nothing of note."
 """What the assistant is said to have answered in every turn before: so all rows have the same text."""
@@ -34,11 +35,13 @@ SERVERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One way to serve a stream: its name, its server, and what its requests say of EVS."""
+    """One way to serve a stream: its name, its server, what its requests say of EVS, and whether chunks that were sent
+    before are only named."""
 
     name: str
     server: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    named: bool = False
 
     @property
     def streams(self) -> bool:
@@ -53,6 +56,8 @@ def rows_of(settings: Settings) -> list[Row]:
         Row(VANILLA, "vanilla-cached"),
         Row(ALONE, "evs-cached", {"evs_rate": settings.rates[0]}),
         *streams,
+        Row(VANILLA + BY_NAME, "vanilla-cached", named=True),
+        *(replace(row, name=row.name + BY_NAME, named=True) for row in streams[-1:]),
     ]
 
 
@@ -87,13 +92,21 @@ class Played:
     error: str | None = None
 
 
-def messages(chunks: list[Path]) -> list[dict[str, Any]]:
-    """The conversation whose last turn shows the last of these chunks."""
+def messages(chunks: list[Path], names: str = "") -> list[dict[str, Any]]:
+    """The conversation whose last turn shows the last of these chunks.
+
+    Args:
+        chunks: All chunks so far.
+        names: What the chunks' names begin with, where those before the last are to be named instead of sent.
+    """
     turns: list[dict[str, Any]] = []
-    for chunk in chunks:
+    for number, chunk in enumerate(chunks):
         if turns:
             turns.append({"role": "assistant", "content": ANSWER})
-        turns.append({"role": "user", "content": [video_part(chunk), {"type": "text", "text": QUESTION}]})
+        sent = not names or number == len(chunks) - 1
+        part = video_part(chunk) if sent else {"type": "video_url", "video_url": None}
+        part |= {"uuid": f"{names}/{number}"} if names else {}
+        turns.append({"role": "user", "content": [part, {"type": "text", "text": QUESTION}]})
     return turns
 
 
@@ -113,7 +126,8 @@ def play(settings: Settings, model: str, pool: Pool, scene: str, frames: int) ->
             mine = played[row.name]
             if mine.error or (row.name == RESEND and number % settings.resend_every):
                 continue
-            body = client.body(model, conversation, settings.output_tokens, dict(row.options))
+            mine_sent = messages(chunks[: number + 1], f"{row.name} {scene} {frames}") if row.named else conversation
+            body = client.body(model, mine_sent, settings.output_tokens, dict(row.options))
             time.sleep(0.2)
             (sample,), _ = client.run(pool[row.server].url, [body], 1)
             if sample.error:

@@ -20,7 +20,7 @@ from bench.serve.pool import Live
 from bench.stream import __main__ as command
 from bench.stream import loss, noise, report, run, scenes
 from bench.stream.plot import draw
-from bench.stream.run import ALONE, RESEND, SERVERS, VANILLA, Played, Turn, rows_of, wrong_count
+from bench.stream.run import ALONE, BY_NAME, RESEND, SERVERS, VANILLA, Played, Turn, rows_of, wrong_count
 from bench.stream.settings import Settings, load_settings
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.scorers import SELECTIONS
@@ -101,6 +101,9 @@ def test_chunks_are_a_stream_cut_up(tmp_path: Path) -> None:
         capture.release()
     turns = run.messages(files)
     assert [turn["role"] for turn in turns] == ["user", "assistant", "user", "assistant", "user"]
+    videos = [turn["content"][0] for turn in run.messages(files, "camera")[::2]]
+    assert [video["uuid"] for video in videos] == ["camera/0", "camera/1", "camera/2"]
+    assert [video["video_url"] is None for video in videos] == [True, True, False]
 
 
 def test_settings(tmp_path: Path) -> None:
@@ -172,9 +175,10 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: boo
     assert command.main() == int(wrong)
     content = json.loads(out.read_text())
     errors = {each["row"]: each["error"] for each in content["results"]}
-    assert errors.keys() == {RESEND, VANILLA, ALONE, "evs stream 0.75"}
+    named = {VANILLA + BY_NAME, "evs stream 0.75" + BY_NAME}
+    assert errors.keys() == {RESEND, VANILLA, ALONE, "evs stream 0.75", *named}
     # One token too many at the second turn; a stream may keep two there, and none at the third.
-    assert {row for row, error in errors.items() if error} == ({VANILLA, ALONE, "evs stream 0.75"} if wrong else set())
+    assert {row for row, error in errors.items() if error} == (errors.keys() - {RESEND} if wrong else set())
     asked = [(server, streams, videos) for server, streams, videos in stub.seen if server == "vanilla"]
     assert [videos for *_, videos in asked if videos > 1] == [3], "every other turn"
     first = next(each for each in content["results"] if each["row"] == "evs stream 0.75")
