@@ -31,6 +31,10 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, metavar=shape, default=[32, 648, 4704], help="synthetic clip")
     parser.add_argument("--rate", type=float, default=0.75, help="fraction of tokens to drop (default: 0.75)")
     parser.add_argument("--hidden", type=int, default=3584, help="width of the embeddings (default: 3584)")
+    parser.add_argument(
+        "--frames", type=int, nargs=3, metavar=("F", "H", "W"), default=[64, 720, 1280], help="as decoded"
+    )
+    parser.add_argument("--target", type=int, nargs=2, metavar=("H", "W"), default=[588, 1036], help="after the resize")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -46,6 +50,8 @@ def main() -> None:
     budget = max(places, int(units * places * (1 - args.rate)))
     embeddings = torch.randn((units * places, args.hidden), generator=generator).bfloat16()
     rows = make_rows(clip.to(args.device), embeddings.to(args.device), budget, args.rate)
+    frames = torch.randint(0, 256, (*args.frames, CHANNELS), dtype=torch.uint8, generator=generator)
+    rows += frame_rows(frames.to(args.device), *args.target, args.rate, generator)
     env = harness.environment()
     results = harness.measure(rows, repeats=args.repeats)
 
@@ -56,6 +62,8 @@ def main() -> None:
         "rate": args.rate,
         "budget": budget,
         "hidden": args.hidden,
+        "frames": list(frames.shape),
+        "target": args.target,
         "device": args.device,
         "torch_threads": torch.get_num_threads(),
         "repeats": args.repeats,
@@ -154,6 +162,56 @@ def make_rows(clip: torch.Tensor, embeddings: torch.Tensor, budget: int, rate: f
         add(f"{ours}: select_anchored", lambda kw=kw: ek.select_anchored(descriptors, budget, **kw), anchored)
         add(f"{ours}: select_hold", lambda kw=kw: ek.select_hold(descriptors, budget, **kw), held)
         add(f"{ours}: cosine_score", lambda kw=kw: ek.cosine_score(features, **kw), cosine, note="embeddings")
+    return rows
+
+
+def frame_rows(
+    frames: torch.Tensor, height: int, width: int, rate: float, generator: torch.Generator
+) -> list[harness.Row]:
+    """The rows of what reads decoded frames. A GPU's resize in torch gives other values than a CPU's."""
+    wait = torch.cuda.synchronize if frames.is_cuda else lambda: None
+    units, down, across = -(-len(frames) // FRAMES), height // PATCH, width // PATCH
+    kept = (torch.rand(units * down * across, generator=generator) >= rate).nonzero().flatten()
+    sides, grid = (MERGE, PATCH // MERGE, FRAMES), (4 * down, 4 * across)
+    pooled = ek.pool_frames(frames, *grid, FRAMES, backend="ref")
+    every = ek.resize_patches(frames, height, width, None, *sides, backend="ref")
+    some, copy = every[kept.to(frames.device)], torch.empty_like(frames)
+    rows: list[harness.Row] = []
+
+    def add(name: str, run: Callable[[], torch.Tensor], want: torch.Tensor | None = None, **options: Any) -> None:
+        def waited() -> torch.Tensor:
+            result = run()
+            wait()
+            return result
+
+        check = None if want is None else lambda: assert_same(run(), want)
+        rows.append(harness.Row(name, waited, check, nbytes=frames.numel(), **options))
+
+    def resized() -> torch.Tensor:
+        pictures = frames.permute(0, 3, 1, 2)
+        pictures = pictures.float() if frames.is_cuda else pictures
+        return torch.nn.functional.interpolate(pictures, (height, width), mode="bicubic", antialias=True)
+
+    def laid_out() -> torch.Tensor:
+        shape = (units, FRAMES, CHANNELS, down, MERGE, PATCH // MERGE, across, MERGE, PATCH // MERGE)
+        return resized().reshape(shape).permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(len(every), -1)
+
+    everywhere = not frames.is_cuda and len(frames) % FRAMES == 0
+    add("copy of the frames (limit)", lambda: copy.copy_(frames), frames, group="frames")
+    add("torch resize", resized, group="frames")
+    add("torch resize and layout", laid_out, every if everywhere else None, group="frames", baseline=True)
+    for backend in ("cpu", "triton"):
+        if not ek.supported("resize_patches", backend, frames.device)[0]:
+            continue
+        ours, kw = f"ours {backend}", {"backend": backend}
+        add(f"{ours}: pool_frames", lambda kw=kw: ek.pool_frames(frames, *grid, FRAMES, **kw), pooled, group="frames")
+        for label, tokens, want in (("all", None, every), (f"{len(kept) / len(every):.0%} of the", kept, some)):
+            add(
+                f"{ours}: resize_patches, {label} tokens",
+                lambda tokens=tokens, kw=kw: ek.resize_patches(frames, height, width, tokens, *sides, **kw),
+                want,
+                group="frames",
+            )
     return rows
 
 

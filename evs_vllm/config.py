@@ -11,8 +11,10 @@ from typing import Any
 from evs_vllm.errors import ConfigError
 from evs_vllm.options import OPTIONS, SELECTION_NAMES, Option, exact
 
-IDENTITY_VERSION = "evs4"
+IDENTITY_VERSION = "evs6"
 """Bump it when what a plan holds or how tokens are counted changes: no cache may serve what an older version made."""
+
+_KEPT_BY = ("rate", "threshold", "selection", "min_tokens_per_unit", "max_tokens")
 
 _BY_NAME = {option.name: option for option in OPTIONS}
 
@@ -35,6 +37,9 @@ class EVSConfig:
     encoder: str = "auto"
     encoder_refresh: float = 25
     request_overrides: str = "stricter"
+    stream: bool = False
+    stream_cache_gb: float = 0.25
+    processor_threads: int | None = None
     why_not_reuse: str = ""
     """Not an option: why this server cannot run the encoder 'reuse', or "". Set at start-up by `resolve_encoder`."""
 
@@ -50,6 +55,11 @@ class EVSConfig:
             raise ConfigError(
                 f"focus and threshold={self.threshold} contradict each other: a focus moves a fixed number of tokens "
                 "to where it looks, and a threshold fixes none. Set rate or max_tokens instead of the threshold."
+            )
+        if self.focus and self.stream:
+            raise ConfigError(
+                "focus and stream contradict each other: a focus counts the seconds of a video, and each video of a "
+                "stream begins at 0. Leave one of them out."
             )
         if self.rate and self.threshold:
             raise ConfigError(
@@ -117,6 +127,8 @@ class EVSConfig:
             what.append(f"video tokens that changed by less than {self.threshold:g}")
         if self.max_tokens:
             what.append(f"what exceeds {self.max_tokens} tokens per clip")
+        if self.stream:
+            what[-1] += ", the videos of a request being one stream"
         kept = f", at least {self.min_tokens_per_unit} per unit kept" if self.min_tokens_per_unit else ""
         encoder = "" if self.encoder == "auto" else f", {self.encoder} encoder"
         return f"{' and '.join(what)}{kept} (selection {self.selection}, {self.positions} positions{encoder})"
@@ -130,6 +142,11 @@ class EVSConfig:
         if other.threshold and self.threshold != other.threshold and self.selection != "paper":
             # Compared with the last kept token, not every clip keeps fewer at a higher threshold: 0 4 6 1 6 1 keeps one
             # more at 4, four more at 5.
+            return False
+        if other.threshold and self.stream != other.stream and self.selection != "paper":
+            return False  # for the same reason
+        if other.stream and any(getattr(self, name) != getattr(other, name) for name in _KEPT_BY):
+            # What a clip of a stream keeps depends on what those before it kept: who kept less then may lack more now.
             return False
         return all(
             option.no_more(getattr(self, option.name), getattr(other, option.name))

@@ -24,3 +24,17 @@ class UnsupportedError(EVSError):
 
 class PlanError(EVSError):
     """A retention plan is inconsistent, or was made by another version of this package."""
+
+
+class ServerError(EVSError):
+    """A server refused a request, gave up on it or did not answer.
+
+    Attributes:
+        status: The HTTP status that it answered with or names in its stream, or None where nothing came.
+        message: The server's own words, or what went wrong on the way.
+    """
+
+    def __init__(self, text: str, message: str, status: int | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+        self.message = message

@@ -31,6 +31,12 @@ ENCODERS = ("auto", "reuse", "full")
 MOST_TOKENS = 10**9
 """Largest number of tokens that an option takes: more than any clip has."""
 
+MOST_THREADS = 1024
+"""Largest number of threads that an option takes."""
+
+MOST_CACHE_GB = 1024
+"""Largest memory, in GiB, that an option takes."""
+
 MOST_RANGES = 32
 """Largest number of time ranges of a focus."""
 
@@ -112,6 +118,7 @@ class Option:
         nullable: Whether a server may leave it unset, as None.
         per_request: Whether a request may carry it.
         choices: The allowed strings of an option that is a choice.
+        switch: Whether it is on where its flag stands without a value, as vLLM's ``--config`` files spell "true".
     """
 
     name: str
@@ -124,6 +131,7 @@ class Option:
     nullable: bool = False
     per_request: bool = True
     choices: tuple[str, ...] | None = None
+    switch: bool = False
 
     @property
     def flag(self) -> str:
@@ -167,6 +175,7 @@ class Option:
             type=read,
             default=None,
             metavar=self.metavar,
+            **({"nargs": "?", "const": True} if self.switch else {}),
             help=self.help.replace("%", "%%"),
         )
 
@@ -272,6 +281,38 @@ OPTIONS: tuple[Option, ...] = (
         REQUEST_OVERRIDES,
         "Which evs_* keys a request may set: 'none', those that cannot keep more tokens ('stricter'), or 'any'.",
         affects="",
+        per_request=False,
+    ),
+    Option(
+        name="stream",
+        is_allowed=lambda v: isinstance(v, bool),
+        allowed="true or false",
+        help="Whether the videos of a request, in their order, are parts of one stream: each is compared with what the "
+        "ones before it last kept at each place, and keeps what is new.",
+        metavar="{true,false}",
+        switch=True,
+        affects="prompt",
+        no_more=operator.ge,
+    ),
+    Option(
+        name="stream_cache_gb",
+        is_allowed=lambda v: _is_number(v) and 0 <= v <= MOST_CACHE_GB,  # type: ignore[operator]
+        allowed=f"a number from 0 to {MOST_CACHE_GB}",
+        help="Memory, in GiB, for what the videos of streams leave to the next ones; what does not fit is made again "
+        "from the request's own videos.",
+        metavar="GIB",
+        affects="",
+        per_request=False,
+    ),
+    Option(
+        name="processor_threads",
+        is_allowed=lambda v: v is None or (_is_count(v, 1) and v <= MOST_THREADS),  # type: ignore[operator]
+        allowed=f"an integer from 1 to {MOST_THREADS}",
+        help="Threads with which a clip is judged and its pixels are resized; unset, as many as vLLM gives its "
+        "processor, which is one in a server.",
+        metavar="N",
+        affects="",
+        nullable=True,
         per_request=False,
     ),
 )

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evs_vllm.errors import EVSError
+from evs_vllm.errors import EVSError, ServerError
 
 LOG_TAIL = 25
 """Lines of a log to show when its process failed."""
@@ -234,14 +234,14 @@ def _open(request: urllib.request.Request, timeout_s: float) -> Any:
     return urllib.request.build_opener(proxies).open(request, timeout=timeout_s)
 
 
-def read_url(url: str, timeout_s: float = 30.0) -> str:
-    """The text at `url`.
+def read_url(url: str, timeout_s: float = 30.0, headers: Mapping[str, str] | None = None) -> str:
+    """The text at `url`; `headers` go along with the request.
 
     Raises:
         OSError: Nobody answers, or not with the code 200.
     """
     try:
-        with _open(urllib.request.Request(url), timeout_s) as answer:
+        with _open(urllib.request.Request(url, headers=dict(headers or {})), timeout_s) as answer:
             text: str = answer.read().decode()
     except http.client.HTTPException as error:
         raise OSError(f"{url}: {error!r}") from error
@@ -289,13 +289,16 @@ class Answer(NamedTuple):
         text: The text.
         prompt_tokens: Tokens of the prompt, as the server counts them.
         output_tokens: Tokens of the answer, as the server counts them.
-        ttft_s: From sending the request to the first text, in seconds; NaN where it did not come as a stream.
+        ttft_s: From sending the request to the first text, in seconds; NaN where none came, or not as a stream.
+        cached_tokens: Tokens of the prompt that the server took from its prefix cache, or None where it does not say
+            (``vllm serve --enable-prompt-tokens-details`` does).
     """
 
     text: str
     prompt_tokens: int
     output_tokens: int
     ttft_s: float = math.nan
+    cached_tokens: int | None = None
 
 
 def data_url(content: bytes, kind: str = "video/mp4") -> str:
@@ -341,45 +344,83 @@ def ask(
         timeout_s: How long the server may say nothing.
 
     Raises:
-        EVSError: The server refused it, or did not answer it.
+        ServerError: The server refused it, or did not answer it.
+        EVSError: The answer has no text.
     """
     content = [video, {"type": "text", "text": question}]
+    answer = chat(
+        url,
+        {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            **(body or {}),
+        },
+        timeout_s,
+    )
+    if math.isnan(answer.ttft_s):
+        raise EVSError("the server answered without any text")
+    return answer
+
+
+def chat(
+    url: str,
+    body: Mapping[str, Any],
+    timeout_s: float = 600.0,
+    headers: Mapping[str, str] | None = None,
+    heard: Callable[[str], None] | None = None,
+) -> Answer:
+    """Sends a chat request and reads the stream.
+
+    Args:
+        url: The server's base URL, without ``/v1``.
+        body: The request, without what asks for a stream.
+        timeout_s: How long the server may say nothing.
+        headers: HTTP headers beside that of the content's type.
+        heard: Called with each piece of the answer's text as it comes.
+
+    Returns:
+        The answer; its text may be empty.
+
+    Raises:
+        ServerError: The server refused it, or did not answer it to its end.
+    """
     request = urllib.request.Request(
         f"{url}/v1/chat/completions",
-        json.dumps(
-            {
-                "model": model,
-                "messages": [{"role": "user", "content": content}],
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-                **(body or {}),
-            }
-        ).encode(),
-        {"Content-Type": "application/json"},
+        json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode(),
+        {"Content-Type": "application/json", **(headers or {})},
     )
-    text, first, usage = "", None, {"prompt_tokens": 0, "completion_tokens": 0}
+    text, first, usage = "", math.nan, None
     started = time.perf_counter()
     try:
         with _open(request, timeout_s) as lines:
             for line in lines:
                 chunk = event_of(line) or {}
                 if "error" in chunk:
-                    raise EVSError(f"the server gave up: {chunk['error']}")
+                    code = chunk["error"].get("code") if isinstance(chunk["error"], dict) else None
+                    raise ServerError(
+                        f"the server gave up: {chunk['error']}",
+                        str(chunk["error"]),
+                        code if isinstance(code, int) else None,
+                    )
                 choices = chunk.get("choices")
                 piece = (choices[0]["delta"].get("content") if choices else None) or ""
-                if piece and first is None:
-                    first = time.perf_counter() - started
-                text += piece
+                if piece:
+                    first = time.perf_counter() - started if math.isnan(first) else first
+                    text += piece
+                    if heard is not None:
+                        heard(piece)
                 usage = chunk.get("usage") or usage
     except urllib.error.HTTPError as error:
-        raise EVSError(f"the server refused the request: HTTP {error.code}: {_message(error)}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise EVSError(f"the server did not answer: {error}") from None
-    if first is None:
-        raise EVSError("the server answered without any text")
-    return Answer(text, usage["prompt_tokens"], usage["completion_tokens"], first)
+        words = _message(error)
+        raise ServerError(f"the server refused the request: HTTP {error.code}: {words}", words, error.code) from None
+    except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+        raise ServerError(f"the server did not answer: {error}", str(error)) from None
+    if usage is None:  # a server that is killed may close the connection as if it had said all
+        raise ServerError("the server's answer broke off", "the answer broke off")
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    return Answer(text, usage["prompt_tokens"], usage["completion_tokens"], first, cached)
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -74,7 +74,7 @@ def clip_file(spec: ClipSpec, folder: Path | None = None) -> Path:
             # Real clips are compressed like any camera's. Drawn ones must stay exact: the noise of a lossy codec would
             # change every token.
             codec = "mp4v" if spec.moving is None else "FFV1"
-            _encode(frames_of(spec), aside / path.name, codec, spec)
+            write_video(frames_of(spec), aside / path.name, codec, (spec.height, spec.width))
             (aside / path.name).replace(path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -138,7 +138,7 @@ def _cut(spec: ClipSpec) -> Iterator[np.ndarray]:
         return cv2.convertScaleAbs(small[:, ::-1] if mirrored else small, alpha=1.0, beta=brightness)
 
     # Too short a source plays forwards and backwards in turns, which has no jump. Cut first, so little is held.
-    wanted = [_there_and_back(start + index * step, length) for index in range(spec.frames)]
+    wanted = [there_and_back(start + index * step, length) for index in range(spec.frames)]
     from evs_vllm.testing import real_clip_path
 
     capture = cv2.VideoCapture(str(real_clip_path(source)))
@@ -146,7 +146,10 @@ def _cut(spec: ClipSpec) -> Iterator[np.ndarray]:
     return (pictures[index] for index in wanted)
 
 
-def _there_and_back(index: int, length: int) -> int:
+def there_and_back(index: int, length: int) -> int:
+    """Which frame of `length` stands at an index of a video that plays them forwards and backwards in turns."""
+    if length == 1:
+        return 0
     place = index % (2 * length - 2)
     return place if place < length else 2 * length - 2 - place
 
@@ -193,8 +196,13 @@ def _read(capture: cv2.VideoCapture, limit: int | None = None) -> Iterator[np.nd
         capture.release()
 
 
-def _encode(frames: Iterator[np.ndarray], path: Path, codec: str, spec: ClipSpec) -> None:
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), FPS, (spec.width, spec.height))
+def write_video(frames: Iterable[np.ndarray], path: Path, codec: str, size: tuple[int, int]) -> None:
+    """Writes (height, width, 3) uint8 BGR frames of that size, `FPS` a second.
+
+    Raises:
+        RuntimeError: OpenCV does not have the codec.
+    """
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), FPS, (size[1], size[0]))
     if not writer.isOpened():
         raise RuntimeError(f"this OpenCV cannot write {codec}")
     try:

@@ -18,8 +18,9 @@ import os
 from pathlib import Path
 
 from bench.common import harness
-from bench.quality.lab import be_quiet, markdown, measure, plot
+from bench.quality.lab import be_quiet, measure
 from bench.quality.models import Settings
+from bench.quality.report import markdown, plot
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a trained model of the quality lab (`quality.py`) about clips: ways to choose tokens, ways to compute them."""
+"""Asks a trained model of the quality lab about clips: ways to choose tokens, ways to compute them."""
 
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from evs_vllm.core.schedule import ReuseSchedule
 from evs_vllm.core.scorers import Scorer, Selection, named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.families import family_of
+from evs_vllm.families.front_end import CELLS, sources_of_cells
 from evs_vllm.families.qwen2_vl import GRID, PIXELS
 from evs_vllm.hf import tower
 from evs_vllm.train.data import ChatCollator, as_item
@@ -34,6 +36,8 @@ from evs_vllm.train.trainer import answers
 
 FAMILY = family_of("Qwen2_5_VLForConditionalGeneration")
 assert FAMILY is not None
+FOCUS_TENTHS, FOCUS_WEIGHT = 3, 16
+"""What a client focuses on that asks for a time: so many tenths of the clip up to then, by this weight."""
 
 # ---------------------------------------------------------------- other ways to choose, and to compute
 
@@ -105,11 +109,15 @@ class Variant(NamedTuple):
     positions: str = "keep"
     tower: str = "full"
 
-    def settings(self, rate: float) -> EVSConfig:
-        """What a user would ask for."""
+    def settings(self, rate: float, example: Example) -> EVSConfig:
+        """What a user would ask for; with selection "focus", one that knows for which time the question asks."""
         encoder = "full" if self.tower == "full" else "reuse"
-        refresh = {"encoder_refresh": 0} if self.tower == "skip" else {}
-        return EVSConfig(rate=rate, positions=self.positions, encoder=encoder, **refresh)
+        more: dict[str, Any] = {"encoder_refresh": 0} if self.tower == "skip" else {}
+        if self.selection == "focus" and example.asked is not None:
+            seconds = 2 / example.fps * np.array([example.asked + 1, len(example.frames) // 2])
+            start = max(0.0, float(seconds[0] - seconds[1] * FOCUS_TENTHS / 10))
+            more["focus"] = ((start, float(seconds[0]), FOCUS_WEIGHT),)
+        return EVSConfig(rate=rate, positions=self.positions, encoder=encoder, **more)
 
     def chooses(self, features: Sequence[torch.Tensor], seed: int) -> Selection | None:
         """How tokens are chosen: None is what users get.
@@ -120,7 +128,7 @@ class Variant(NamedTuple):
         """
         if self.selection.startswith("random"):
             return RandomTokens(self.selection == "random_unit0", np.random.default_rng([7, seed]))
-        others = {"frames": WholeUnits(), "cosine": EmbeddingChange(features), "evs": None}
+        others = {"frames": WholeUnits(), "cosine": EmbeddingChange(features), "evs": None, "focus": None}
         return others[self.selection] if self.selection in others else named_selection(self.selection)
 
 
@@ -159,18 +167,26 @@ def known_features(model: Any, features: Sequence[torch.Tensor]) -> Iterator[Non
 # ---------------------------------------------------------------- asking
 
 
+def unit_starts(example: Example) -> tuple[float, ...]:
+    """When each unit of a drawn clip begins, in seconds."""
+    return tuple(2 / example.fps * unit for unit in range(len(example.frames) // 2))
+
+
 def readable(example: Example, kept: np.ndarray, per_unit: int) -> bool:
     """Whether the kept tokens show what the question asks for: what is lost beyond this, the model lost.
 
-    A visit is seen if its cell is kept in at least one unit of it.
+    A visit is seen if its cell is kept in at least one unit of it. Of the scene at some time, the latest kept token up
+    to then has to show the same.
     """
     tokens = set(kept.tolist())
     seen = [any(t * per_unit + v.cell in tokens for t in range(v.begin, v.end)) for v in example.visits]
     if example.task == "count":
         return all(seen)
     if example.task == "when":
-        tenths, units = int(example.question.split(" tenths")[0].split()[-1]), len(example.frames) // 2
-        return seen[max(number for number, v in enumerate(example.visits) if 10 * v.begin < tenths * units)]
+        return seen[max(number for number, v in enumerate(example.visits) if v.begin <= example.asked)]
+    if example.task == "scene":
+        before = kept[kept < (example.asked + 1) * per_unit]
+        return bool(len(before)) and example.scene[before.max() // per_unit] == example.answer
     return seen[0 if example.task == "first" else -1]
 
 
@@ -193,12 +209,12 @@ def ask(
 
     Returns:
         For each cell: accuracy in %, in all and by task; tokens kept, mean; `readable`, the share in % of questions
-        that the kept tokens answer; `right`, question by question.
+        that the kept tokens answer; `right` and `shown`, the same question by question.
     """
     model = speed_up(transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval())
     towers = Towers(share)
-    hf.enable(model, 0, served_positions=True, encode=towers.encode)
     processor = transformers.AutoProcessor.from_pretrained(folder)
+    hf.enable(model, 0, processor=processor, served_positions=True, encode=towers.encode)
     adapter = FAMILY.bind(model.config, processor=processor)
     collate = ChatCollator(processor)
     results: list[list[tuple[bool, bool, int]]] = [[] for _ in cells]
@@ -209,12 +225,20 @@ def ask(
         features = model.model.get_video_features(pixels, grids, return_dict=True).pooler_output
         rows = pixels.split(grids.prod(-1).tolist())
         clips = [adapter.clip({PIXELS: own, GRID: grid}) for own, grid in zip(rows, grids, strict=True)]
+        sources = sources_of_cells(inputs[CELLS], [clip.grid for clip in clips])
+        clips = [
+            replace(clip, source=source, starts=unit_starts(example))
+            for clip, source, example in zip(clips, sources, some, strict=True)
+        ]
         towers.forget()
         for (variant, rate), found in zip(cells, results, strict=True):
             given: dict[str, Any] = {}
             if rate:
-                selection, settings = variant.chooses(features, start), variant.settings(rate)
-                given["evs_plans"] = [make_plan(clip, settings, selection) for clip in clips]
+                selection = variant.chooses(features, start)
+                given["evs_plans"] = [
+                    make_plan(clip, variant.settings(rate, example), selection)
+                    for clip, example in zip(clips, some, strict=True)
+                ]
             towers.schedule = SkipSchedule if variant.tower == "skip" else ReuseSchedule
             with known_features(model, features) if variant.tower == "full" else nullcontext():
                 right = answers(model, inputs, rate, evs_positions=variant.positions, **given)[0].tolist()
@@ -237,4 +261,5 @@ def summary(
         "tokens": statistics.mean(kept),
         "tasks": tasks,
         "right": "".join("1" if r else "0" for r in right),
+        "shown": "".join("1" if s else "0" for s in shown),
     }

@@ -1,37 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quality lab: trains and asks several models at a time, and reads bars, tables and pictures off the answers."""
+"""The quality lab: trains and asks several models at a time. What the answers say is `bench.quality.report`."""
 
-import math
 import multiprocessing
 import os
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from bench.common import harness, tables
-from bench.common.targets import add_bar, table
+from bench.common import harness
 from bench.common.workers import start_worker
 from bench.quality.ask import Variant, ask
 from bench.quality.models import Settings, claim, train_base, train_further
 from evs_vllm.train.synthetic import Example, make_example
 
-SCHEMA = 2
+SCHEMA = 3
 UNSEEN = 5
 """Seed of the clips that are asked about; those of training have others."""
 
-# ---------------------------------------------------------------- training and asking, several at a time
 
-
-def unseen(settings: Settings) -> list[Example]:
-    """The questions."""
-    return [make_example(settings.scenes, [UNSEEN, number]) for number in range(settings.clips)]
+def unseen(settings: Settings, seed: int = UNSEEN) -> list[Example]:
+    """The questions; the conditions take turns."""
+    scenes = [replace(settings.scenes, conditions=(condition,)) for condition in settings.scenes.conditions]
+    return [make_example(scenes[number % len(scenes)], [seed, number]) for number in range(settings.clips)]
 
 
 def prepare(folder: Path, settings: Settings, seed: int, name: str) -> Path:
@@ -43,9 +38,9 @@ def prepare(folder: Path, settings: Settings, seed: int, name: str) -> Path:
 
 def points_of(folder: Path, settings: Settings, seed: int, name: str) -> list[dict[str, Any]]:
     """What one trained model answers, in every way and at every rate."""
-    ways = [Variant(), *(Variant(*line) for line in settings.compare if name != "control")]
     # At rate 0 nothing is dropped, and every way is the same.
-    cells = [(way, rate) for way in ways for rate in [0.0, *settings.ask_rates] if rate or way == Variant()]
+    cells = [(Variant(), 0.0)]
+    cells += [(Variant(*line), rate) for line, rates in settings.ways(name) for rate in rates]
     results = ask(prepare(folder, settings, seed, name), unseen(settings), cells)
     return [
         {"seed": seed, "model": name, **way._asdict(), "rate": rate, **result}
@@ -54,11 +49,11 @@ def points_of(folder: Path, settings: Settings, seed: int, name: str) -> list[di
 
 
 def through_engine(folder: Path, settings: Settings, seed: int, name: str) -> list[dict[str, Any]]:
-    """What one trained model answers in a vLLM engine, at every rate."""
+    """What one trained model answers in a vLLM engine, at every rate, to the first of the questions."""
     from bench.quality.engine import ask_engine
 
     rates = [0.0, *settings.ask_rates]
-    told = ask_engine(prepare(folder, settings, seed, name), unseen(settings), rates)
+    told = ask_engine(prepare(folder, settings, seed, name), unseen(settings)[: settings.engine_clips], rates)
     return [{"seed": seed, "model": name, "rate": rate, **point} for rate, point in zip(rates, told, strict=True)]
 
 
@@ -109,132 +104,7 @@ def measure(settings: Settings, folder: Path, jobs: int = 1, log: Callable[[str]
         "settings": asdict(settings),
         "environment": harness.environment(),
         "seconds": round(time.time() - started),
+        "questions": [[example.condition, example.task] for example in unseen(settings)],
         "points": [point for seed in settings.seeds for name in settings.models for point in points[seed, name]],
         "engine": sorted(engine, key=lambda point: settings.models.index(point["model"])),
     }
-
-
-# ---------------------------------------------------------------- bars
-
-
-def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The project's bars, for what the result has figures of; see bench/serve/targets.py for the form."""
-    lines = lines_of(result)
-    found: list[dict[str, Any]] = []
-    plain = ("evs", "keep", "full")
-    add = partial(add_bar, found, unit=" points")
-
-    def mean(model: str, way: Sequence[str], rate: float) -> float | None:
-        values = [point["accuracy"] for point in lines.get((model, *way), {}).get(rate, ())]
-        return statistics.mean(values) if values else None
-
-    dense = mean("base", plain, 0.0)
-    add("base, nothing dropped", dense, 95, unit=" %")
-    pruned = mean("base", plain, 0.75)
-    if dense is not None and pruned is not None:
-        add("plug-in EVS below dense, q=0.75", dense - pruned, 1.5, at_most=True)
-    if gains := gains_of(result, 0.9):
-        add(f"uptrained above control, q=0.9 (95 % interval ± {interval(gains):.1f})", statistics.mean(gains), 2)
-    evs, random = mean("base", plain, 0.9), mean("base", ("random_unit0", "keep", "full"), 0.9)
-    if evs is not None and random is not None:
-        add("EVS above random tokens with unit 0, q=0.9", evs - random, 15)
-    for model in ("base", "uptrained"):
-        losses = {
-            rate: (mean(model, plain, rate) or 0) - (mean(model, ("evs", "keep", "reuse"), rate) or 0)
-            for rate in lines.get((model, "evs", "keep", "reuse"), {})
-        }
-        if losses:
-            worst = max(losses, key=lambda rate: losses[rate])
-            add(f"{model}: reuse below the full tower, worst rate (q={worst:g})", losses[worst], 0.5, at_most=True)
-    for name in {point["model"]: None for point in result["engine"]}:
-        shares = {point["rate"]: agreement(result, point) for point in result["engine"] if point["model"] == name}
-        worst = min(shares, key=lambda rate: shares[rate])
-        add(f"{name}: vLLM and transformers agree, worst rate (q={worst:g})", shares[worst], 99.5, unit=" %")
-    return found
-
-
-def gains_of(result: dict[str, Any], rate: float) -> list[float]:
-    """Uptrained minus control in points, seed by seed: the same steps on the same clips, but for the rates."""
-    lines = lines_of(result)
-    one, other = (lines.get((name, "evs", "keep", "full"), {}).get(rate, []) for name in ("uptrained", "control"))
-    by_seed = {point["seed"]: point["accuracy"] for point in other}
-    return [point["accuracy"] - by_seed[point["seed"]] for point in one if point["seed"] in by_seed]
-
-
-def agreement(result: dict[str, Any], asked: dict[str, Any]) -> float:
-    """In %, how many of the questions vLLM and transformers answer both right or both wrong."""
-    (same,) = (
-        point["right"]
-        for point in lines_of(result)[asked["model"], "evs", "keep", "full"][asked["rate"]]
-        if point["seed"] == asked["seed"]
-    )
-    return 100 * statistics.mean(a == b for a, b in zip(same, asked["right"], strict=True))
-
-
-# ---------------------------------------------------------------- tables and pictures
-
-
-def lines_of(result: dict[str, Any]) -> dict[tuple[str, ...], dict[float, list[dict[str, Any]]]]:
-    """Points by line of the table and rate, one per seed."""
-    lines: dict[tuple[str, ...], dict[float, list[dict[str, Any]]]] = {}
-    for point in result["points"]:
-        key = (point["model"], point["selection"], point["positions"], point["tower"])
-        lines.setdefault(key, {}).setdefault(point["rate"], []).append(point)
-    return lines
-
-
-def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of a mean, by Student's t; 0 for one value."""
-    if len(values) < 2:
-        return 0.0
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.0)
-    return t * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The table: mean accuracy in % over the seeds, with its 95 % interval where there are several."""
-    rates = sorted({point["rate"] for point in result["points"]})
-    rows = []
-    for key, cells in lines_of(result).items():
-        texts = []
-        for rate in rates:
-            values = [point["accuracy"] for point in cells.get(rate, [])]
-            spread = f" ± {interval(values):.1f}" if len(values) > 1 else ""
-            texts.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
-        rows.append([*key, *texts])
-        if key == ("base", "evs", "keep", "full"):
-            shown = [f"{statistics.mean(p['readable'] for p in cells[rate]):.1f}" for rate in rates]
-            rows.append(["*answer still readable*", "evs", "", "", *shown])
-    settings, environment = result["settings"], result["environment"]
-    units, seeds = settings["curriculum"][-1][0], len(settings["seeds"])
-    head = ["model", "tokens", "positions", "tower", *(f"q={rate:g}" for rate in rates)]
-    note = (
-        f"\n{settings['clips']} unseen clips of {units} units, {seeds} seed(s); "
-        f"{result['seconds']} s; {environment['time_utc']}; `{environment['command']}`"
-    )
-    return "\n".join([*tables.markdown(head, rows, "llllr"), note, table(bars(result))]) + "\n"
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Accuracy against the rate: the base with each way to choose tokens, and EVS with the other models."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown = {key: cells for key, cells in lines_of(result).items() if key[2:] == ("keep", "full")}
-    dense = shown["base", "evs", "keep", "full"].get(0.0, [])
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for (model, selection, *_), cells in shown.items():
-        if model != "base" and selection != "evs":
-            continue
-        cells = {0.0: dense} | cells
-        rates = sorted(rate for rate, points in cells.items() if points)
-        means = [statistics.mean(point["accuracy"] for point in cells[rate]) for rate in rates]
-        axes.plot(rates, means, "o-" if model == "base" else "s--", label=f"{model}, {selection}")
-    axes.set(xlabel="share of video tokens dropped", ylabel="right answers, %", ylim=(0, 100))
-    axes.grid(color="#DDDDDD")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small models of the quality lab (`quality.py`) and of the demo (`demo_model.py`): settings and training."""
+"""The small models of the quality lab and of the demo (`demo_model.py`): settings and training."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -24,10 +24,11 @@ from evs_vllm.train import recipe
 from evs_vllm.train.synthetic import SceneSettings
 
 SELECTIONS = (
-    "evs", "cosine", "random", "random_unit0", "frames",
+    "evs", "focus", "cosine", "random", "random_unit0", "frames",
     *(name for name in scorers.SELECTIONS if name != EVSConfig().selection),
 )  # fmt: skip
-"""What users get ("evs"), comparisons (`bench.quality.ask`), and the other selections of the package by name."""
+"""What users get ("evs"), also with a focus on the time that is asked for, comparisons (`bench.quality.ask`), and the
+other selections of the package by name."""
 POSITIONS = ("keep", "sequential")
 TOWERS = ("full", "reuse", "skip")
 WAYS = [
@@ -39,7 +40,7 @@ WAYS = [
     if selection != "random" or tower == "full"
 ]
 """Every [selection, positions, tower] that there is; the first is what users get."""
-_OF_THE_RUN = ("seeds", "clips", "ask_rates", "compare", "control", "engine")
+_OF_THE_RUN = ("seeds", "clips", "ask_rates", "compare", "control", "engine", "engine_clips")
 """Settings that leave each checkpoint as it is."""
 DENSE = {"distribution": "list", "values": [0]}
 
@@ -61,10 +62,11 @@ class Settings:
         learning_rate: Learning rate of the base.
         rates: What uptraining draws from (`RateSettings`).
         seeds: One base, control and uptrained model each.
-        clips: How many unseen clips are asked about.
+        clips: How many unseen clips are asked about, as many of each condition.
         ask_rates: At which rates, besides 0.
-        compare: Lines of the table besides the first, out of `WAYS`.
+        compare: Lines of the table besides the first, out of `WAYS`; one that also names rates has those only.
         engine: Models of the first seed that are asked through vLLM, too.
+        engine_clips: About how many of the clips.
     """
 
     scene: dict[str, Any] = field(default_factory=dict)
@@ -87,9 +89,10 @@ class Settings:
     rates: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     clips: int = 480
-    ask_rates: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 0.93, 0.95])
-    compare: list[list[str]] = field(default_factory=lambda: WAYS[1:])
+    ask_rates: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 0.95])
+    compare: list[list[Any]] = field(default_factory=lambda: WAYS[1:])
     engine: list[str] = field(default_factory=list)
+    engine_clips: int = 400
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Settings":
@@ -98,11 +101,15 @@ class Settings:
             raise ConfigError(f"{path}: unknown key(s) {sorted(unknown)}; known: {', '.join(cls.__dataclass_fields__)}")
         settings = cls(**content)
         for line in settings.compare:
-            if line not in WAYS[1:]:
+            rates = line[3] if len(line) == 4 else []
+            if line[:3] not in WAYS[1:] or len(line) > 4 or not set(rates) <= set(settings.ask_rates):
                 raise ConfigError(
                     f"{path}: compare got {line}; a line is [selection, positions, tower] out of "
-                    f"{', '.join(SELECTIONS)}; {', '.join(POSITIONS)}; {', '.join(TOWERS)}; random has tower full only."
+                    f"{', '.join(SELECTIONS)}; {', '.join(POSITIONS)}; {', '.join(TOWERS)}; random has tower full "
+                    "only. A list of some of ask_rates may follow."
                 )
+        if settings.clips % len(settings.scenes.conditions):
+            raise ConfigError(f"{path}: clips got {settings.clips}; each condition needs as many.")
         if not set(settings.engine) <= set(settings.models):
             raise ConfigError(f"{path}: engine got {settings.engine}; known: {', '.join(settings.models)}.")
         return settings
@@ -111,6 +118,11 @@ class Settings:
     def models(self) -> tuple[str, ...]:
         """What is trained of each seed."""
         return ("base", *(["control"] if self.control else []), "uptrained")
+
+    def ways(self, name: str) -> list[tuple[list[str], list[float]]]:
+        """How the model `name` is asked: [selection, positions, tower] and the rates, besides 0."""
+        lines = [line if len(line) == 4 else [*line, self.ask_rates] for line in self.compare if name != "control"]
+        return [(line[:3], line[3]) for line in ([*WAYS[0], self.ask_rates], *lines)]
 
     @property
     def scenes(self) -> SceneSettings:

@@ -27,6 +27,7 @@ class Sample:
         output_tokens: as the server counts them.
         text: the answer.
         error: what went wrong, or None.
+        cached_tokens: of the prompt, found in the prefix cache, where the server says (--enable-prompt-tokens-details).
     """
 
     ttft_s: float = 0.0
@@ -35,6 +36,7 @@ class Sample:
     output_tokens: int = 0
     text: str = ""
     error: str | None = None
+    cached_tokens: int = 0
 
 
 def messages(video: Path, question: str) -> list[dict[str, Any]]:
@@ -60,8 +62,10 @@ def body(model: str, turns: list[dict[str, Any]], output_tokens: int, processor_
 
 
 def text_tokens(model: str, turns: list[dict[str, Any]]) -> int:
-    """Tokens of a prompt but for its video's, counted on this side, with the model's own tokenizer and template."""
+    """Tokens of a prompt but for its videos', counted on this side, with the model's own tokenizer and template."""
     tokenizer = _tokenizer(model)
+    lists = [turn["content"] for turn in turns if isinstance(turn["content"], list)]
+    videos = sum(part["type"] != "text" for content in lists for part in content)
     bare = [
         {**turn, "content": [part if part["type"] == "text" else {"type": "video"} for part in turn["content"]]}
         if isinstance(turn["content"], list)
@@ -69,7 +73,7 @@ def text_tokens(model: str, turns: list[dict[str, Any]]) -> int:
         for turn in turns
     ]
     prompt = tokenizer.apply_chat_template(bare, tokenize=False, add_generation_prompt=True)
-    return len(tokenizer.encode(prompt, add_special_tokens=False)) - 1  # the one placeholder stands for the clip
+    return len(tokenizer.encode(prompt, add_special_tokens=False)) - videos  # one placeholder stands for each
 
 
 @cache
@@ -121,6 +125,7 @@ async def _ask(session: aiohttp.ClientSession, url: str, content: bytes) -> Samp
                 if usage := chunk.get("usage"):
                     sample.prompt_tokens = usage["prompt_tokens"]
                     sample.output_tokens = usage["completion_tokens"]
+                    sample.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     except (aiohttp.ClientError, TimeoutError) as error:
         sample.error = f"{type(error).__name__}: {error}"
         return sample

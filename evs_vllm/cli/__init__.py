@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from evs_vllm import __version__
-from evs_vllm.cli import demo, doctor, families, plan, uptrain, view
+from evs_vllm.cli import demo, doctor, families, live, plan, uptrain, view
 from evs_vllm.cli._options import Parser
 from evs_vllm.errors import EVSError
 
@@ -17,7 +17,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="evs-vllm", description="Efficient Video Sampling for vLLM: look at what it does, and try it.")
     parser.add_argument("--version", action="version", version=f"evs-vllm {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for command in (doctor, families, plan, view, demo, uptrain):
+    for command in (doctor, families, plan, view, live, demo, uptrain):
         command.add_parser(subparsers)
     return parser
 

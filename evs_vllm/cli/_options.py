@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,11 +56,11 @@ def add_frame_options(parser: argparse.ArgumentParser) -> None:
     """Adds what decides which frames the model sees."""
     group = parser.add_argument_group("frames", "As --media-io-kwargs '{\"video\": {...}}' of vllm serve.")
     group.add_argument(
-        "--fps", type=_positive(float), metavar="FPS", help="Frames per second, for loaders that sample by rate."
+        "--fps", type=positive(float), metavar="FPS", help="Frames per second, for loaders that sample by rate."
     )
     group.add_argument(
         "--num-frames",
-        type=_positive(int),
+        type=positive(int),
         metavar="N",
         help="Frames to sample, for loaders that sample by count (Qwen2-VL's does not).",
     )
@@ -92,18 +93,35 @@ def check_paths(video: Path, model: str) -> None:
     """
     if not video.is_file():
         raise EVSError(f"no such video file: {video}")
+    check_model(model)
+
+
+def check_model(model: str) -> None:
+    """Refuses a model folder that is not there.
+
+    Raises:
+        EVSError: No such folder.
+    """
     looks_like_path = model.startswith((".", "~", "/")) or model.count("/") > 1
     folder = Path(model).expanduser()
     if (looks_like_path or folder.exists()) and not (folder / "config.json").is_file():
         raise EVSError(f"no model folder (with a config.json): {model}")
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
-    def positive(text: str) -> Any:
+def quiet_vllm() -> None:
+    """To be called before vLLM's first import: it logs to stdout unless told otherwise."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """The ``type`` of an argument that is a number above 0; `kind` is int or float."""
+
+    def read(text: str) -> Any:
         value = kind(text)
         if not 0 < value < float("inf"):
             raise ValueError
         return value
 
-    positive.__name__ = f"positive {kind.__name__}"
-    return positive
+    read.__name__ = f"positive {kind.__name__}"
+    return read

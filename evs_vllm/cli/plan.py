@@ -6,7 +6,15 @@ import json
 import os
 from typing import Any
 
-from evs_vllm.cli._options import add_clip_arguments, add_evs_options, check_paths, evs_config, media_io_kwargs, summary
+from evs_vllm.cli._options import (
+    add_clip_arguments,
+    add_evs_options,
+    check_paths,
+    evs_config,
+    media_io_kwargs,
+    quiet_vllm,
+    summary,
+)
 from evs_vllm.core.inspection import STAGES, Inspection
 from evs_vllm.text import bar, percent, seconds, table
 
@@ -31,9 +39,7 @@ def inspect(args: argparse.Namespace) -> Inspection:
     """Runs the loader and the processor on what `add_clip_arguments` and `add_evs_options` parsed."""
     config = evs_config(args)
     check_paths(args.video, args.model)
-    # vLLM logs to stdout unless told otherwise, before its first import.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    quiet_vllm()
     from evs_vllm.engine.inspect import inspect_clip
 
     model = os.path.expanduser(args.model)

@@ -119,21 +119,14 @@ function lowestThatFits(fits, low, high) {
   return high;
 }
 
-// L1 distance of two tokens, by their flat indices.
-function difference({descriptors, width}, one, other) {
+// L1 distance of two tokens, by their flat indices, times the weight of the first one's unit.
+function distance({descriptors, width, weights, perUnit}, one, other) {
   let sum = 0;
   for (let i = one * width, j = other * width, end = i + width; i < end; i++, j++) {
     sum += Math.abs(descriptors[i] - descriptors[j]);
   }
-  return sum;
+  return weights === null ? sum : sum * weights[Math.floor(one / perUnit)];
 }
-
-const weightOf = ({weights, perUnit}, token) => weights === null ? 1 : weights[Math.floor(token / perUnit)];
-const distance = (clip, one, other) => difference(clip, one, other) * weightOf(clip, one);
-
-// What select_hold pays for token `one` if `other` stands for it.
-const dropped = (difference) => Math.floor(16 * Math.sqrt(difference));
-const costOf = (clip, one, other) => dropped(difference(clip, one, other)) * weightOf(clip, one);
 
 // Every token's distance from the last kept one at its place, KEPT where it is kept itself.
 function distances(clip, kept) {
@@ -169,7 +162,7 @@ function hold(clip, most, least) {
   const fits = (number) => cost(clip, heldAt(clip, price(number)), least) <= most;
   let nothing = 0;
   const heaviest = clip.weights === null ? 1 : Math.max(...clip.weights);
-  while (price(nothing) <= dropped(255 * clip.width) * BLOCK * heaviest) nothing++;
+  while (price(nothing) <= 255 * clip.width * BLOCK * heaviest) nothing++;
   return heldAt(clip, price(fits(0) ? 0 : lowestThatFits(fits, 0, nothing)));
 }
 
@@ -193,7 +186,7 @@ function holdingSums(clip) {
       for (let end = 3; end <= size + 1; end++) {
         for (let start = 1; start < end - 1; start++) {
           const before = start < end - 2 ? sums[row + pair(start, end - 1)] : 0;
-          sums[row + pair(start, end)] = before + costOf(clip, token(end - 1), token(start));
+          sums[row + pair(start, end)] = before + distance(clip, token(end - 1), token(start));
         }
       }
     }
@@ -201,8 +194,8 @@ function holdingSums(clip) {
   return sums;
 }
 
-// The tokens of the lowest cost where a kept one costs `paid`, and a dropped one what `costOf` says of it and the last
-// kept one at its place: block after block, by dynamic programming from its end.
+// The tokens of the lowest cost where a kept one costs `paid`, and a dropped one its distance from the last kept one at
+// its place: block after block, by dynamic programming from its end.
 function heldAt(clip, paid) {
   const {units, perUnit} = clip, kept = new Uint8Array(units * perUnit).fill(1, 0, perUnit);
   const sums = clip.holdingSums ??= holdingSums(clip);
@@ -226,7 +219,7 @@ function heldAt(clip, paid) {
       // The token that stands from the blocks before may be any.
       let turn = 1, lowest = best[1] + paid, held = 0;
       for (let end = 2; end <= never; end++) {
-        held += costOf(clip, (first + end - 1) * perUnit + place, anchor);
+        held += distance(clip, (first + end - 1) * perUnit + place, anchor);
         const sum = held + best[end] + (end < never ? paid : 0);
         if (sum <= lowest) { lowest = sum; turn = end; }
       }

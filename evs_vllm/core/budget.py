@@ -17,7 +17,12 @@ def token_floor(num_units: int, tokens_per_unit: int, min_tokens_per_unit: int, 
 
 
 def token_budget(
-    num_units: int, tokens_per_unit: int, config: EVSConfig, continues: bool = False, stock_count: bool = False
+    num_units: int,
+    tokens_per_unit: int,
+    config: EVSConfig,
+    continues: bool = False,
+    stock_count: bool = False,
+    saved: int = 0,
 ) -> int:
     """The number of tokens that `config` keeps of a clip when it sets a rate, or at most keeps when it does not.
 
@@ -30,18 +35,43 @@ def token_budget(
         num_units: T >= 1.
         tokens_per_unit: P >= 1.
         config: The settings.
-        continues: Whether the clip goes on from another one (`Clip.previous`); its unit 0 is not kept whole, and it
-            keeps ``floor(N * (1 - rate))``.
+        continues: Whether the clip goes on from another one (`Clip.previous`). Its unit 0 is not kept whole; it keeps
+            at most ``floor(N * (1 - rate)) + saved``, and at most what it would keep if it stood alone.
         stock_count: Whether to keep exactly ``floor(N * (1 - rate))`` of short clips too, as vLLM's
             ``--video-pruning-rate`` does.
+        saved: `Anchors.saved` of what it goes on from.
 
     Returns:
         That number, at most ``max_tokens``, at least the floor of `token_floor`.
     """
     kept = 1 - exact(config.rate or 0)
     budget = math.floor(num_units * tokens_per_unit * kept)
-    if not continues and not stock_count:
+    if continues:
+        alone = token_budget(num_units, tokens_per_unit, config, stock_count=stock_count)
+        budget = min(budget + saved, alone)
+    elif not stock_count:
         budget = max(budget, tokens_per_unit + math.ceil((num_units - 1) * tokens_per_unit * kept / 2))
     if config.max_tokens is not None:
         budget = min(budget, config.max_tokens)
     return max(budget, token_floor(num_units, tokens_per_unit, config.min_tokens_per_unit, continues))
+
+
+def tokens_saved(num_units: int, tokens_per_unit: int, config: EVSConfig, num_kept: int, saved: int = 0) -> int:
+    """What a clip of a stream leaves to the next one of the tokens that the rate allows: `Anchors.saved`.
+
+    A clip's share is ``floor(N * (1 - rate))``. What it leaves of that and of what was saved before is saved, up to P
+    tokens, a whole unit: so a cut after a still scene is shown at once, and after its first clip a stream never keeps
+    more than its shares in sum. There is no debt, and without a rate nothing is saved.
+
+    Args:
+        num_units, tokens_per_unit, config: As for `token_budget`.
+        num_kept: Tokens that the clip keeps.
+        saved: What was saved before it.
+
+    Returns:
+        That number, from 0 to P.
+    """
+    if not config.rate:
+        return 0
+    share = math.floor(num_units * tokens_per_unit * (1 - exact(config.rate)))
+    return min(max(saved + share - num_kept, 0), tokens_per_unit)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a token looks like, in a few bytes: descriptors, whose L1 distance says how much a token changed.
 
-They start from a low-resolution picture of every token (`evs_kernels.pool_tokens`), so a clip's pixels are read once.
+They start from a low-resolution picture of every token, made of the frames before they were resized
+(`evs_kernels.pool_frames`), or of the token's pixels where those are all there is (`evs_kernels.pool_tokens`); either
+way a clip is read once.
 All arithmetic is exact: integers, quotients and square roots that IEEE 754 rounds correctly, and matrix products of
 integers whose sums stay below 2**24, which float32 holds exactly in whatever order a library adds them up. So equal
 pixels have equal descriptors on every machine and device.
@@ -28,24 +30,29 @@ def low_resolution(clip: Clip, cells: int) -> torch.Tensor:
     """The low-resolution picture of a clip.
 
     Args:
-        clip: T units of H x W tokens, with pixels of three channels. What `Clip.previous` holds comes first, as one
-            more unit.
+        clip: T units of H x W tokens, with pixels of three channels.
         cells: Cells along one side of a token.
 
     Returns:
-        (T or T + 1, H, W, cells, cells, 3) uint8, each cell the mean over its pixels and the frames of the unit.
+        (T, H, W, cells, cells, 3) uint8, each cell the mean over its pixels and the frames of the unit: the
+        pixels of `Clip.source`, or of `Clip.tokens` where there is none.
 
     Raises:
-        UnsupportedError: The clip does not say how its pixels are ordered.
+        UnsupportedError: The clip has no source and does not say how its pixels are ordered.
     """
+    if clip.source is not None:
+        units, rows, columns = clip.grid
+        picture = evs_kernels.pool_frames(
+            clip.source.frames, rows * cells, columns * cells, unit_frames=clip.source.unit_frames
+        )
+        return picture.view(units, rows, cells, columns, cells, -1).transpose(2, 3).contiguous()
     if clip.pixels is None:
         raise UnsupportedError(
             "This clip does not say where in a token its pixels are (Clip.pixels), which every selection but 'paper' "
             "looks at. Give it, or select by 'paper'."
         )
-    tokens = clip.tokens if clip.previous is None else torch.cat([clip.previous[None], clip.tokens])
     order = clip.pixels
-    pooled = evs_kernels.pool_tokens(tokens, order.merge, order.channels, order.frames, order.side, cells)
+    pooled = evs_kernels.pool_tokens(clip.tokens, order.merge, order.channels, order.frames, order.side, cells)
     return pooled.view(-1, *clip.grid[1:], cells, cells, order.channels)
 
 
@@ -104,10 +111,10 @@ class Descriptor(ABC):
         """Describes every token, once for each clip.
 
         Args:
-            clip: The clip; what `Clip.previous` holds comes first, as one more unit.
+            clip: The clip.
 
         Returns:
-            (T or T + 1, P, F) uint8, contiguous, on the clip's device.
+            (T, P, F) uint8, contiguous, on the clip's device.
 
         Raises:
             UnsupportedError: The clip does not say how its pixels are ordered.

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from evs_vllm.core.plan import RetentionPlan
     from evs_vllm.core.scorers import Selection
 
-STAGES = ("decode", "HF processor", "score", "select", "layout")
-"""The stages of `Inspection.seconds`, in their order. To score is to find the evidence: scores or descriptors."""
+STAGES = ("decode", "HF processor", "score", "select", "layout", "pixels")
+"""The stages of `Inspection.seconds`, in their order.
+
+To score is to find the evidence: scores or descriptors. Pixels are those of the tokens that the vision tower computes;
+the stage takes no time where Hugging Face's processor makes them all.
+"""
 
 
 @dataclass(frozen=True)

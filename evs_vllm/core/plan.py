@@ -15,10 +15,10 @@ import numpy.typing as npt
 from evs_vllm.errors import PlanError
 from evs_vllm.options import POSITIONS
 
-FORMAT = 3
+FORMAT = 4
 """Version of the tensor format; a plan of another version is refused."""
 
-_HEADER = 12
+_HEADER = 13
 _PLAN_ENCODERS = ("full", "reuse")
 
 IntArray = npt.NDArray[np.int64]
@@ -79,9 +79,11 @@ class RetentionPlan:
         layout: The unpruned prompt of the clip, or None before the prompt is known.
         encoder: "full" if the vision tower computes every token, "reuse" if only `computed`.
         refreshed: With "reuse", (S,) int64, sorted: the dropped tokens that the tower computes all the same, because
-            their place has changed much since it was last computed. None of them is kept.
+            their place has changed much since it was last computed, or never was. None of them is kept.
         position_span: Position IDs that the clip takes up: the text after it starts that much later. 0 before the
             prompt is known.
+        unchanged: Whether the clip goes on from others of its stream and shows nothing new: what stays is there only
+            because a prompt needs a token of each clip, or a minimum per unit was asked for.
 
     Raises:
         PlanError: Indices unsorted, repeated, out of range or both kept and refreshed, or a layout for another number
@@ -95,6 +97,7 @@ class RetentionPlan:
     encoder: str = "full"
     refreshed: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     position_span: int = 0
+    unchanged: bool = False
 
     def __post_init__(self) -> None:
         if min(self.grid) < 1 or self.positions not in POSITIONS or self.encoder not in _PLAN_ENCODERS:
@@ -203,7 +206,7 @@ class RetentionPlan:
         """The plan with its layout as one (L,) int64 array; `from_array` is the inverse."""
         layout = self._layout()
         runs = [_runs(a) for a in (layout.token_ids, layout.is_embed, layout.is_visual)]
-        header = [FORMAT, *self.grid, POSITIONS.index(self.positions), self.position_span]
+        header = [FORMAT, *self.grid, POSITIONS.index(self.positions), self.position_span, int(self.unchanged)]
         parts = [self.kept, self.refreshed, *runs]
         header += [_PLAN_ENCODERS.index(self.encoder), *(len(part) for part in parts)]
         return np.concatenate([np.array(header, dtype=np.int64), *parts])
@@ -217,13 +220,14 @@ class RetentionPlan:
         """
         if array.ndim != 1 or len(array) < _HEADER or array[0] != FORMAT:
             raise PlanError("Not a retention plan of this evs-vllm version: do all processes run the same version?")
-        form, t, h, w, positions, span, encoder, *lengths = (int(x) for x in array[:_HEADER])
-        if len(array) != _HEADER + sum(lengths) or min(lengths) < 0 or positions not in (0, 1) or encoder not in (0, 1):
+        form, t, h, w, positions, span, unchanged, encoder, *lengths = (int(x) for x in array[:_HEADER])
+        if len(array) != _HEADER + sum(lengths) or min(lengths) < 0 or {positions, unchanged, encoder} - {0, 1}:
             raise PlanError(f"A retention plan of format {form} is cut short or damaged.")
         kept, refreshed, *runs = np.split(array[_HEADER:], np.cumsum(lengths)[:-1])
         token_ids, is_embed, is_visual = (_unrun(r) for r in runs)
         layout = Layout(token_ids, is_embed.astype(np.bool_), is_visual.astype(np.bool_))
-        return cls((t, h, w), kept, POSITIONS[positions], layout, _PLAN_ENCODERS[encoder], refreshed, span)
+        positions_name, encoder_name = POSITIONS[positions], _PLAN_ENCODERS[encoder]
+        return cls((t, h, w), kept, positions_name, layout, encoder_name, refreshed, span, bool(unchanged))
 
 
 def _runs(values: npt.NDArray[np.generic]) -> IntArray:

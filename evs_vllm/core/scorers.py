@@ -14,8 +14,8 @@ import torch
 
 import evs_kernels
 from evs_vllm.config import EVSConfig
-from evs_vllm.core.budget import token_budget
-from evs_vllm.core.clip import Clip
+from evs_vllm.core.budget import token_budget, tokens_saved
+from evs_vllm.core.clip import Anchors, Clip
 from evs_vllm.core.descriptors import Contrast, Descriptor
 from evs_vllm.core.focus import SIXTEENTHS, unit_weights
 from evs_vllm.core.learned import Learned
@@ -28,15 +28,21 @@ class Selection(ABC):
 
     Attributes:
         name: Its name in `SELECTIONS`. It is part of the cache identity: a method that changes needs another name.
+        reads_pixels: Whether it looks at `Clip.tokens`. Others see the low-resolution picture of a clip alone
+            (`evs_vllm.core.descriptors.low_resolution`), for which resized pixels need not exist.
         stock_count: Whether it keeps exactly the number of tokens that vLLM's ``--video-pruning-rate`` keeps, of short
             clips too (see `token_budget`).
         threshold_counts: What the option ``threshold`` counts, in words.
+        noise: The change, as ``threshold`` counts it, below which a token of a clip that goes on shows nothing new; 0
+            where any change does.
         high_threshold: A threshold that leaves little beside unit 0, where a slider may end.
     """
 
     name: str
+    reads_pixels: bool = True
     stock_count: bool = False
     threshold_counts: str
+    noise: float = 0
     high_threshold: float = 100
 
     @abstractmethod
@@ -58,11 +64,11 @@ class Selection(ABC):
         What is in `SELECTIONS` has it.
 
         Args:
-            clip: The clip; what `Clip.previous` holds comes first, as one more unit.
+            clip: The clip; what earlier clips left (`Clip.previous`) comes first, as one more unit.
 
         Returns:
-            On the clip's device, (T, P) int32 scores, of which the highest stay, or (T, P, F) uint8 descriptors, whose
-            L1 distance from the last kept one at their place counts.
+            On the clip's device, for T units or T + 1: (T, P) int32 scores, of which the highest stay, or (T, P, F)
+            uint8 descriptors, whose L1 distance from the last kept one at their place counts.
 
         Raises:
             UnsupportedError: It chooses by something else.
@@ -81,8 +87,60 @@ class Selection(ABC):
 
     def budget(self, clip: Clip, config: EVSConfig) -> int:
         """`token_budget` of a clip."""
-        continues = clip.previous is not None
-        return token_budget(clip.num_units, clip.tokens_per_unit, config, continues, self.stock_count)
+        size = clip.num_units, clip.tokens_per_unit
+        if clip.previous is None:
+            return token_budget(*size, config, stock_count=self.stock_count)
+        return token_budget(*size, config, True, self.stock_count, clip.previous.saved)
+
+    def looks(self, clip: Clip) -> torch.Tensor:
+        """(T, P, F) uint8 on the clip's device: what each token looks like to later clips of a stream (`Anchors`).
+
+        What is in `SELECTIONS` has it.
+
+        Raises:
+            UnsupportedError: It compares by something else, so that its clips cannot go on from others.
+        """
+        raise UnsupportedError(
+            f"The selection {self.name} cannot go on from one clip to the next. Choose one of {', '.join(SELECTIONS)}."
+        )
+
+    def changed(self, clip: Clip, config: EVSConfig) -> int:
+        """How many tokens of a clip that goes on from others (`Clip.previous`) show something new.
+
+        Such a token differs from what stands for its place, if all such tokens are kept, by the option ``threshold`` or
+        more, or where that is not set by `noise`. What is in `SELECTIONS` has it.
+        """
+        raise UnsupportedError(f"The selection {self.name} cannot go on from one clip to the next.")
+
+    def anchors(self, kept: torch.Tensor, clip: Clip, config: EVSConfig) -> Anchors:
+        """What a clip of a stream leaves behind for the next one.
+
+        Args:
+            kept: (K,) int64, sorted indices of its tokens that stay.
+            clip, config: As for `select`.
+
+        Returns:
+            Of each place what its last kept token looks like; where none of this clip stays, what was there before. On
+            the CPU, so that it can be kept.
+        """
+        looks, places = self.looks(clip), clip.tokens_per_unit
+        kept = kept.to(looks.device)
+        latest = torch.full((places,), -1, dtype=torch.int64, device=looks.device)
+        latest.scatter_reduce_(0, kept % places, kept // places, "amax")
+        shown = looks[latest.clamp(min=0), torch.arange(places, device=looks.device)].cpu()
+        saved = 0
+        if clip.previous is not None:
+            shown = torch.where(latest.cpu()[:, None] >= 0, shown, clip.previous.looks)
+            saved = clip.previous.saved
+        left = tokens_saved(clip.num_units, places, config, len(kept), saved)
+        return Anchors(shown, (clip.grid[1], clip.grid[2]), left)
+
+    def looks_and_before(self, clip: Clip) -> torch.Tensor:
+        """`looks`; of a clip that goes on from others after `Anchors.looks` as one more unit."""
+        looks = self.looks(clip)
+        if clip.previous is None:
+            return looks
+        return torch.cat([clip.previous.looks.to(looks.device)[None], looks])
 
 
 class Anchored(Selection):
@@ -93,20 +151,37 @@ class Anchored(Selection):
     (`evs_kernels.select_hold`). With a threshold, nothing that is dropped differs from that by the threshold or more
     (`evs_kernels.select_anchored`), unless ``max_tokens`` bites.
 
+    Of a clip that goes on from others a rate is an upper bound: no more tokens are kept than show something new
+    (`changed`), so that a still scene costs nothing.
+
     Args:
         descriptor: What tokens are compared by; the selection has its name.
+        noise: See `Selection`.
         high_threshold: Where a slider for thresholds ends.
     """
 
-    def __init__(self, descriptor: Descriptor, high_threshold: float) -> None:
-        self.name, self.descriptor = descriptor.name, descriptor
+    reads_pixels = False
+
+    def __init__(self, descriptor: Descriptor, noise: float = 0, high_threshold: float = 100) -> None:
+        self.name, self.descriptor, self.noise = descriptor.name, descriptor, noise
         self.threshold_counts, self.high_threshold = f"change in {descriptor.counts}", high_threshold
 
-    def evidence(self, clip: Clip) -> torch.Tensor:
+    def looks(self, clip: Clip) -> torch.Tensor:
         return self.descriptor.describe(clip)
+
+    def evidence(self, clip: Clip) -> torch.Tensor:
+        return self.looks_and_before(clip)
 
     def unit(self, clip: Clip) -> float:
         return self.descriptor.unit
+
+    def changed(self, clip: Clip, config: EVSConfig) -> int:
+        level = self._level(config.threshold or self.noise)
+        kept = evs_kernels.select_anchored(self.evidence(clip), threshold=level).indices
+        return len(kept) - clip.tokens_per_unit
+
+    def _level(self, threshold: float) -> int:
+        return max(1, math.ceil(exact(threshold) * exact(self.descriptor.unit)))
 
     def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
         descriptors = self.evidence(clip)
@@ -114,10 +189,11 @@ class Anchored(Selection):
         budget = before + self.budget(clip, config)
         least = config.min_tokens_per_unit
         if config.threshold:
-            level = max(1, math.ceil(exact(config.threshold) * exact(self.unit(clip))))
-            most = budget if config.max_tokens else None
+            level, most = self._level(config.threshold), budget if config.max_tokens else None
             kept = evs_kernels.select_anchored(descriptors, most, threshold=level, min_per_unit=least).indices
         else:
+            if before:
+                budget = min(budget, before + self.changed(clip, config))
             weights = unit_weights(clip, config)
             kept = evs_kernels.select_hold(descriptors, budget, min_per_unit=least, weights=weights).indices
         kept = kept[before:] - before
@@ -128,7 +204,11 @@ class Anchored(Selection):
 
 
 class Scorer(Selection):
-    """A selection by scores: the highest ones within a budget, or all that reach a threshold."""
+    """A selection by scores: the highest ones within a budget, or all that reach a threshold.
+
+    Of a clip that goes on from others a rate is an upper bound: no more tokens are kept than show something new
+    (`changed`). Its unit 0 is compared with the pixels that were last kept at each place.
+    """
 
     @abstractmethod
     def score(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -149,8 +229,16 @@ class Scorer(Selection):
         It is proportional to `threshold`, but for being rounded up where scores are integers.
         """
 
+    def looks(self, clip: Clip) -> torch.Tensor:
+        return clip.tokens
+
     def evidence(self, clip: Clip) -> torch.Tensor:
-        return self.score(clip.tokens if clip.previous is None else torch.cat([clip.previous[None], clip.tokens]))
+        return self.score(self.looks_and_before(clip))
+
+    def changed(self, clip: Clip, config: EVSConfig) -> int:
+        level = self.level(config.threshold or self.noise, clip.tokens.shape[-1])
+        scores = self.evidence(clip)[1:]
+        return int(((scores >= level) & (scores > 0)).sum())
 
     def unit(self, clip: Clip) -> float:
         return self.level(1, clip.tokens.shape[-1])
@@ -160,11 +248,11 @@ class Scorer(Selection):
         return evs_kernels.select_topk(self.score(tokens), budget, min_per_unit=min_per_unit).indices
 
     def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
-        tokens, before = clip.tokens, 0
-        if clip.previous is not None:
-            # What was there before stands as one more unit in front, which is then taken off again.
-            tokens, before = torch.cat([clip.previous[None], tokens]), clip.tokens_per_unit
-        least = config.min_tokens_per_unit
+        # What was there before stands as one more unit in front, which is then taken off again.
+        tokens, before = self.looks_and_before(clip), 0 if clip.previous is None else clip.tokens_per_unit
+        least, budget = config.min_tokens_per_unit, before + self.budget(clip, config)
+        if before and not config.threshold:
+            budget = min(budget, before + self.changed(clip, config))
         if config.threshold:
             kept = evs_kernels.select_threshold(
                 self.score(tokens),
@@ -175,11 +263,9 @@ class Scorer(Selection):
         elif (weights := unit_weights(clip, config)) is not None:
             scores = self.score(tokens)
             weighted = scores.double() * weights.to(scores.device)[:, None] / SIXTEENTHS
-            kept = evs_kernels.select_topk(
-                weighted.to(scores.dtype), self.budget(clip, config) + before, min_per_unit=least
-            ).indices
+            kept = evs_kernels.select_topk(weighted.to(scores.dtype), budget, min_per_unit=least).indices
         else:
-            kept = self.top(tokens, self.budget(clip, config) + before, least)
+            kept = self.top(tokens, budget, least)
         kept = kept[before:] - before
         # A prompt needs a token of the clip, also where nothing changed.
         return kept if len(kept) else self.score(tokens)[1:].flatten().argmax()[None]
@@ -195,6 +281,7 @@ class PixelChange(Scorer):
     name = "paper"
     stock_count = True
     threshold_counts = "mean pixel change"
+    noise = 10
     high_threshold = 64
 
     def score(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -221,8 +308,9 @@ def named_selection(name: str) -> Selection:
     return SELECTIONS[name]
 
 
-LEARNED = Anchored(Learned(), high_threshold=100)
+LEARNED = Anchored(Learned(), noise=20, high_threshold=100)
 
 SELECTIONS: dict[str, Selection] = {
-    selection.name: selection for selection in (LEARNED, Anchored(Contrast(), high_threshold=200), PixelChange())
+    selection.name: selection
+    for selection in (LEARNED, Anchored(Contrast(), noise=4, high_threshold=200), PixelChange())
 }

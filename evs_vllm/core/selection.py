@@ -4,6 +4,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 import evs_kernels
@@ -29,14 +30,18 @@ def make_plan(clip: Clip, config: EVSConfig, selection: Selection | None = None)
         The plan, without a layout.
     """
     chosen = named_selection(config.selection) if selection is None else selection
-    return plan_keeping(chosen.select(clip, config), clip, config)
+    plan = plan_keeping(chosen.select(clip, config), clip, config)
+    if clip.previous is None:
+        return plan
+    return replace(plan, unchanged=not chosen.changed(clip, config))
 
 
 def plan_keeping(kept: torch.Tensor, clip: Clip, config: EVSConfig) -> RetentionPlan:
     """The plan for tokens that were chosen, with what the vision tower computes beside them.
 
     Args:
-        kept: (K,) int64, sorted indices of the tokens that stay; with encoder "reuse" all of unit 0 among them.
+        kept: (K,) int64, sorted indices of the tokens that stay; with encoder "reuse" all of unit 0 among them, unless
+            the clip goes on from another one: of such a unit 0 the tower computes what is dropped, too.
         clip, config: As for `make_plan`.
 
     Returns:
@@ -44,24 +49,30 @@ def plan_keeping(kept: torch.Tensor, clip: Clip, config: EVSConfig) -> Retention
     """
     dropped = clip.num_units * clip.tokens_per_unit - len(kept)
     indices = kept.cpu().numpy()
-    # A clip that keeps everything has nothing to reuse: it takes the stock path. One that goes on from another has no
-    # computed unit 0 to reuse: its tower computes all of it.
-    if config.encoder != "reuse" or not dropped or clip.previous is not None:
-        return RetentionPlan(clip.grid, indices, config.positions)
-    plan = RetentionPlan(clip.grid, indices, config.positions, encoder="reuse")
-    return replace(plan, refreshed=stale(kept, clip, config).cpu().numpy()) if config.encoder_refresh else plan
+    whole = RetentionPlan(clip.grid, indices, config.positions)
+    # A clip that keeps everything has nothing to reuse: it takes the stock path.
+    if config.encoder != "reuse" or not dropped:
+        return whole
+    if config.encoder_refresh:
+        refreshed = stale(kept, clip, config).cpu().numpy()
+    else:
+        refreshed = np.flatnonzero(~whole.mask[0].ravel())
+    plan = replace(whole, encoder="reuse", refreshed=refreshed)
+    # So does one of which everything is computed: a single unit that goes on from others.
+    return whole if len(plan.computed) == plan.num_tokens else plan
 
 
 def stale(kept: torch.Tensor, clip: Clip, config: EVSConfig) -> torch.Tensor:
     """The dropped tokens whose keys and values the vision tower should not take from before.
 
-    Going through the units, a dropped token is one of them if its learned descriptor differs by ``encoder_refresh``
-    hundredths or more from that of when its place was last computed, as a kept token or as one of them. So a still
-    scene has none, and a cut makes nearly all tokens of its unit that are not kept. They are at most one in
-    `REFRESHED_AT_MOST` of the dropped tokens; where that bites, the difference that counts is raised.
+    Those of unit 0, which only a clip that goes on from another one has: no earlier unit is at hand. Going through the
+    others, a dropped token is one of them if its learned descriptor differs by ``encoder_refresh`` hundredths or more
+    from that of when its place was last computed, as a kept token or as one of them. So a still scene has none, and a
+    cut makes nearly all tokens of its unit that are not kept. After unit 0 they are at most one in `REFRESHED_AT_MOST`
+    of the dropped tokens; where that bites, the difference that counts is raised.
 
     Args:
-        kept: (K,) int64, sorted indices of the tokens that stay, all of unit 0 among them.
+        kept: (K,) int64, sorted indices of the tokens that stay.
         clip, config: As for `make_plan`.
 
     Returns:
@@ -70,11 +81,15 @@ def stale(kept: torch.Tensor, clip: Clip, config: EVSConfig) -> torch.Tensor:
     tokens = clip.num_units * clip.tokens_per_unit
     forced = torch.zeros(tokens, dtype=torch.bool, device=kept.device)
     forced[kept] = True
+    dropped = ~forced
+    forced[: clip.tokens_per_unit] = True
+    least = int(forced.sum())
     descriptor = LEARNED.descriptor
     computed = evs_kernels.select_anchored(
         descriptor.describe(clip),
-        len(kept) + (tokens - len(kept)) // REFRESHED_AT_MOST,
+        least + (tokens - least) // REFRESHED_AT_MOST,
         threshold=max(1, math.ceil(exact(config.encoder_refresh) * exact(descriptor.unit))),
         forced=forced.view(clip.num_units, -1),
     ).indices
-    return computed[~forced[computed]]
+    refreshed: torch.Tensor = computed[dropped[computed]]
+    return refreshed

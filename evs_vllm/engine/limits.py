@@ -31,9 +31,19 @@ def positions_left(prompt_tokens: int, plans: Sequence[RetentionPlan], limit: in
 
 
 def check_positions(
-    adapter: FamilyAdapter, model_config: Any, prompt_tokens: int, plans: Sequence[RetentionPlan]
+    adapter: FamilyAdapter,
+    model_config: Any,
+    prompt_tokens: int,
+    plans: Sequence[RetentionPlan],
+    seconds: Sequence[float | None] | None = None,
 ) -> None:
     """Refuses a request whose position IDs would leave the rotary cache.
+
+    Args:
+        adapter, model_config: Those of the model.
+        prompt_tokens: Length of the pruned prompt.
+        plans: Those of its clips, in order.
+        seconds: Of clips that are parts of one stream, how long each is, where that is known.
 
     Raises:
         RequestError: They would, or this engine cannot work with kept positions.
@@ -47,12 +57,40 @@ def check_positions(
     length = max(prompt_tokens, model_config.max_model_len) if whole_context else prompt_tokens
     limit = adapter.max_position(model_config.max_model_len)
     if positions_left(length, plans, limit) < 1:
+        taken, needed = sum(plan.position_span for plan in plans), length + sum(plan.extra_positions for plan in plans)
+        if seconds is not None and len(plans) > 1:
+            raise RequestError(_stream_too_long(plans, seconds, taken, needed, limit))
         way_out = " or serve with a lower --max-model-len" if whole_context else ""
         raise RequestError(
-            f"The video(s) of this request take up {sum(plan.position_span for plan in plans)} position IDs before "
-            f"pruning, and the prompt with them {length + sum(plan.extra_positions for plan in plans)}; the model has "
-            f"{limit}. Send fewer frames or a shorter video, set evs_positions to 'sequential'{way_out}."
+            f"The video(s) of this request take up {taken} position IDs before pruning, and the prompt with them "
+            f"{needed}; the model has {limit}. Send fewer frames or a shorter video, set evs_positions to "
+            f"'sequential'{way_out}."
         )
+
+
+def _stream_too_long(
+    plans: Sequence[RetentionPlan], seconds: Sequence[float | None], taken: int, needed: int, limit: int
+) -> str:
+    """What to tell whose stream has run out of position IDs."""
+    # Without the oldest clips the prompt is shorter by their spans, whatever is kept of the others then.
+    fitting, over = len(plans), needed + RESERVE + 1 - limit
+    for plan in plans:
+        if over <= 0:
+            break
+        over -= plan.position_span
+        fitting -= 1
+
+    def of_them(number: int) -> str:
+        lengths = [each for each in seconds[len(seconds) - number :] if each is not None]
+        return f"{number} ({sum(lengths):g} s)" if len(lengths) == number else str(number)
+
+    way_out = f"The newest {of_them(fitting)} would fit: drop older ones, best half of them at a time, as the stream "
+    way_out += "then begins anew with the first that is sent; or begin"
+    return (
+        f"The {of_them(len(plans))} videos of this stream take up {taken} position IDs before pruning, and the prompt "
+        f"with them {needed}; the model has {limit}. {way_out if fitting else 'Begin'} a new session, or set "
+        "evs_positions to 'sequential', which counts kept tokens alone."
+    )
 
 
 def cap_answer_length(model_config: Any, request: Any) -> None:

@@ -7,10 +7,14 @@
 | ``evs:video_tokens_total`` | counter | their video tokens before pruning |
 | ``evs:video_tokens_kept_total`` | counter | their video tokens in the prompts |
 | ``evs:frames_as_images_total`` | counter | requests whose images look like the frames of a video (not pruned) |
+| ``evs:frontend_clips_total`` | counter | clips planned, by who made their pixels (none on processor-cache hits) |
+| ``evs:stream_chunks_total`` | counter | clips of streams planned, by what is new in them (none on cache hits) |
 | ``evs:planning_time_seconds`` | histogram | score, select and lay out one clip (none on processor-cache hits) |
+| ``evs:rows_time_seconds`` | histogram | resize and cut one clip, where Hugging Face's processor does not |
 
-All but the requests with images are told apart by the label ``selection``. The prefix is ``evs:`` because vLLM
-unregisters every collector with "vllm" in its name when it starts its own.
+They are told apart by the label ``selection``, but for the clips of the front end, which have the label ``path``
+(`PATHS`), those of streams, which have the label ``news`` (`NEWS`), the time for rows and the requests with images. The
+prefix is ``evs:`` because vLLM unregisters every collector with "vllm" in its name when it starts its own.
 """
 
 from functools import cache
@@ -18,7 +22,16 @@ from typing import NamedTuple
 
 from prometheus_client import Counter, Histogram
 
+from evs_vllm.core.clip import Clip
+from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.options import SELECTION_NAMES
+
+PATHS = ("rows", "processor")
+"""Who made a clip's pixel rows: this package, of the tokens alone that are computed, or Hugging Face's processor."""
+
+NEWS = ("first", "some", "none", "rebuilt")
+"""What is new in a clip of a stream: all of it, as none went before or the size changed; some tokens; nothing, so that
+one token stands for it. "rebuilt" are clips that were planned before, and what they left had been evicted."""
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -28,7 +41,10 @@ class Metrics(NamedTuple):
     tokens: Counter
     tokens_kept: Counter
     frames_as_images: Counter
+    frontend_clips: Counter
+    stream_chunks: Counter
     planning_time: Histogram
+    rows_time: Histogram
 
 
 @cache
@@ -40,9 +56,23 @@ def metrics() -> Metrics:
         Counter("evs:video_tokens", "Number of video tokens of these clips before pruning.", label),
         Counter("evs:video_tokens_kept", "Number of video tokens of these clips kept in the prompts.", label),
         Counter("evs:frames_as_images", "Number of requests whose images look like the frames of a video."),
+        Counter("evs:frontend_clips", "Number of clips planned, by who made their pixel rows.", ("path",)),
+        Counter("evs:stream_chunks", "Number of clips of streams planned, by what is new in them.", ("news",)),
         Histogram("evs:planning_time_seconds", "Time to score, select and lay out one clip.", label, buckets=_BUCKETS),
+        Histogram("evs:rows_time_seconds", "Time to make the pixel rows of one clip.", buckets=_BUCKETS),
     )
     for name in SELECTION_NAMES:  # series that are there from the start begin at 0
         for collector in (found.clips, found.tokens, found.tokens_kept, found.planning_time):
             collector.labels(name)
+    for path in PATHS:
+        found.frontend_clips.labels(path)
+    for news in NEWS:
+        found.stream_chunks.labels(news)
     return found
+
+
+def news_of(clip: Clip, plan: RetentionPlan) -> str:
+    """Which of `NEWS` a clip of a stream is, planned for the first time."""
+    if clip.previous is None:
+        return "first"
+    return "none" if plan.unchanged else "some"

@@ -4,10 +4,10 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -16,20 +16,25 @@ from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PromptUpdateDetails
+from vllm.utils.torch_utils import set_default_torch_num_threads
 
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import BoolArray, RetentionPlan
 from evs_vllm.core.prompt import pruned_clip
+from evs_vllm.core.scorers import named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.engine.compat import settings_of
 from evs_vllm.engine.limits import check_positions
-from evs_vllm.engine.metrics import metrics
+from evs_vllm.engine.metrics import PATHS, metrics, news_of
 from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD
-from evs_vllm.engine.times import metadata_of, unit_starts
+from evs_vllm.engine.streams import Stream, StreamStore, chain
+from evs_vllm.engine.times import metadata_of, seconds_of, unit_starts
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
 from evs_vllm.families import Family
 from evs_vllm.families.base import FamilyAdapter
+from evs_vllm.families.front_end import Seen, Watch, watch_processor, watching, why_not
+from evs_vllm.families.qwen2_vl import PIXELS
 from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
 
 logger = init_logger("vllm.evs_vllm")
@@ -41,6 +46,11 @@ _OFF = EVSConfig()
 # The settings of the request that this thread is processing. vLLM calls `apply` and all it calls synchronously.
 _settings: ContextVar[EVSConfig] = ContextVar("evs_settings", default=_OFF)
 _profiling: ContextVar[bool] = ContextVar("evs_profiling", default=False)
+# What its video processor was given.
+_watched: ContextVar[Watch | None] = ContextVar("evs_watched", default=None)
+
+# Its videos, if they are parts of one stream.
+_stream: ContextVar[Stream | None] = ContextVar("evs_stream", default=None)
 
 T = TypeVar("T")
 
@@ -93,6 +103,22 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
     """Goes before a family's processor class; `_evs_family` is set by `processor_class`."""
 
     _evs_family: Family
+    _evs_why_stock: str
+    """Why no clip's pixel rows are made without Hugging Face's processor, or ""."""
+
+    def __init__(self, info: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(info, *args, **kwargs)
+        self._evs_store = StreamStore(int(self._evs_config.stream_cache_gb * 2**30))
+        self._evs_why_stock = "this family's does more than to resize frames and cut them into patches"
+        if self._evs.judges_source:
+            _watch_processors(info)
+            self._evs_why_stock = why_not(info.get_hf_processor().video_processor)
+        why = self._evs_why_stock
+        logger.info_once(
+            "EVS: pixel rows of clips for %s are made %s.",
+            self._evs_family.name,
+            f"by Hugging Face's processor: {why}" if why else "of the tokens that the vision tower computes",
+        )
 
     @cached_property
     def _evs(self) -> FamilyAdapter:
@@ -120,7 +146,15 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                 "are not pruned: send them as one (data:video/jpeg;base64,FRAME,FRAME,...; see docs/options.md).",
                 FRAMES_IN_A_ROW,
             )
-        with _set(_settings, settings):
+        with ExitStack() as within:
+            within.enter_context(_set(_settings, settings))
+            streams = settings.active and settings.stream
+            within.enter_context(_set(_stream, Stream(self._evs_store) if streams else None))
+            if settings.active and self._evs.judges_source:
+                watch = within.enter_context(watching(leave_rows=not self._evs_why_stock))
+                within.enter_context(_set(_watched, watch))
+            if settings.active and (threads := self._evs_config.processor_threads) is not None:
+                within.enter_context(set_default_torch_num_threads(threads))
             return super().apply(inputs, timing_ctx)
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
@@ -130,22 +164,36 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         hashes = super()._get_mm_hashes(inputs)
-        if (settings := _settings.get()).active and MODALITY in hashes:
-            digest = hashlib.sha256(settings.identity.encode()).hexdigest()[:16]
-            hashes = {**hashes, MODALITY: [f"{item}-evs{digest}" for item in hashes[MODALITY]]}
-        return hashes
+        settings, stream = _settings.get(), _stream.get()
+        if not settings.active or MODALITY not in hashes:
+            return hashes
+        own = hashes[MODALITY]
+        if stream is not None:
+            stream.links = chain(own, settings.identity)
+            marks = [link[:32] for link in stream.links[:-1]]
+        else:
+            marks = [hashlib.sha256(settings.identity.encode()).hexdigest()[:16]] * len(own)
+        return {**hashes, MODALITY: [f"{item}-evs{mark}" for item, mark in zip(own, marks, strict=True)]}
+
+    def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
+        stream = _stream.get()
+        if stream is not None and MODALITY in mm_hashes:
+            cache = stream.without(cache, mm_data_items[MODALITY], mm_hashes[MODALITY])
+        return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)
 
     def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         settings = _settings.get()
         if not settings.active or not updates.get(MODALITY):  # empty when the processor cache has every clip
             return updates
+        items, watch = out_mm_kwargs[MODALITY], _watched.get()
+        # Embeddings go through no processor.
+        seen = watch.seen if watch is not None and watch.seen else [None] * len(items)
         try:
+            # One after the other, as in a stream a clip needs what the one before it leaves.
             pruned = [
-                self._prune(item, item_updates, settings, metadata_of(mm_items[MODALITY], number))
-                for number, (item, item_updates) in enumerate(
-                    zip(out_mm_kwargs[MODALITY], updates[MODALITY], strict=True)
-                )
+                self._prune(item, item_updates, settings, metadata_of(mm_items[MODALITY], place), video, place)
+                for place, (item, item_updates, video) in enumerate(zip(items, updates[MODALITY], seen, strict=True))
             ]
         except (ArithmeticError, LookupError, RuntimeError, PlanError) as error:
             if not hf_processor_mm_kwargs:
@@ -157,10 +205,21 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             ) from error
         return {**updates, MODALITY: pruned}
 
-    def _prune(self, item: Any, updates: Any, settings: EVSConfig, metadata: Mapping[str, Any]) -> Any:
-        """Plans one clip, puts the plan among its fields and returns its prompt updates, shortened."""
-        started = time.perf_counter()
+    def _prune(
+        self, item: Any, updates: Any, settings: EVSConfig, metadata: Mapping[str, Any], seen: Seen | None, place: int
+    ) -> Any:
+        """Plans one clip, puts the plan among its fields and returns its prompt updates, shortened.
+
+        `place` is where it stands among the clips that are being processed.
+        """
+        stream = _stream.get()
         fields = {key: elem.data for key, elem in item.items()}
+        selection = named_selection(settings.selection)
+        to_make = seen if seen is not None and not seen.why_stock else None
+        if to_make is not None:
+            dtype = fields[PIXELS].dtype
+            fields[PIXELS] = _rows(to_make, None, dtype) if selection.reads_pixels else to_make.blank(dtype)
+        started = time.perf_counter()
         clip = self._evs.clip(fields)
         if clip is None:
             if not any("embeds" in name for name in fields):
@@ -170,11 +229,23 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                     "evs_rate to 0 on both sides where the servers admit it."
                 )
             logger.warning_once("EVS: precomputed video embeddings have no pixels to compare; they are not pruned.")
+            if stream is not None:
+                stream.leave(stream.number_of(place), None)
             return updates
+        if seen is not None:
+            clip = replace(clip, source=seen.source)
         if settings.focus:
             clip = replace(clip, starts=unit_starts(metadata, clip))
         try:
-            plan = make_plan(clip, settings)
+            if stream is None:
+                plan = make_plan(clip, settings)
+            else:
+                number = stream.number_of(place)
+                clip = clip.after(stream.before[number])
+                plan = make_plan(clip, settings)
+                stream.leave(number, selection.anchors(torch.from_numpy(plan.kept), clip, settings))
+                rebuilt = number in stream.rebuilt
+                metrics().stream_chunks.labels("rebuilt" if rebuilt else news_of(clip, plan)).inc()
         except UnsupportedError as error:
             raise RequestError(str(error)) from None
         span = self._evs.position_span(fields, clip.grid)
@@ -182,12 +253,19 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         array = pruned[0].content.plan.to_array()
         if any((update.content.plan.to_array() != array).any() for update in pruned[1:]):
             raise UnsupportedError("A clip has several ways to be laid out in the prompt; EVS needs exactly one.")
-        if plan.encoder == "reuse":
-            # Pixels that nobody computes need not be hashed, cached, serialised or copied to the device.
-            for key, data in self._evs.computed_pixels(fields, plan).items():
-                item[key] = replace(item[key], data=data)
         item[PLAN_FIELD] = MultiModalFieldElem(torch.from_numpy(array), MultiModalBatchedField(keep_on_cpu=True))
         metrics().planning_time.labels(settings.selection).observe(time.perf_counter() - started)
+        metrics().frontend_clips.labels(PATHS[to_make is None]).inc()
+        # Pixels that nobody computes need not be made, cached, serialised or copied to the device.
+        reuse = plan.encoder == "reuse"
+        if to_make is not None and not selection.reads_pixels:
+            pixels = {PIXELS: _rows(to_make, plan.computed if reuse else None, dtype)}
+        elif reuse:
+            pixels = self._evs.computed_pixels(fields, plan)
+        else:
+            pixels = {} if to_make is None else {PIXELS: fields[PIXELS]}
+        for key, data in pixels.items():
+            item[key] = replace(item[key], data=data)
         return pruned
 
     def _pruned_details(
@@ -205,12 +283,31 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         contents = [item_updates[0].content for item_updates in updates if item_updates]
         plans = [content.plan for content in contents if isinstance(content, PrunedUpdateDetails)]
         if plans:
-            check_positions(self._evs, self.info.ctx.model_config, len(result[0]), plans)
+            seconds = None if _stream.get() is None else seconds_of(mm_items[MODALITY], len(updates))
+            check_positions(self._evs, self.info.ctx.model_config, len(result[0]), plans, seconds)
             count, selection = metrics(), _settings.get().selection
             count.clips.labels(selection).inc(len(plans))
             count.tokens.labels(selection).inc(sum(plan.num_tokens for plan in plans))
             count.tokens_kept.labels(selection).inc(sum(plan.num_kept for plan in plans))
         return result
+
+
+def _rows(seen: Seen, tokens: Any, dtype: torch.dtype) -> torch.Tensor:
+    with metrics().rows_time.time():
+        return seen.rows(tokens, dtype)
+
+
+def _watch_processors(info: Any) -> None:
+    """Lets every video processor that vLLM's `info` hands out be watched; keyword arguments make other ones."""
+    get_hf_processor = info.get_hf_processor
+
+    @wraps(get_hf_processor)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        processor = get_hf_processor(*args, **kwargs)
+        watch_processor(processor.video_processor)
+        return processor
+
+    info.get_hf_processor = watched
 
 
 @cache

@@ -20,6 +20,17 @@ def metadata_of(items: Any, number: int) -> Mapping[str, Any]:
     return metadata or {}
 
 
+def seconds_of(items: Any, count: int) -> list[float | None]:
+    """How long each of `count` videos is, in seconds; None where the loader does not say, or was not asked.
+
+    Args:
+        items: vLLM's items of the modality.
+        count: How many there are.
+    """
+    durations = (metadata_of(items, number).get("duration") for number in range(count))
+    return [float(each) if isinstance(each, int | float) and each > 0 else None for each in durations]
+
+
 def unit_starts(metadata: Mapping[str, Any], clip: Clip) -> tuple[float, ...] | None:
     """(T,) seconds at which the units of a clip begin, or None where that is not known.
 

@@ -46,7 +46,12 @@ class FamilyAdapter(ABC):
 
     Attributes:
         config: The part of the model's config that vLLM's processor of the model works with.
+        judges_source: Whether the low-resolution picture of a clip is made of its frames before they were resized, as
+            they are where `evs_vllm.families.front_end` can watch the family's video processor. Otherwise it is made
+            of the pixels that the model sees.
     """
+
+    judges_source = False
 
     def __init__(self, hf_config: Any, processor: Any = None, stats: PixelStats | None = None) -> None:
         self.config = self.media_config(hf_config)

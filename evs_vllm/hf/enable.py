@@ -19,6 +19,7 @@ from evs_vllm.core.scorers import Selection
 from evs_vllm.errors import ConfigError, UnsupportedError
 from evs_vllm.families import family_of
 from evs_vllm.families.base import PixelStats
+from evs_vllm.families.front_end import unwatch_processor, watch_processor
 from evs_vllm.hf import tower
 from evs_vllm.hf.classes import CLASSES, SUPPORTED
 from evs_vllm.hf.generate import pruning_forward, pruning_generate
@@ -47,7 +48,9 @@ def enable(
     Args:
         model: A model of one of the classes in `CLASSES`, or a PEFT model of one.
         rate: Fraction of each clip's tokens to drop, 0 <= rate < 1.
-        processor: The model's processor, if it does not normalise pixels as the released ones do.
+        processor: The model's processor, or its video processor. From now on it hands on what clips looked like before
+            it resized them (the field ``evs_cells``), which every selection but "paper" judges by, and which goes to
+            the model with the rest of what the processor returns. It also says how pixels are normalised.
         served_positions: Also give prompts from which nothing is dropped (rate 0) the position IDs that vLLM gives.
             transformers resumes text after a long clip at other IDs; without this, rate 0 is the stock model bit for
             bit. For training.
@@ -55,7 +58,8 @@ def enable(
             for comparisons, an object, which calls cannot replace.
         encode: What runs the tower under encoder "reuse", by default `evs_vllm.hf.tower.encode`. For comparisons.
         **options: Further fields of `EVSConfig`: threshold, positions, min_tokens_per_unit, max_tokens, encoder,
-            encoder_refresh. The encoder is "full" by default; "reuse" has no backward pass.
+            encoder_refresh, stream (the clips of a call, which is then one conversation, are parts of one stream). The
+            encoder is "full" by default; "reuse" has no backward pass.
 
     Returns:
         `model`.
@@ -82,21 +86,22 @@ def enable(
     if selection is not None and own is None:
         options["selection"] = selection
     config = EVSConfig.from_mapping({"rate": rate, **options, "request_overrides": "any"})
-    stats = CLASSES[name].stats
+    stats, source = CLASSES[name].stats, None
     if processor is not None:
         source = getattr(processor, "video_processor", None) or processor
         if not (source.do_rescale and source.do_normalize):
             raise UnsupportedError("The processor must rescale and normalise pixels (do_rescale, do_normalize).")
         stats = PixelStats(tuple(source.image_mean), tuple(source.image_std))
+        watch_processor(source, with_cells=True)
     adapter = family.bind(base.config, stats=stats)
-    setattr(base, STATE, State(resolved(config), adapter, own, encode, served_positions))
+    setattr(base, STATE, State(resolved(config), adapter, own, encode, served_positions, source))
     for method_name, method in _methods(base).items():
         setattr(base, method_name, MethodType(method, base))
     return model
 
 
 def disable(model: Any) -> Any:
-    """Undoes `enable`; a model without EVS stays as it is.
+    """Undoes `enable`, also what it told the processor; a model without EVS stays as it is.
 
     Returns:
         `model`.
@@ -105,13 +110,16 @@ def disable(model: Any) -> Any:
         UnsupportedError: Something else has wrapped the model's ``forward`` since (for example accelerate).
     """
     base = base_of(model)
-    if getattr(base, STATE, None) is None:
+    state: State | None = getattr(base, STATE, None)
+    if state is None:
         return model
     for name, ours in _methods(base).items():
         if getattr(getattr(base, name), "__func__", None) is not ours:
             raise UnsupportedError(f"{name} was wrapped by something else after enable(); unwrap that first.")
     for name in (*_methods(base), STATE):
         delattr(base, name)
+    if state.video_processor is not None:
+        unwatch_processor(state.video_processor)
     return model
 
 

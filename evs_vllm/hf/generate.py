@@ -11,6 +11,7 @@ import torch
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.errors import RequestError, UnsupportedError
+from evs_vllm.families.front_end import CELLS
 from evs_vllm.families.qwen2_vl import PIXELS
 from evs_vllm.hf.classes import CLASSES
 from evs_vllm.hf.inputs import prune_arguments
@@ -32,10 +33,11 @@ def pruning_forward(cls: Any) -> Callable[..., Any]:
         bound = signature.bind_partial(self, *args, **kwargs).arguments
         given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
         given |= bound.get("kwargs", {})
+        cells = given.pop(CELLS, None)
         if given.get(PIXELS) is None:
             _check_cache(given)
         elif config.active or plans is not None or state_of(self).served_positions:
-            given, _ = prune_arguments(self, config, given, plans)
+            given, _ = prune_arguments(self, config, given, plans, cells)
         return stock(self, **given)
 
     return forward
@@ -51,12 +53,13 @@ def pruning_generate(cls: Any) -> Callable[..., Any]:
         config, plans, kwargs = _settings(self, kwargs)
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        cells = kwargs.pop(CELLS, None)
         if kwargs.get(PIXELS) is None or not (config.active or plans is not None or state_of(self).served_positions):
             return stock(self, *args, **kwargs)
         if kwargs.get("assistant_model") is not None:
             raise UnsupportedError("EVS and assisted generation do not go together; leave assistant_model out.")
         prompt = kwargs.get("input_ids")
-        pruned, batch = prune_arguments(self, config, kwargs, plans)
+        pruned, batch = prune_arguments(self, config, kwargs, plans, cells)
         if not (batch.mask[:, -1] == 1).all():
             raise RequestError("generate() needs prompts that are padded on the left (padding_side='left').")
         media = (self.config.image_token_id, self.config.video_token_id)
@@ -86,6 +89,8 @@ def _settings(
     """The settings of a call, the plans that it brings, and the arguments that are not ours."""
     overrides, rest = split_request_kwargs(kwargs)
     plans = overrides.pop(PLANS, None)
+    if CELLS in overrides:
+        rest[CELLS] = overrides.pop(CELLS)
     state = state_of(model)
     if state.selection is not None and "evs_selection" in overrides:
         raise RequestError("evs_selection is not possible here: enable() was given an object that chooses.")

@@ -2,6 +2,7 @@
 """The arguments of a call for its pruned prompts: plans, token ids, position IDs, and the features that stay."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,21 +10,28 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_vllm.config import EVSConfig
+from evs_vllm.core.clip import Source
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.rows import keep_rows
+from evs_vllm.core.scorers import named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.errors import RequestError, UnsupportedError
 from evs_vllm.families.base import PixelStats, to_uint8
+from evs_vllm.families.front_end import CELLS, sources_of_cells
 from evs_vllm.families.qwen2_vl import GRID, PIXELS
 from evs_vllm.hf.classes import CLASSES
 from evs_vllm.hf.prompt import Batch, MediaItem, prune_batch
-from evs_vllm.hf.state import state_of
+from evs_vllm.hf.state import State, state_of
 
 _IGNORED_LABEL = -100
 
 
 def prune_arguments(
-    model: Any, config: EVSConfig, given: Mapping[str, Any], plans: Sequence[RetentionPlan] | None = None
+    model: Any,
+    config: EVSConfig,
+    given: Mapping[str, Any],
+    plans: Sequence[RetentionPlan] | None = None,
+    cells: torch.Tensor | None = None,
 ) -> tuple[dict[str, Any], Batch]:
     """The arguments of the stock method for the pruned prompts, with computed image and video features.
 
@@ -32,6 +40,7 @@ def prune_arguments(
         config: The settings of the call.
         given: The arguments of the call.
         plans: Ready plans of its clips, in order, without a layout; None to make them.
+        cells: The low-resolution pictures of its clips, as a watched processor hands them on (`CELLS`).
 
     Raises:
         EVSError: The arguments cannot be pruned.
@@ -52,10 +61,15 @@ def prune_arguments(
     ids, mask = out.get("input_ids"), out.get("attention_mask")
     if ids is None or ids.ndim != 2 or (mask is not None and mask.shape != ids.shape):
         raise UnsupportedError("EVS needs input_ids of (batch, length) and attention_mask of the same shape or None.")
+    if config.stream and config.active and plans is None and len(ids) > 1:
+        raise UnsupportedError(
+            f"A stream is one conversation, and this batch has {len(ids)}. Call the model once for each, or leave "
+            "stream out."
+        )
     state = state_of(model)
     pixels, seconds = out.pop(PIXELS), out.pop("second_per_grid_ts", None)
     image_pixels, grids, image_grids = (out.pop(name, None) for name in ("pixel_values", GRID, "image_grid_thw"))
-    clips = _plan_clips(model, config, pixels, grids, seconds, plans)
+    clips = _plan_clips(model, config, pixels, grids, seconds, plans, cells)
     images = [] if image_grids is None else [MediaItem(_in_tokens(model, grid)) for grid in image_grids.tolist()]
     placeholders = {"image": model.config.image_token_id, "video": model.config.video_token_id}
     state.batch = batch = prune_batch(ids, mask, placeholders, images, clips)
@@ -120,6 +134,7 @@ def _plan_clips(
     grids: Any,
     seconds: Any,
     plans: Sequence[RetentionPlan] | None,
+    cells: torch.Tensor | None,
 ) -> list[tuple[MediaItem, RetentionPlan]]:
     state = state_of(model)
     vision = model.config.vision_config
@@ -135,8 +150,10 @@ def _plan_clips(
     judged = config.active and plans is None
     if judged:
         _check_normalised(pixels, vision.in_channels, state.adapter.stats)
+        sources = _sources(state, config, [_in_tokens(model, grid) for grid in grids], cells)
+        selection = named_selection(config.selection) if state.selection is None else state.selection
     units_apart = CLASSES[type(model).__name__].units_apart
-    clips = []
+    clips, anchors = [], None
     rows = pixels.detach().split(grids.prod(-1).tolist())
     for number, (clip_pixels, grid) in enumerate(zip(rows, grids, strict=True)):
         fields = {PIXELS: clip_pixels, GRID: grid}
@@ -152,11 +169,33 @@ def _plan_clips(
         elif judged:
             clip = state.adapter.clip(fields)
             assert clip is not None  # it has pixels
-            plan = make_plan(clip, config, state.selection)
+            if sources is not None:
+                clip = replace(clip, source=sources[number])
+            clip = clip.after(anchors)
+            plan = make_plan(clip, config, selection)
+            if config.stream:
+                anchors = selection.anchors(torch.from_numpy(plan.kept), clip, config)
         else:
             plan = RetentionPlan(medium.grid, np.arange(medium.num_tokens))
         clips.append((medium, plan))
     return clips
+
+
+def _sources(
+    state: State, config: EVSConfig, grids: Sequence[tuple[int, int, int]], cells: torch.Tensor | None
+) -> list[Source] | None:
+    """What each clip is judged by, or None where its pixels alone are looked at."""
+    if cells is not None:
+        return sources_of_cells(cells, grids)
+    selection = named_selection(config.selection) if state.selection is None else state.selection
+    if selection.reads_pixels and not (config.encoder == "reuse" and config.encoder_refresh):
+        return None
+    raise RequestError(
+        f"Clips are judged by their frames as they were before the processor resized them, which {PIXELS} does not "
+        f"hold. Call enable(model, processor=processor) before the processor makes the inputs: it then adds {CELLS} to "
+        "them (of frames that are uint8 of three colours), which goes to the model with the rest. Or use "
+        "selection='paper' (with a tower that reuses, encoder_refresh=0)."
+    )
 
 
 def _check_normalised(pixels: torch.Tensor, channels: int, stats: PixelStats) -> None:

@@ -30,6 +30,7 @@ class State:
         selection: What chooses the tokens in place of the selection that the settings name, or None.
         encode: Runs the tower on the computed tokens of a clip (`evs_vllm.hf.tower.encode`).
         served_positions: Whether prompts from which nothing is dropped get the position IDs of vLLM, too.
+        video_processor: What was told to hand on what clips are judged by, or None.
         plans: Those of the last call with clips.
         batch: How that call shortened its batch.
     """
@@ -39,6 +40,7 @@ class State:
     selection: Selection | None
     encode: Encode
     served_positions: bool
+    video_processor: Any = None
     plans: list[RetentionPlan] = field(default_factory=list)
     batch: Batch | None = None
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from evs_vllm.errors import EVSError
+from evs_vllm.families.front_end import watch_processor
 from evs_vllm.train.synthetic import Example, SceneSettings, make_example
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -207,11 +208,12 @@ class ChatCollator:
     the rate: it runs ahead of training, in worker processes, and what it drew there would be lost on resume.
 
     Args:
-        processor: The model's.
+        processor: The model's. From now on it hands on what clips are judged by (as with `evs_vllm.hf.enable`).
         max_length: Longest unpruned sequence; a longer one is an error, since cutting would cut a clip in two.
     """
 
     def __init__(self, processor: Any, max_length: int | None = None) -> None:
+        watch_processor(processor.video_processor, with_cells=True)
         self.processor, self.max_length = processor, max_length
         tokenizer = processor.tokenizer
         self._header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]

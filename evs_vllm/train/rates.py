@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the pruning rate of each mini-batch, from a generator of its own."""
+"""Draws the pruning rate of each mini-batch, and the selection if asked, from a generator of its own."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from evs_vllm.errors import ConfigError
+from evs_vllm.options import SELECTION_NAMES
 
 DISTRIBUTIONS = ("beta", "uniform", "list")
 
@@ -24,6 +25,8 @@ class RateSettings:
         alpha, beta: Parameters of "beta".
         low, high: 0 <= low < high < 1, for "beta" and "uniform".
         values: Rates of "list".
+        selections: Names of selections, of which one is drawn for each mini-batch, each as likely. With none every
+            batch has the model's own.
         seed: Seed of the generator.
 
     Raises:
@@ -36,6 +39,7 @@ class RateSettings:
     low: float = 0.0
     high: float = 0.95
     values: tuple[float, ...] = ()
+    selections: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +50,9 @@ class RateSettings:
         if self.alpha <= 0 or self.beta <= 0:
             raise ConfigError(f"rates.alpha={self.alpha} and rates.beta={self.beta} must be positive.")
         object.__setattr__(self, "values", tuple(self.values))
+        object.__setattr__(self, "selections", tuple(self.selections))
+        if unknown := [name for name in self.selections if name not in SELECTION_NAMES]:
+            raise ConfigError(f"rates.selections got {', '.join(unknown)}; allowed: {', '.join(SELECTION_NAMES)}.")
         if (self.distribution == "list") != bool(self.values):
             raise ConfigError("rates.values goes with distribution 'list', and that needs at least one.")
         if not all(0 <= value < 1 for value in self.values):
@@ -53,7 +60,7 @@ class RateSettings:
 
 
 class RateSampler:
-    """A stream of rates. Equal settings give equal streams, so all data-parallel ranks draw the same rate at a step.
+    """A stream of rates and selections. Equal settings give equal streams, so all data-parallel ranks draw the same.
 
     The generator is its own: neither data loading nor dropout moves it, nor does it move them.
     """
@@ -69,6 +76,11 @@ class RateSampler:
             return float(s.values[self._generator.integers(len(s.values))])
         share = self._generator.beta(s.alpha, s.beta) if s.distribution == "beta" else self._generator.random()
         return round(float(s.low + (s.high - s.low) * share), 4)
+
+    def draw_selection(self) -> str | None:
+        """The next selection's name; None, with nothing drawn, where the settings name none."""
+        names = self.settings.selections
+        return names[self._generator.integers(len(names))] if names else None
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on from here; JSON."""
@@ -89,4 +101,7 @@ class RateSampler:
 
 
 def _plain(settings: RateSettings) -> dict[str, Any]:
-    return {**vars(settings), "values": list(settings.values)}
+    plain = {**vars(settings), "values": list(settings.values), "selections": list(settings.selections)}
+    if not settings.selections:  # as in checkpoints from before there were any
+        del plain["selections"]
+    return plain

@@ -53,8 +53,9 @@ class _RateKeeper(TrainerCallback):
 class UptrainTrainer(Trainer):
     """Trainer for a model with EVS enabled (`evs_vllm.hf.enable(..., served_positions=True)`).
 
-    The rate is drawn in `training_step`: once per mini-batch, also within gradient accumulation, and on every
-    data-parallel rank the same. Checkpoints hold the generator's state, and resuming goes on with it.
+    The rate, and the selection if `RateSettings.selections` names some, is drawn in `training_step`: once per
+    mini-batch, also within gradient accumulation, and on every data-parallel rank the same. Checkpoints hold the
+    generator's state, and resuming goes on with it.
 
     Args:
         rates: What to draw from.
@@ -110,9 +111,10 @@ class UptrainTrainer(Trainer):
         target.load_state_dict(saved.state_dict())
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        rate = self.rates.draw()
+        rate, selection = self.rates.draw(), self.rates.draw_selection()
         self.drawn.append(rate)
-        return super().training_step(model, {**inputs, "evs_rate": rate}, num_items_in_batch)
+        asked = {"evs_rate": rate} if selection is None else {"evs_rate": rate, "evs_selection": selection}
+        return super().training_step(model, {**inputs, **asked}, num_items_in_batch)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         fresh = self.drawn[self._unlogged :]

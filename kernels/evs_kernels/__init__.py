@@ -5,8 +5,10 @@ from ._dispatch import BACKENDS, OPS, supported
 from ._types import Selection
 from ._warmup import warmup
 from .cosine_score import cosine_score
+from .pool_frames import pool_frames
 from .pool_tokens import pool_tokens
 from .prune_topk import prune_topk
+from .resize_patches import resize_matches_torch, resize_patches
 from .select_anchored import select_anchored
 from .select_hold import select_hold
 from .select_threshold import select_threshold
@@ -18,8 +20,11 @@ __all__ = [
     "OPS",
     "Selection",
     "cosine_score",
+    "pool_frames",
     "pool_tokens",
     "prune_topk",
+    "resize_matches_torch",
+    "resize_patches",
     "select_anchored",
     "select_hold",
     "select_threshold",

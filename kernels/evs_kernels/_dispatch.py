@@ -23,6 +23,8 @@ OPS = (
     "select_hold",
     "prune_topk",
     "pool_tokens",
+    "pool_frames",
+    "resize_patches",
 )
 
 _MODULES = {"ref": "_ref", "cpu": "_cpu", "triton": "_triton_kernels"}

@@ -35,3 +35,9 @@ def interpreting() -> bool:
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's GPU current: Triton launches on the current device, not on the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host on a device, in the order of the current stream."""
+    # A copy from memory that is not pinned may wait for what the device is doing.
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

@@ -18,8 +18,14 @@ MAX_UINT8_DEPTH = (2**31 - 1) // 255
 # 255 * 256 * 4096 < 2**30: a weighted distance between two descriptors is an int32 with room to spare.
 MAX_DESCRIPTOR = 256
 MAX_WEIGHT = 4096
+# Over a block of 32 units; prices and two such costs are added up in an int32.
+MAX_HOLD = 2**29 // 32
 # 511 * 2**22 < 2**31: rounding a mean half up needs twice the sum and the number of values in an int32.
 MAX_PIXELS = 2**22
+# Places in a frame are int32 in the kernels.
+MAX_FRAME = 2**31
+# A sum of 255 times the 2**16 parts of every pixel of a unit, doubled to round it, is an int64 with room to spare.
+MAX_UNIT = 2**38
 
 
 def tensor(name: str, value: object, axes: str, dtypes: Iterable[torch.dtype] | None, *, smallest: int = 1) -> None:
@@ -123,6 +129,16 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
         )
 
 
+def hold_weights(name: str, value: torch.Tensor, units: int, width: int) -> None:
+    """Checks weights of units, and that no sum of weighted distances over a block leaves int32."""
+    unit_weights(name, value, units)
+    most = MAX_HOLD // (255 * width)
+    if (highest := int(value.max())) > most:
+        raise ValueError(
+            f"{name}: got {highest}; allowed: 0 to {most} for descriptors of {width} values. Scale them down."
+        )
+
+
 def pixels(name: str, value: torch.Tensor, merge: int, channels: int, frames: int, side: int) -> None:
     """Checks (T, P, D) uint8 tokens of merge x merge patches, and that twice the sum of their values fits an int32."""
     tensor(name, value, "TPD", (torch.uint8,))
@@ -135,3 +151,55 @@ def pixels(name: str, value: torch.Tensor, merge: int, channels: int, frames: in
         )
     if depth > MAX_PIXELS:
         raise ValueError(f"{name}: got D={depth}; allowed: D <= {MAX_PIXELS}. Make the tokens smaller.")
+
+
+def frames(name: str, value: torch.Tensor) -> None:
+    """Checks (F, H, W, C) uint8 frames."""
+    tensor(name, value, "FHWC", (torch.uint8,))
+    if (size := value[0].numel()) > MAX_FRAME:
+        raise ValueError(f"{name}: got {size} values in each; allowed: <= {MAX_FRAME}. Shrink them first.")
+
+
+def unit_size(value: torch.Tensor, unit_frames: int) -> None:
+    """Checks that no sum over the frames of a temporal unit wraps around."""
+    if (size := value[0].numel() * unit_frames) > MAX_UNIT:
+        raise ValueError(f"unit_frames: got {size} values in a unit; allowed: <= {MAX_UNIT}. Pass fewer frames.")
+
+
+def cells(name: str, value: int, pixels: int) -> int:
+    """Returns ``value`` as a number of cells that are each a 256th of a pixel wide at least."""
+    number = count(name, value, smallest=1)
+    if number > 256 * pixels:
+        raise ValueError(f"{name}: got {number}; allowed: 1 to {256 * pixels}, 256 for each pixel. Pass fewer.")
+    return number
+
+
+def multiple(name: str, value: int, of: int) -> int:
+    """Returns ``value`` as a positive multiple of ``of``."""
+    number = count(name, value, smallest=1)
+    if number % of:
+        raise ValueError(f"{name}: got {number}; allowed: multiples of {of} = merge * side. Round it.")
+    return number
+
+
+def resized(value: torch.Tensor, height: int, width: int) -> None:
+    """Checks that resized frames, and those between the two passes, are no larger than frames may be."""
+    channels = value.shape[3]
+    if (size := max(height, value.shape[1]) * width * channels) > MAX_FRAME:
+        raise ValueError(
+            f"height, width: got {height} x {width}, which takes {size} values; allowed: {MAX_FRAME}. Make it smaller."
+        )
+
+
+def token_indices(name: str, value: torch.Tensor, total: int) -> None:
+    """Checks (K,) strictly ascending flat indices below ``total``; on the CPU, so that looking makes nobody wait."""
+    tensor(name, value, "K", (torch.int64,), smallest=0)
+    if value.device.type != "cpu":
+        raise ValueError(f"{name}: got device {value.device}; allowed: cpu, wherever the clip is. Call .cpu() early.")
+    indices = value.numpy()
+    if len(indices) and (indices[0] < 0 or indices[-1] >= total):
+        raise ValueError(
+            f"{name}: got indices from {indices[0]} to {indices[-1]}; allowed: 0 to {total - 1}. Check the grid."
+        )
+    if (np.diff(indices) < 1).any():
+        raise ValueError(f"{name}: got indices that do not ascend; allowed: strictly ascending. Sort them.")

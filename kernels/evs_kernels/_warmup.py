@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import torch
 
 from .cosine_score import cosine_score
+from .pool_frames import pool_frames
 from .pool_tokens import pool_tokens
 from .prune_topk import prune_topk
+from .resize_patches import resize_patches
 from .select_anchored import select_anchored
 from .select_hold import select_hold
 from .select_threshold import select_threshold
@@ -50,6 +52,7 @@ def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] 
             if dtype.is_floating_point:
                 cosine_score(tokens)
     _warm_descriptors(device)
+    _warm_frames(device)
 
 
 def _warm_descriptors(device: str | torch.device) -> None:
@@ -66,3 +69,13 @@ def _warm_descriptors(device: str | torch.device) -> None:
             for mask in (None, forced):
                 select_anchored(descriptors, 4, threshold=9, min_per_unit=reserved, forced=mask)
             select_hold(descriptors, 4, min_per_unit=reserved)
+
+
+def _warm_frames(device: str | torch.device) -> None:
+    for merge, channels, unit_frames, side in _LAYOUTS:
+        # Of a size of no tokens, and of tokens: numba does not care, Triton may.
+        for height, width in ((61, 90), (64, 128)):
+            frames = torch.ones((3, height, width, channels), dtype=torch.uint8, device=device)
+            size = merge * side
+            pool_frames(frames, 8, 12, unit_frames)
+            resize_patches(frames, 2 * size, 3 * size, None, merge, side, unit_frames)

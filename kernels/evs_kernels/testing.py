@@ -9,8 +9,10 @@ import torch
 
 from . import (
     cosine_score,
+    pool_frames,
     pool_tokens,
     prune_topk,
+    resize_patches,
     select_anchored,
     select_hold,
     select_threshold,
@@ -158,6 +160,32 @@ def _pool(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Itera
     yield Call((torch.full_like(tokens, 255), *layout, 1), {})
 
 
+def _pool_frames(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    frames = random_tensor(generator, dtype, shape)
+    height, width = shape[1:3]
+    for rows, columns in ((1, 1), (min(2 * height + 1, 9), 3), (height, width), (4, min(3 * width, 7))):
+        yield Call((frames, min(rows, 24), min(columns, 24)), {"unit_frames": 1 + rows % 3})
+    yield Call((torch.full_like(frames, 255), 2, 5), {})
+
+
+def _resize(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    # Extremes beside each other are what a cubic kernel overshoots at.
+    frames = random_tensor(generator, dtype, shape)
+    frames = torch.where(torch.rand(shape, generator=generator) < 0.5, frames, frames // 128 * 255)
+    height, width = shape[1:3]
+    for merge, side, unit_frames in ((2, 3, 1), (1, 17, 3), (2, 14, 2)):
+        size = merge * side
+        larger, near = (size, 2 * size), (-(-height // size) * size, max(1, width // (2 * size)) * size)
+        for rows, columns in (larger, near):
+            total = -(-len(frames) // unit_frames) * (rows // size) * (columns // size)
+            some = (torch.rand(total, generator=generator) < 0.4).nonzero().flatten()
+            tokens = None if total < 9 else some
+            sides = {"merge": merge, "side": side, "unit_frames": unit_frames}
+            yield Call((frames, rows, columns), {"tokens": tokens, **sides})
+    # Pixels of their own size, one by one.
+    yield Call((frames, height, min(width, 9)), {"tokens": torch.tensor([0]), "merge": 1, "side": 1})
+
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CLIPS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (6, 5, 33), (4, 3, 272), (3, 2, 1200))
 _DESCRIPTORS = ((1, 1, 1), (2, 1, 5), (1, 7, 3), (3, 5, 33), (4, 19, 12), (2, 2, 256))
@@ -176,6 +204,8 @@ _LAYOUTS = {
 }
 """What the pixels of a token are, by how many: (merge, channels, frames, side)."""
 _PIXELS = ((1, 1, 1), (3, 1, 300), (1, 2, 1152), (2, 1, 1734))
+_FRAMES = ((1, 1, 1, 1), (3, 5, 7, 3), (2, 17, 12, 3), (3, 9, 31, 4))
+_LARGE_FRAMES = ((5, 180, 313, 3), (2, 61, 120, 5), (3, 56, 84, 3), (2, 300, 1, 3), (2, 1, 300, 3))
 _SCORES = ((1, 1), (1, 9), (4, 1), (2, 3), (3, 13))
 
 SPECS = (
@@ -187,5 +217,7 @@ SPECS = (
     OpSpec("select_hold", select_hold, _hold, (torch.uint8,), _DESCRIPTORS, _LONG),
     OpSpec("prune_topk", prune_topk, _prune, (torch.uint8, torch.float32), _CLIPS, ((9, 131, 1176),)),
     OpSpec("pool_tokens", pool_tokens, _pool, (torch.uint8,), _PIXELS, ((5, 67, 4704), (3, 41, 6144), (4, 33, 2352))),
+    OpSpec("pool_frames", pool_frames, _pool_frames, (torch.uint8,), _FRAMES, _LARGE_FRAMES),
+    OpSpec("resize_patches", resize_patches, _resize, (torch.uint8,), _FRAMES, _LARGE_FRAMES),
 )
 """One row per op of evs_kernels.OPS."""

@@ -33,7 +33,7 @@ def parsed(*words):
 
 
 def test_each_option_of_the_table_is_there_once(capsys):
-    for command in ("plan", "view", "demo"):
+    for command in ("plan", "view", "live", "demo"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         shown = capsys.readouterr().out
@@ -98,7 +98,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"evs-vllm {__version__}\n"
 
 
-@pytest.mark.parametrize("words", [["doctor"], ["families"], ["plan", *CLIP]])
+@pytest.mark.parametrize(
+    "words", [["doctor"], ["families"], ["plan", *CLIP], ["live", "0", "--server", "x", "--fps", "1", "--chunk", "1"]]
+)
 def test_what_needs_no_torch_does_not_import_it(words):
     code = (
         "import sys; from evs_vllm.cli import main; main(sys.argv[1:])\n"

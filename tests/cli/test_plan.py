@@ -86,7 +86,7 @@ def test_json_is_the_plan_of_the_processor(clip_and_model, capfd, selection):
     assert np.prod(report["grid"]) == report["tokens"] == report["prompt_tokens"]["before"]
     assert report["prompt_tokens"]["after"] == report["tokens_kept"]
     assert report["frames"]["count"] == 20 and report["unit_seconds"][:2] == [0, 1.0]
-    assert all(report["seconds"][stage] > 0 for stage in ("decode", "HF processor", "score", "layout"))
+    assert all(report["seconds"][stage] > 0 for stage in ("decode", "HF processor", "score", "layout", "pixels"))
 
 
 def server_plan(words, options):

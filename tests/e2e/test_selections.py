@@ -32,13 +32,13 @@ def started(engines):
     return get
 
 
-def untied(ref, settings, frames=16, **kwargs):
+def untied(ref, settings, frames=16, size=(112, 140), **kwargs):
     """A request that the reference answers without a near tie.
 
     What is kept depends on the numbers in `learned.npz`, and so does which clips are nearly tied.
     """
     for seed in range(100, 120):
-        request = ask(synthetic_clip(frames, noise=2, seed=seed), settings, **kwargs)
+        request = ask(synthetic_clip(frames, size, noise=2, seed=seed), settings, **kwargs)
         request.answer = ref.generate(request.prompt, request.media, request.max_tokens)
         if request.answer.gap > MIN_GAP:
             return request
@@ -113,6 +113,34 @@ def test_a_tower_that_reuses(started, model_dir):
     ref = TowerReference(model_dir(FAMILY))
     settings = TowerSettings(0.75, selection="learned")
     check_alone(started(LIBERAL), ref, untied(ref, settings, evs_rate=0.75, evs_encoder="reuse"))
+
+
+def test_clips_that_are_resized(started, model_dir, monkeypatch):
+    """Judged by their frames before that. Whoever makes the pixel rows, the answers are the same to the last bit."""
+    from evs_vllm.engine.metrics import metrics
+    from evs_vllm.engine.processor import EVSProcessorMixin
+
+    engine, ref = started(LIBERAL), TowerReference(model_dir(FAMILY))
+    apply, counters = EVSProcessorMixin.apply, metrics().frontend_clips
+
+    def by_stock(self, *args):
+        with monkeypatch.context() as patched:
+            patched.setattr(self, "_evs_why_stock", "a test says so")
+            return apply(self, *args)
+
+    for encoder, kind in (("full", Settings), ("reuse", TowerSettings)):
+        settings = kind(0.75, selection="learned")
+        request = untied(ref, settings, 11, (97, 150), evs_rate=0.75, evs_encoder=encoder)
+        made = {path: counters.labels(path)._value.get() for path in ("rows", "processor")}
+        check_alone(engine, ref, request)
+        (ours,) = engine.generate([request])
+        engine.reset()
+        with monkeypatch.context() as patched:
+            patched.setattr(EVSProcessorMixin, "apply", by_stock)
+            (stock,) = engine.generate([request])
+        assert {path: counters.labels(path)._value.get() - n for path, n in made.items()} == {"rows": 1, "processor": 1}
+        assert ours.prompt_token_ids == stock.prompt_token_ids
+        assert repr(ours.outputs[0].logprobs) == repr(stock.outputs[0].logprobs)
 
 
 def test_selections_do_not_share_cache_entries(started, ref):

@@ -105,6 +105,14 @@ def test_flags_reach_additional_config(tmp_path: Path, qwen2_5_vl: Path) -> None
 
     assert EngineArgs.from_cli_args(parse(["--model", model])).additional_config == {}
 
+    for line, expected in (("true", True), ("'false'", False)):  # of false itself vLLM makes no word
+        file.write_text(f"model: {model}\nevs-stream: {line}\nevs-rate: 0.5\n")
+        args = parse(["--config", str(file)])
+        assert EngineArgs.from_cli_args(args).additional_config["evs"] == {"rate": 0.5, "stream": expected}
+    for words, expected in ((["--evs-stream"], True), (["--evs-stream", "false"], False)):
+        args = parse(["--model", model, *words])
+        assert EngineArgs.from_cli_args(args).additional_config["evs"] == {"stream": expected}
+
 
 @pytest.mark.parametrize(
     ("words", "text"),

@@ -37,7 +37,7 @@ def inputs(ref, frames, fps=2.0):
 def test_the_logits_depend_on_what_the_tower_returns(reference, family, rate) -> None:
     """An argument that the stock method does not know would be ignored: the model would answer without the video."""
     ref = reference(family)
-    model = hf.enable(copy.deepcopy(ref.model), rate, served_positions=True)
+    model = hf.enable(copy.deepcopy(ref.model), rate, processor=ref.processor, served_positions=True)
     batch = inputs(ref, synthetic_clip(8, (64, 96), moving=0.3))
     with torch.no_grad():
         seen = model(**batch).logits
@@ -71,19 +71,51 @@ def test_a_transformers_without_the_argument_is_refused(reference, family, monke
 @pytest.mark.parametrize("name", SELECTION_NAMES)
 def test_the_plan_is_the_one_that_vllm_makes(model_dir, reference, family, facts, name) -> None:
     """From the rows of transformers' own processor as from vLLM's, and by default the same selection."""
-    frames = synthetic_clip(12, facts.frame_size, moving=0.3, noise=3)
     chosen = {} if name == SELECTION_NAMES[0] else {"selection": name}
-    served = plan_in(process(processor_for(model_dir(family), {"rate": 0.8, **chosen}), frames))
-    ref = reference(family)
-    model = hf.enable(copy.deepcopy(ref.model), 0.8, **chosen)
-    with torch.no_grad():
-        model(**inputs(ref, frames))
+    processor, ref = processor_for(model_dir(family), {"rate": 0.8, **chosen}), reference(family)
+    model = hf.enable(copy.deepcopy(ref.model), 0.8, processor=ref.processor, **chosen)
+    for size in facts.frame_size, (75, 213):  # the second is resized
+        frames = synthetic_clip(11, size, moving=0.3, noise=3)
+        served = plan_in(process(processor, frames))
+        with torch.no_grad():
+            model(**inputs(ref, frames))
         (plan,) = hf.last_plans(model)
         assert served is not None and plan.kept.tolist() == served.kept.tolist()
-        # Mixed precision, as in a training step, is for the model and not for what chooses its tokens.
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            model(**inputs(ref, frames))
+    # Mixed precision, as in a training step, is for the model and not for what chooses its tokens.
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**inputs(ref, frames))
     assert hf.last_plans(model)[0].kept.tolist() == plan.kept.tolist()
+
+
+@pytest.mark.vllm
+@pytest.mark.families(CLASS_IDS)
+def test_a_stream_is_the_one_that_vllm_makes(model_dir, reference, family, facts) -> None:
+    from transformers.video_utils import VideoMetadata
+
+    from tests.families.test_streams import ask, pieces, plans_in
+
+    clips, ref = pieces(facts), reference(family)
+    served = plans_in(ask(processor_for(model_dir(family), {"rate": 0.6, "encoder": "full"}), clips))
+    model = hf.enable(copy.deepcopy(ref.model), 0.6, processor=ref.processor, stream=True)
+    batch = ref.processor(
+        text=[TEXT * len(clips)],
+        videos=[torch.from_numpy(clip).permute(0, 3, 1, 2) for clip in clips],
+        video_metadata=[
+            VideoMetadata(total_num_frames=len(c), fps=2.0, frames_indices=list(range(len(c)))) for c in clips
+        ],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        model(**batch)
+        plans = hf.last_plans(model)
+        assert [(p.kept.tolist(), p.unchanged) for p in plans] == [(p.kept.tolist(), p.unchanged) for p in served]
+        assert plans[1].num_kept == 1
+        model(**batch, evs_stream=False)
+        assert hf.last_plans(model)[1].num_kept > facts.per_unit
+        ids = torch.cat([batch["input_ids"]] * 2)
+        with pytest.raises(UnsupportedError, match=r"A stream is one conversation, and this batch has 2"):
+            model(**{**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 @pytest.mark.vllm

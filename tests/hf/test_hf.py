@@ -11,6 +11,7 @@ import torch
 import evs_vllm.hf as hf
 from evs_vllm.core.scorers import Selection
 from evs_vllm.errors import ConfigError, EVSError, RequestError, UnsupportedError
+from evs_vllm.families.front_end import CELLS, unwatch_processor
 from evs_vllm.testing import synthetic_clip
 from tests.families.registry import families, most_engine_tests
 from tests.reference.hf import Clip, Picture, Settings
@@ -42,8 +43,9 @@ def ref(reference, family):
 
 @pytest.fixture
 def model(ref):
-    """A copy of the reference's model, without EVS."""
-    return copy.deepcopy(ref.model)
+    """A copy of the reference's model, without EVS. What a test tells the processor ends with it."""
+    yield copy.deepcopy(ref.model)
+    unwatch_processor(ref.processor.video_processor)
 
 
 def picture(seed):
@@ -122,10 +124,37 @@ def test_other_budgets_and_time(model, ref):
 
 @families(most_engine_tests)
 def test_the_default_selection(model, ref, facts):
-    hf.enable(model, 0.75)
+    hf.enable(model, 0.75, processor=ref.processor)
     size = tuple(2 * facts.token_side * n for n in (2, 2))
     clip = untied(ref, lambda seed: synthetic_clip(16, size, seed=seed, noise=2), Settings(0.75, selection="learned"))
     check(model, ref, [ASK], [[clip]], Settings(0.75, selection="learned"))
+
+
+@families(most_engine_tests)
+def test_clips_that_are_resized_are_judged_as_they_were_before(model, ref):
+    """By a batch's own processor, two clips of it, of odd sizes; without the processor nothing is guessed."""
+    settings = Settings(0.6, selection="learned")
+    clips = [untied(ref, lambda seed: synthetic_clip(9, (70, 101), seed=seed, noise=2), settings)]
+    clips.append(untied(ref, lambda seed: synthetic_clip(6, (131, 64), seed=seed, noise=2), settings))
+    hf.enable(model, 0.6)
+    plain = copy.deepcopy(ref.processor)
+    unwatch_processor(plain.video_processor)
+    bare = copy.copy(ref)
+    bare.processor = plain
+    batch = inputs(bare, [ASK], [clips[:1]])
+    assert CELLS not in batch
+    with pytest.raises(RequestError, match=r"enable\(model, processor=processor\)"):
+        model(**batch)
+    with torch.no_grad():
+        model(**batch, evs_selection="paper")
+    hf.enable(model, 0.6, processor=ref.processor)
+    check(model, ref, [ASK, ASK], [[clip] for clip in clips], settings)
+    wrong = inputs(ref, [ASK], [clips[:1]])
+    wrong[CELLS] = wrong[CELLS][:-1]
+    with pytest.raises(RequestError, match="evs_cells has torch.uint8 of shape"):
+        model(**wrong)
+    hf.disable(model)
+    assert CELLS not in inputs(ref, [ASK], [clips[:1]]), "undone"
 
 
 def test_selections_by_model_and_by_call(model, ref):
@@ -134,12 +163,12 @@ def test_selections_by_model_and_by_call(model, ref):
         check(model, ref, [ASK], [[clip]], settings, **kwargs)
         return hf.last_plans(model)[0].num_kept
 
-    hf.enable(model, 0.9, selection="contrast")
+    hf.enable(model, 0.9, selection="contrast", processor=ref.processor)
     assert one(Settings(0.9, selection="contrast")) == 6 + 2, "a short clip is no still picture"
     assert one(Settings(0.9, selection="learned"), evs_selection="learned") == 6 + 2
     assert one(Settings(0.9, selection="paper"), evs_selection="paper") == 6
     one(Settings(threshold=30.0, selection="contrast"), evs_threshold=30)
-    hf.enable(model, threshold=30, selection="contrast")
+    hf.enable(model, threshold=30, selection="contrast", processor=ref.processor)
     batch = inputs(ref, [ASK], [[synthetic_clip(6, (56, 84))]])
     with pytest.raises(RequestError, match="threshold 30 is one of selection 'contrast' and means nothing to 'paper'"):
         model(**batch, evs_selection="paper")
@@ -165,7 +194,7 @@ def test_an_object_that_chooses(model, ref):
 @pytest.mark.parametrize("refresh", [0, 0.1])
 def test_encoder_reuse(model, model_dir, family, refresh):
     ref = TowerReference(model_dir(family))
-    enable(model, 0.75, encoder="reuse", encoder_refresh=refresh)
+    enable(model, 0.75, encoder="reuse", encoder_refresh=refresh, processor=ref.processor)
     media = [[synthetic_clip(16, seed=1, noise=2)], [synthetic_clip(2, (56, 140), seed=2)]]  # one is kept whole
     check(model, ref, [ASK, ASK], media, TowerSettings(0.75, refresh=refresh))
     plan = hf.last_plans(model)[0]
@@ -178,7 +207,7 @@ def test_reuse_off_the_cpu(model, ref, family, monkeypatch):
     from evs_vllm.core.schedule import ReuseSchedule, form_on
     from evs_vllm.hf import tower
 
-    hf.enable(model, 0.75, encoder="reuse")
+    hf.enable(model, 0.75, encoder="reuse", processor=ref.processor)
     batch = inputs(ref, [ASK], [[synthetic_clip(16, seed=1, noise=2)]])
     want = model(**batch).logits
     (plan,) = hf.last_plans(model)
@@ -449,7 +478,7 @@ def test_refusals(model, ref):
         ({"inputs_embeds": embeds}, "inputs_embeds"),
         ({"evs_rate": 2}, "evs_rate"),
         ({"evs_speed": 2}, "evs_speed"),
-        ({"evs_encoder": "reuse"}, "no backward"),
+        ({"evs_encoder": "reuse", "evs_encoder_refresh": 0}, "no backward"),
         ({"input_ids": odd}, "placeholders"),
         ({"video_grid_thw": batch["video_grid_thw"][:1]}, "rows"),
         ({"attention_mask": both_sides}, "padded|Pad"),

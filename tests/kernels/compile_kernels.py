@@ -29,6 +29,8 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
     cosine = import_module("evs_kernels.cosine_score._triton_kernels")
     select = import_module("evs_kernels.select_topk._triton_kernels")
     pool = import_module("evs_kernels.pool_tokens._triton_kernels")
+    frames = import_module("evs_kernels.pool_frames._triton_kernels")
+    resize = import_module("evs_kernels.resize_patches._triton_kernels")
     anchored = import_module("evs_kernels.select_anchored._triton_kernels")
     hold = import_module("evs_kernels.select_hold._triton_kernels")
     for wide in (True, False):
@@ -71,9 +73,19 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
     args = ["*i32", "*i32", "i32", "i32", "i32"]
     yield "anchored-step", anchored.step_kernel, args, {"BLOCK": anchored.BLOCK}, set(), 4
     for size in (1, 28, 64, 448):
-        rows, width = pool.block_of(size)
+        rows, width, warps = pool.block_of(size)
         args, constants = ["*u8", "*u8", *["i32"] * 5], {"ROWS": rows, "WIDTH": width}
-        yield f"pool-{size}", pool.pool_kernel, args, constants, set(), 1
+        yield f"pool-{size}", pool.pool_kernel, args, constants, set(), warps
+    for channels, wide in ((1, False), (3, False), (3, True)):
+        args, constants = ["*u8", "*u8", "*i64", "*i64", *["i32"] * 8], {"CELLS": frames.CELLS, "WIDE": wide}
+        constants["CHANNELS"] = triton.next_power_of_2(channels)
+        yield f"frames-{channels}-{wide:d}", frames.pool_kernel, args, constants, set(), 2
+    for size in (14, 28, 32, 64):
+        args, constants = ["*u8", "*u8", "*i64", *["*i32"] * 4, *["i32"] * 11], {"ROWS": resize.ROWS}
+        constants["WIDTH"] = triton.next_power_of_2(size)
+        yield f"resize-across-{size}", resize.across_kernel, args, constants, set(), 4
+    args = ["*u8", "*u8", "*i64", *["*i32"] * 3, *["i32"] * 10]
+    yield "resize-down", resize.down_kernel, args, {"BLOCK": resize.BLOCK}, set(), 4
     args = ["*fp32", "*fp32", "*fp32", "i32", "i32", "i32"]
     yield "cosine-finish", cosine.finish_kernel, args, {"BLOCK": score.BLOCK}, set(), 4
     for s in ("i32", "fp32"):

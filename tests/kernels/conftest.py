@@ -9,8 +9,11 @@ others, and nothing leaks into the environment of this process or of its other c
 import os
 import random
 
+import numpy as np
 import pytest
 import torch
+
+from evs_kernels import _memory
 
 
 @pytest.fixture
@@ -29,9 +32,11 @@ def generator(seed: int) -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills torch.empty with NaN or large numbers, so that an element never written is noticed."""
+    """Fills empty memory of torch and numpy with NaN or large numbers, so that an element never written is noticed."""
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    # Not np.empty itself, which numba looks up when it compiles.
+    monkeypatch.setattr(_memory, "uninitialized", lambda size, dtype: np.full(size, 249, dtype))
 
 
 def _poisoned(function):

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the contract refuses, and how it says so."""
 
-import numpy as np
 import pytest
 import torch
 
 import evs_kernels as ek
 from evs_kernels import _dispatch, _validate
-from evs_kernels.select_hold._cpu import _to_costs
-from evs_kernels.select_hold._prices import UNITS, cost, price, top_number
+from evs_kernels.select_hold._prices import UNITS, price, top_number
 
 CLIP = torch.zeros((2, 3, 4), dtype=torch.uint8)
 SCORES = torch.zeros((2, 3), dtype=torch.int32)
 PIXELS = torch.zeros((2, 3, 192), dtype=torch.uint8)
 WEIGHTS = torch.tensor([0, 4096], dtype=torch.int32)
 ROWS = torch.zeros((3, 4))
+FRAMES = torch.zeros((3, 20, 30, 3), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +73,11 @@ ROWS = torch.zeros((3, 4))
         (lambda: ek.select_hold(CLIP, 1, weights=WEIGHTS - 1), ValueError, "from -1 to 4095; allowed: 0 to 4096"),
         (lambda: ek.select_hold(CLIP, 1, weights=WEIGHTS + 1), ValueError, "from 1 to 4097; allowed: 0 to 4096"),
         (lambda: ek.select_hold(CLIP, 1, weights=WEIGHTS.to("meta")), ValueError, "weights: got device meta"),
+        (
+            lambda: ek.select_hold(CLIP.repeat(1, 1, 64), 1, weights=WEIGHTS),
+            ValueError,
+            "weights: got 4096; allowed: 0 to 257 for descriptors of 256 values. Scale them down.",
+        ),
         (lambda: ek.pool_tokens(PIXELS.float(), 2, 3, 1, 4), TypeError, "tokens: got dtype torch.float32"),
         (
             lambda: ek.pool_tokens(PIXELS[0], 2, 3, 1, 4),
@@ -88,6 +92,47 @@ ROWS = torch.zeros((3, 4))
         (lambda: ek.pool_tokens(PIXELS, 2, 3, 1, 4.0), TypeError, "side: got 4.0; allowed: an integer >= 1"),
         (lambda: ek.pool_tokens(PIXELS, 2, 3, 1, 4, 0), ValueError, "cells: got 0; allowed: an integer >= 1"),
         (lambda: ek.pool_tokens(PIXELS, 2, 3, 1, 4, 9), ValueError, "cells: got 9; allowed: 1 to 8"),
+        (
+            lambda: ek.pool_frames(FRAMES[0], 2, 2),
+            ValueError,
+            r"frames: got shape \(20, 30, 3\); allowed: \(F, H, W, C\)",
+        ),
+        (lambda: ek.pool_frames(FRAMES.float(), 2, 2), TypeError, "frames: got dtype torch.float32"),
+        (lambda: ek.pool_frames(FRAMES.transpose(1, 2), 2, 2), ValueError, "contiguous"),
+        (lambda: ek.pool_frames(FRAMES[:0], 2, 2), ValueError, "every dimension >= 1"),
+        (lambda: ek.pool_frames(FRAMES, 0, 2), ValueError, "rows: got 0; allowed: an integer >= 1"),
+        (lambda: ek.pool_frames(FRAMES, 2, 7681), ValueError, "columns: got 7681; allowed: 1 to 7680"),
+        (lambda: ek.pool_frames(FRAMES, 2, 2, 0), ValueError, "unit_frames: got 0; allowed: an integer >= 1"),
+        (lambda: ek.pool_frames(FRAMES, 2, 2, 2**32), ValueError, "unit_frames: got 7730941132800 values in a unit"),
+        (lambda: ek.resize_patches(FRAMES[0], 28, 28, None, 2, 14), ValueError, "frames: got shape"),
+        (lambda: ek.resize_patches(FRAMES.int(), 28, 28, None, 2, 14), TypeError, "frames: got dtype torch.int32"),
+        (
+            lambda: ek.resize_patches(FRAMES, 27, 28, None, 2, 14),
+            ValueError,
+            "height: got 27; allowed: multiples of 28",
+        ),
+        (lambda: ek.resize_patches(FRAMES, 28, 0, None, 2, 14), ValueError, "width: got 0; allowed: an integer >= 1"),
+        (lambda: ek.resize_patches(FRAMES, 28, 28, None, 0, 14), ValueError, "merge: got 0"),
+        (lambda: ek.resize_patches(FRAMES, 28, 28, None, 2, 1.5), TypeError, "side: got 1.5"),
+        (lambda: ek.resize_patches(FRAMES, 28, 28, [0], 2, 14), TypeError, "tokens: got list"),
+        (lambda: ek.resize_patches(FRAMES, 28, 28, WEIGHTS, 2, 14), TypeError, "tokens: got dtype torch.int32"),
+        (
+            lambda: ek.resize_patches(FRAMES, 28, 28, WEIGHTS.long(), 2, 14),
+            ValueError,
+            "from 0 to 4096; allowed: 0 to 1",
+        ),
+        (lambda: ek.resize_patches(FRAMES, 28, 28, WEIGHTS.long() - 1, 2, 14), ValueError, "from -1 to 4095"),
+        (
+            lambda: ek.resize_patches(FRAMES, 28, 28, torch.tensor([1, 1]), 2, 14),
+            ValueError,
+            "tokens: got indices that do not ascend; allowed: strictly ascending",
+        ),
+        (
+            lambda: ek.resize_patches(FRAMES, 28, 28, WEIGHTS.long().to("meta"), 2, 14),
+            ValueError,
+            "tokens: got device meta; allowed: cpu",
+        ),
+        (lambda: ek.resize_patches(FRAMES, 28, 28 * 2**26, None, 2, 14), ValueError, "height, width: got 28 x"),
         (lambda: ek.prune_topk(torch.full((2, 1, 1), torch.nan), 1), ValueError, "scores: got NaN"),
         (lambda: ek.supported("score", "cpu", "cpu"), ValueError, "op: got 'score'"),
     ],
@@ -113,8 +158,13 @@ def test_refuses_tokens_whose_sum_could_overflow():
 
 @pytest.mark.parametrize("width", [1, 16, 17, 256])
 def test_no_cost_of_holding_can_overflow(width):
-    top = top_number(width, _validate.MAX_WEIGHT)
-    most = cost(255 * width) * UNITS * _validate.MAX_WEIGHT
+    highest = min(_validate.MAX_WEIGHT, _validate.MAX_HOLD // (255 * width))
+    _validate.hold_weights("weights", torch.tensor([highest], dtype=torch.int32), 1, width)
+    if highest < _validate.MAX_WEIGHT:
+        with pytest.raises(ValueError, match=f"weights: got {highest + 1}; allowed: 0 to {highest} for"):
+            _validate.hold_weights("weights", torch.tensor([highest + 1], dtype=torch.int32), 1, width)
+    top = top_number(width, highest)
+    most = 255 * width * UNITS * highest
     assert price(top - 1) <= most < price(top)
     # What is held, what the rest of the block costs at most, and a price.
     assert 2 * most + price(top) <= 2**31 - 1
@@ -124,17 +174,9 @@ def test_no_cost_of_holding_can_overflow(width):
 def test_largest_cost_of_holding_is_exact(backend):
     clip = torch.zeros((33, 2, 256), dtype=torch.uint8)
     clip[1:, 0], clip[32, 1, 0] = 255, 1
-    weights = torch.full((33,), _validate.MAX_WEIGHT, dtype=torch.int32)
+    weights = torch.full((33,), 257, dtype=torch.int32)
     assert ek.select_hold(clip, 2, weights=weights, backend=backend).indices.tolist() == [0, 1]
     assert ek.select_hold(clip, 3, weights=weights, backend=backend).indices.tolist() == [0, 1, 2]
-
-
-def test_costs_are_roots_rounded_down():
-    distances = np.arange(255 * 256 + 1)
-    costs = distances.astype(np.uint16)
-    _to_costs(costs)
-    assert costs.tolist() == [cost(distance) for distance in distances.tolist()]
-    assert all(c**2 <= 256 * d < (c + 1) ** 2 for d, c in zip(distances.tolist(), costs.tolist(), strict=True))
 
 
 def test_prices_grow_by_a_64th():
@@ -151,6 +193,18 @@ def test_pixels_of_many_frames_do_not_wrap(backend, frames):
     # The sum of a column over 257 frames is the largest that fits 16 bits.
     tokens = torch.full((1, 2, frames * 64), 255, dtype=torch.uint8)
     assert (ek.pool_tokens(tokens, 1, 1, frames, 8, 8, backend=backend) == 255).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 300, 1, 1), (1, 70_000, 1, 1), (1, 1, 70_000, 3), (3, 129, 3, 2), (700, 1, 1, 1)]
+)
+def test_frames_of_many_rows_do_not_wrap(shape, generator):
+    """As many rows as 16-bit and 32-bit sums hold, and more; in one cell, and in cells that end inside of pixels."""
+    for frames in (torch.full(shape, 255, dtype=torch.uint8), torch.randint(0, 256, shape, generator=generator)):
+        frames = frames.to(torch.uint8)
+        for rows, columns in ((1, 1), (3, 1), (1, 7)):
+            got, want = (ek.pool_frames(frames, rows, columns, shape[0], backend=b) for b in ("cpu", "ref"))
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("backend", ["ref", "cpu"])

@@ -112,13 +112,6 @@ def test_select_threshold(backend, dtype, threshold, reserved, cap, indices, cou
     assert kept(got) == (indices, counts)
 
 
-@pytest.mark.parametrize("backend", ["ref", "cpu"])
-def test_select_hold_pays_roots(backend):
-    # Place 0 is off by 10 for good, place 1 by 45 once: summed, the latter would count for more.
-    clip = torch.tensor([[0, 0], [10, 45], [10, 0], [10, 0], [10, 0]], dtype=torch.uint8)[:, :, None]
-    assert ek.select_hold(clip, 3, backend=backend).indices.tolist() == [0, 1, 2]
-
-
 # Place 0 creeps by 4, place 1 jumps by 40 and returns, place 2 rests.
 MOVES = torch.tensor([[0, 50, 7], [4, 90, 7], [8, 50, 7], [12, 50, 7], [16, 50, 7]], dtype=torch.uint8)[:, :, None]
 
@@ -256,6 +249,49 @@ def test_pool_tokens_rounds_half_up(backend):
         token = torch.tensor([total, 0, 0, 0], dtype=torch.uint8).view(1, 1, 4)
         assert ek.pool_tokens(token, 1, 1, 1, 2, 1, backend=backend).item() == mean
     assert (ek.pool_tokens(torch.full((1, 3, 4704), 255, dtype=torch.uint8), 2, 3, 2, 14, backend=backend) == 255).all()
+
+
+def test_pool_frames(backend):
+    # Two frames of 2 x 3 pixels with two channels: the first counts up, the second is all 10 and 20.
+    frames = torch.tensor([[[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]]], [[[10, 20]] * 3] * 2])
+    frames = frames.to(torch.uint8)
+    assert ek.pool_frames(frames[:1], 2, 3, 1, backend=backend).tolist() == frames[:1].tolist()
+    assert ek.pool_frames(frames, 1, 1, 2, backend=backend).tolist() == [[[[8, 13]]]]  # (5 + 10) / 2, (6 + 20) / 2
+    # The last frame stands for the one that the second unit lacks.
+    assert ek.pool_frames(frames[[0, 0, 1]], 1, 1, 2, backend=backend).tolist() == [[[[5, 6]]], [[[10, 20]]]]
+    # Two cells over three columns: the middle one is half in either.
+    want = [[[[1, 2], [3, 4]], [[7, 8], [9, 10]]]]  # (0 + 2 / 2) / 1.5 = 0.67, (2 / 2 + 4) / 1.5 = 3.33, and so on
+    assert ek.pool_frames(frames[:1], 2, 2, 1, backend=backend).tolist() == want
+    # Finer than the picture: cells within a pixel are that pixel, one across two pixels is their mean.
+    row = torch.tensor([0, 90], dtype=torch.uint8).view(1, 1, 2, 1)
+    assert ek.pool_frames(row, 1, 3, 1, backend=backend).flatten().tolist() == [0, 45, 90]
+
+
+def test_pool_frames_rounds_half_up(backend):
+    for total, mean in ((0, 0), (1, 0), (2, 1), (3, 1), (5, 1), (6, 2)):
+        frames = torch.tensor([total, 0, 0, 0], dtype=torch.uint8).view(2, 2, 1, 1)
+        assert ek.pool_frames(frames, 1, 1, backend=backend).item() == mean
+
+
+def test_resize_patches_lays_out(backend):
+    # Two frames of 2 x 4 pixels: tokens of 2 x 2 patches of one pixel.
+    frames = torch.arange(2 * 2 * 4 * 2, dtype=torch.uint8).view(2, 2, 4, 2)
+    rows = ek.resize_patches(frames, 2, 4, None, 2, 1, 2, backend=backend)
+    first = [0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27]
+    assert rows.tolist() == [first, [4 + value for value in first]]
+    # Patches of 2 x 2 pixels, one frame in a unit, and the second token of the second unit.
+    rows = ek.resize_patches(frames, 2, 4, torch.tensor([3]), 1, 2, 1, backend=backend)
+    assert rows.tolist() == [[20, 22, 28, 30, 21, 23, 29, 31]]
+    assert ek.resize_patches(frames, 2, 4, torch.empty(0, dtype=torch.int64), 1, 2, 1, backend=backend).shape == (0, 8)
+
+
+def test_resize_patches_by_hand(backend):
+    # Four values from two. Centres lie at 1/4, 3/4, 5/4, 7/4; the first sees 0 and 1 at distances 1/4 and 5/4:
+    # 111/128 and -9/128, together 102/128. The second at 1/4 and 3/4: 111/128 and 29/128 of 140/128.
+    # So 1 is worth round(2**14 * 111/102) there: 17830, with the largest below 2**15; and 200 becomes 218.
+    frames = torch.tensor([200, 0], dtype=torch.uint8).view(1, 1, 2, 1)
+    got = ek.resize_patches(frames, 1, 4, None, 1, 1, 1, backend=backend)
+    assert got.flatten().tolist() == [218, 159, 41, 0]  # 200 * 111 / 140 = 158.6, 200 * 29 / 140 = 41.4
 
 
 def test_int32_extremes(backend):

@@ -7,7 +7,7 @@ import torch
 import evs_kernels
 from evs_kernels.testing import SPECS, OpSpec, assert_same
 
-HOST = {"weights"}
+HOST = {"weights", "tokens"}
 """Arguments that stay in host memory."""
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -13,6 +13,7 @@ import torch
 
 import evs_kernels as ek
 from evs_kernels import _parallel
+from evs_kernels.pool_frames import _cpu as pool_frames
 from evs_kernels.select_hold import _cpu as hold
 
 ROOT = str(Path(ek.__file__).parents[1])
@@ -33,6 +34,7 @@ def threads():
 
 def test_concurrent_calls(generator, threads):
     clips = [big_clip(generator) for _ in range(4)]
+    frames = [torch.randint(0, 256, (6, 90, 120, 3), dtype=torch.uint8, generator=generator) for _ in range(4)]
     features = [torch.randn((5, 40, 512), generator=generator).bfloat16() for _ in range(4)]
 
     def work(i):
@@ -41,7 +43,8 @@ def test_concurrent_calls(generator, threads):
         descriptors = ek.pool_tokens(clip, 2, 3, 2, 14).flatten(2)
         anchored = ek.select_anchored(descriptors, 200, min_per_unit=2)
         held = ek.select_hold(descriptors, 200, min_per_unit=2)
-        return *selection, *anchored, *held, ek.cosine_score(feature)
+        seen = ek.pool_frames(frames[i % 4], 12, 16), ek.resize_patches(frames[i % 4], 84, 112, None, 2, 14)
+        return *selection, *anchored, *held, *seen, ek.cosine_score(feature)
 
     want = [work(i) for i in range(4)]
     with ThreadPoolExecutor(8) as pool:
@@ -56,6 +59,13 @@ def test_threads_share_the_tokens_of_a_clip(monkeypatch, generator, threads, cel
     assert torch.equal(
         ek.pool_tokens(clip, 2, 3, 2, 14, cells), ek.pool_tokens(clip, 2, 3, 2, 14, cells, backend="ref")
     )
+
+
+def test_threads_share_the_cells_of_frames(monkeypatch, generator, threads):
+    monkeypatch.setattr(_parallel, "_cpus", lambda: 4)
+    monkeypatch.setattr(pool_frames, "_GRAIN_BYTES", 1)
+    frames = torch.randint(0, 256, (5, 41, 37, 3), dtype=torch.uint8, generator=generator)
+    assert torch.equal(ek.pool_frames(frames, 7, 9), ek.pool_frames(frames, 7, 9, backend="ref"))
 
 
 def test_threads_share_the_places_of_a_clip(monkeypatch, generator, threads):
@@ -129,11 +139,13 @@ def test_warmup_fills_the_cache_and_a_second_process_uses_it(tmp_path):
         "from evs_kernels.temporal_score._cpu import _l1_uint8 as a;"
         "from evs_kernels.select_topk._cpu import _emit as b;"
         "from evs_kernels.pool_tokens._cpu import _pool_inside;"
-        "print('compiled', *(sum(f.stats.cache_misses.values()) for f in (a, b, _pool_inside(2, 14, 7))))"
+        "from evs_kernels.pool_frames._cpu import _pool as c;"
+        "from evs_kernels.resize_patches._cpu import _resize as d;"
+        "print('compiled', *(sum(f.stats.cache_misses.values()) for f in (a, b, _pool_inside(2, 14, 7), c, d)))"
     )
-    assert "compiled 1 1 1" in run_python(WARMUP + count, NUMBA_CACHE_DIR=str(tmp_path))
+    assert "compiled 1 1 1 1 1" in run_python(WARMUP + count, NUMBA_CACHE_DIR=str(tmp_path))
     assert list(tmp_path.rglob("*.nbc"))
-    assert "compiled 0 0 0" in run_python(WARMUP + count, NUMBA_CACHE_DIR=str(tmp_path))
+    assert "compiled 0 0 0 0 0" in run_python(WARMUP + count, NUMBA_CACHE_DIR=str(tmp_path))
 
 
 def test_runs_where_no_cache_can_be_written():

@@ -179,3 +179,38 @@ def test_pool(merge, channels, frames, side, data):
     means = torch.from_numpy(pictures).double().mean(dim=3).flatten(0, 1)
     means = torch.nn.functional.adaptive_avg_pool2d(means, cells).view(*shape, channels, cells, cells)
     assert torch.equal(got, (means + 0.5 + 1e-9).floor().to(torch.uint8).permute(0, 1, 3, 4, 2))
+
+
+@SETTINGS
+@given(hnp.arrays(np.uint8, st.tuples(*[st.integers(1, n) for n in (4, 7, 7, 2)]), elements=byte), st.data())
+def test_every_pixel_counts_by_its_share_of_a_cell(array, data):
+    frames, height, width, channels = array.shape
+    rows, columns, unit_frames = (data.draw(st.integers(1, most)) for most in (2 * height + 3, 2 * width + 3, 3))
+    got = ek.pool_frames(torch.from_numpy(array), rows, columns, unit_frames)
+    assert got.shape == (-(-frames // unit_frames), rows, columns, channels)
+    edges = [[i * n * 256 // cells for i in range(cells + 1)] for n, cells in ((height, rows), (width, columns))]
+    for t, i, j, channel in itertools.product(*map(range, got.shape)):
+        total = weight = 0
+        for frame, y, x in itertools.product(range(unit_frames), range(height), range(width)):
+            tall, wide = (
+                max(0, min(edge[k + 1], 256 * at + 256) - max(edge[k], 256 * at))
+                for edge, k, at in zip(edges, (i, j), (y, x), strict=True)
+            )
+            total += tall * wide * int(array[min(t * unit_frames + frame, frames - 1), y, x, channel])
+            weight += tall * wide
+        assert int(got[t, i, j, channel]) == (2 * total + weight) // (2 * weight)
+
+
+@SETTINGS
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
+def test_pool_frames_equals_pool_tokens_of_the_same_pixels(down, across, patch, cells, seed):
+    """Where the grid divides the picture: tokens of 2 x 2 patches, in each cells x cells, frames of the right size."""
+    side = patch * cells
+    frames = torch.randint(
+        0, 256, (3, 2 * side * down, 2 * side * across, 3), generator=torch.Generator().manual_seed(seed)
+    )
+    frames = frames.to(torch.uint8)
+    rows = ek.resize_patches(frames, *frames.shape[1:3], None, 2, side, 2)
+    pooled = ek.pool_tokens(rows.view(2, down * across, -1), 2, 3, 2, side, 2 * cells)
+    grid = pooled.view(2, down, across, 2 * cells, 2 * cells, 3).transpose(2, 3).reshape(2, 2 * cells * down, -1, 3)
+    assert torch.equal(ek.pool_frames(frames, 2 * cells * down, 2 * cells * across, 2), grid)

@@ -70,6 +70,28 @@ def test_selecting_by_descriptors_never_waits_for_a_budget(monkeypatch, op, rese
     assert len(selection.indices) == max(3, 2 + 2 * reserved)
 
 
+def test_reading_frames_never_waits(monkeypatch):
+    frames = torch.ones((3, 9, 12, 3), dtype=torch.uint8, device=DEVICE)
+    with monkeypatch.context() as patch:
+        for name in WAITING:
+            patch.setattr(torch.Tensor, name, wait)
+        pooled = ek.pool_frames(frames, 2, 3, backend="triton")
+        rows = ek.resize_patches(frames, 8, 8, None, 2, 2, backend="triton")
+    assert pooled.shape == (2, 2, 3, 3) and rows.shape == (8, 96)
+
+
+def test_resize_patches_reuses_scratch(monkeypatch, generator):
+    from evs_kernels.resize_patches import _triton_kernels
+
+    monkeypatch.setattr(_triton_kernels, "SCRATCH_BYTES", 3000)
+    monkeypatch.setattr(_triton_kernels, "BLOCK", 32)
+    monkeypatch.setattr(_triton_kernels, "ROWS", 4)
+    frames = torch.randint(0, 256, (3, 9, 12, 3), dtype=torch.uint8, generator=generator)
+    tokens = torch.tensor([0, 1, 5, 6, 7, 10])
+    want = ek.resize_patches(frames, 12, 18, tokens, 2, 3, backend="ref")
+    assert torch.equal(ek.resize_patches(frames.to(DEVICE), 12, 18, tokens, 2, 3, backend="triton").cpu(), want)
+
+
 def test_select_anchored_counts_units_block_by_block(monkeypatch, generator):
     from evs_kernels.select_anchored import _triton_kernels
 

@@ -46,11 +46,15 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A video: uint8 frames (F, H, W, 3). `fps` is that of the frames given."""
+    """A video: uint8 frames (F, H, W, 3). `fps` is that of the frames given.
+
+    `after` are the clips before it, if it is part of a stream; all have its settings.
+    """
 
     frames: np.ndarray
     fps: float = 2.0
     settings: Settings = field(default_factory=Settings)
+    after: tuple[Clip, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,24 +254,22 @@ class Reference:
 
     def choose(self, clip: Clip, grid: tuple[int, int, int], pixels: np.ndarray) -> np.ndarray:
         """Which tokens of a clip to keep, by the selection that its settings name."""
+        if clip.after is not None:
+            looks = selection.DESCRIBE[clip.settings.selection]
+            stream = [(g[1:], looks(self.pictures(c, g))) for c in (*clip.after, clip) for g in [self.grid(c)]]
+            return np.array(selection.stream(stream, clip.settings)[-1][0])
         if clip.settings.off or clip.settings.selection == "paper":
             return select(pixels, clip.settings)
-        return selection.select(self.pictures(clip, grid, pixels), clip.settings)
+        return selection.select(self.pictures(clip, grid), clip.settings)
 
-    def pictures(self, clip: Clip, grid: tuple[int, int, int], pixels: np.ndarray) -> np.ndarray:
-        """Low-resolution pictures of a clip's tokens, cut out of its frames as the model sees them."""
-        patch = self.config.vision_config.patch_size
-        units, rows, columns = grid
-        side = 2 * patch
-        height, width = rows * side, columns * side
-        frames = clip.frames
-        if frames.shape[1:3] != (height, width):  # it was resized: its frames are put together from their patches
-            frames = np.empty((2 * units, height, width, 3), dtype=np.uint8)
-            for t, row, column, i, j in np.ndindex(units, rows, columns, 2, 2):
-                one = pixels[t, row * columns + column].reshape(2, 2, 3, 2, patch, patch)[i, j]
-                top, left = row * side + i * patch, column * side + j * patch
-                frames[2 * t : 2 * t + 2, top : top + patch, left : left + patch] = one.transpose(1, 2, 3, 0)
-        return selection.pictures(frames, 2, range(0, height, side), range(0, width, side), side)
+    def grid(self, clip: Clip) -> tuple[int, int, int]:
+        """(units, rows, columns) in tokens."""
+        units, rows, columns = self._process(clip)["video_grid_thw"][0].tolist()
+        return units, rows // 2, columns // 2
+
+    def pictures(self, clip: Clip, grid: tuple[int, int, int]) -> np.ndarray:
+        """Low-resolution pictures of a clip's tokens, from its frames as they were before they were resized."""
+        return selection.source_pictures(clip.frames, 2, *grid[1:])
 
     @torch.inference_mode()
     def embeddings(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 """The independent reference of the selections `learned` and `contrast`, in plain loops and whole numbers.
 
 Nothing here comes from `evs_vllm` or `evs_kernels`, and nothing is fast; of the package it reads the numbers in
-`learned.npz`. It starts from frames as the model sees them, so it knows nothing of the order of pixel rows.
+`learned.npz`. It starts from frames, so it knows nothing of the order of pixel rows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ WEIGHTS = Path(__file__).parents[2] / "evs_vllm" / "core" / "learned.npz"
 CELLS = 4
 BLOCK = 32
 """Units of which a place's kept ones are chosen together."""
+
+NOISE = {"contrast": 4, "learned": 20}
+"""Thresholds: of a clip that goes on, what differs by less is no news."""
 
 UNIT = {"contrast": Fraction(12 * 32, 100), "learned": Fraction(512, 100)}
 """The distance that a threshold of 1 means."""
@@ -54,6 +57,47 @@ def pictures(frames: np.ndarray, unit_frames: int, tops: Sequence[int], lefts: S
                         for colour in range(3):
                             mean = Fraction(int(cell[..., colour].sum()), pixels)
                             out[t, row, column, i, j, colour] = math.floor(mean + Fraction(1, 2))
+    return out
+
+
+def source_pictures(frames: np.ndarray, unit_frames: int, rows: int, columns: int) -> np.ndarray:
+    """Low-resolution pictures of the tokens of a grid that is laid over frames of any size.
+
+    A cell's edges are where it begins in the frame, cut off to 256ths of a pixel. A pixel that it covers in part counts
+    by the part.
+
+    Args:
+        frames: (F, height, width, 3) uint8, before anything was resized.
+        unit_frames: Frames in a unit.
+        rows, columns: Of the grid.
+
+    Returns:
+        As `pictures`.
+    """
+    down, across = (_shares(size, CELLS * n) for size, n in zip(frames.shape[1:3], (rows, columns), strict=True))
+    units = -(-len(frames) // unit_frames)
+    out = np.empty((units, CELLS * rows, CELLS * columns, 3), dtype=np.int64)
+    for t in range(units):
+        several = [frames[min(f, len(frames) - 1)] for f in range(t * unit_frames, (t + 1) * unit_frames)]
+        whole = np.sum([frame.astype(np.int64) for frame in several], axis=0)
+        for i, (top, heights) in enumerate(down):
+            for j, (left, widths) in enumerate(across):
+                inside = whole[top : top + len(heights), left : left + len(widths)]
+                weights = np.outer(heights, widths)
+                area = int(weights.sum()) * unit_frames
+                for colour in range(3):
+                    mean = Fraction(int((inside[..., colour] * weights).sum()), area)
+                    out[t, i, j, colour] = math.floor(mean + Fraction(1, 2))
+    return out.reshape(units, rows, CELLS, columns, CELLS, 3).transpose(0, 1, 3, 2, 4, 5)
+
+
+def _shares(size: int, cells: int) -> list[tuple[int, list[int]]]:
+    """For each of `cells` along `size` pixels the first pixel in it, and how many 256ths of each pixel are."""
+    edges = [i * size * 256 // cells for i in range(cells + 1)]
+    out = []
+    for begin, end in zip(edges, edges[1:], strict=False):
+        pixels = range(begin // 256, -(-end // 256))
+        out.append((pixels[0], [min(end, 256 * p + 256) - max(begin, 256 * p) for p in pixels]))
     return out
 
 
@@ -172,7 +216,7 @@ def cheapest_units(looks: np.ndarray, price: int) -> list[int]:
             for following in range(at, end):
                 rest, units = best(following, following + 1, end)
                 ways.append((held + price + rest, (following, *units)))
-                held += math.floor(16 * math.sqrt(distance(looks[following], looks[last])))
+                held += distance(looks[following], looks[last])
             ways.append((held, ()))
             lowest = min(cost for cost, _ in ways)
             return [way for way in ways if way[0] == lowest][-1]  # that which keeps the next one latest
@@ -217,7 +261,7 @@ def hold(looks: np.ndarray, budget: int, least: int) -> np.ndarray:
 
     kept, far = at(0)
     if cost(units, per_unit, kept, least) > budget:
-        offered = prices(math.floor(16 * math.sqrt(255 * width)) * BLOCK)
+        offered = prices(255 * width * BLOCK)
         too_low, enough = 0, len(offered) - 1
         while enough - too_low > 1:
             middle = (too_low + enough) // 2
@@ -266,43 +310,89 @@ def anchored(
     return filled(units, per_unit, *at(enough), least, most)
 
 
-def tokens_allowed(units: int, per_unit: int, settings: Any, continues: bool) -> int:
-    """How many tokens stay with a rate, or at most without one."""
+def share_of(units: int, per_unit: int, settings: Any) -> int:
+    return math.floor(units * per_unit * (1 - Fraction(str(settings.rate or 0))))
+
+
+def tokens_allowed(units: int, per_unit: int, settings: Any, saved: int | None = None) -> int:
+    """How many tokens stay with a rate, or at most without one; `saved` is None for a clip that stands alone."""
     share = 1 - Fraction(str(settings.rate or 0))
-    allowed = math.floor(units * per_unit * share)
-    if not continues:
-        allowed = max(allowed, per_unit + math.ceil((units - 1) * per_unit * share / 2))
-    if settings.max_tokens is not None:
-        allowed = min(allowed, settings.max_tokens)
     least = min(settings.min_tokens_per_unit, per_unit)
-    return max(allowed, max(1, units * least) if continues else per_unit + (units - 1) * least)
+    most = settings.max_tokens or units * per_unit
+    alone = max(share_of(units, per_unit, settings), per_unit + math.ceil((units - 1) * per_unit * share / 2))
+    alone = max(min(alone, most), per_unit + (units - 1) * least)
+    if saved is None:
+        return alone
+    return max(min(share_of(units, per_unit, settings) + saved, alone, most), 1, units * least)
 
 
-def choose(looks: np.ndarray, settings: Any, continues: bool = False) -> np.ndarray:
+def choose(looks: np.ndarray, settings: Any, saved: int | None = None) -> np.ndarray:
     """Which tokens of a clip stay.
 
     Args:
         looks: (T, P, F) descriptors; of a clip that goes on from another one, first what was there before.
         settings: With the fields of `tests.reference.hf.Settings`.
-        continues: Whether it does.
+        saved: What the clips before saved, for a clip that goes on from another one.
 
     Returns:
         Sorted flat indices, not counting what was there before.
     """
     units, per_unit, _ = looks.shape
-    before = per_unit if continues else 0
-    budget = before + tokens_allowed(units - continues, per_unit, settings, continues)
+    goes_on = saved is not None
+    before = per_unit if goes_on else 0
+    budget = before + tokens_allowed(units - goes_on, per_unit, settings, saved)
     least = settings.min_tokens_per_unit
     if settings.threshold:
         level = max(1, math.ceil(Fraction(str(settings.threshold)) * UNIT[settings.selection]))
         kept = anchored(looks, level, least, None if settings.max_tokens is None else budget)
     else:
+        if goes_on:
+            budget = min(budget, before + news(looks, settings))
         kept = hold(looks, budget, least)
     kept = kept[kept >= before] - before
     if len(kept):
         return kept
     kept = hold(looks, before + 1, 0)  # the one token that a prompt needs
     return kept[kept >= before] - before
+
+
+def news(looks: np.ndarray, settings: Any) -> int:
+    """How many tokens of a clip that goes on differ from what was last shown of their place, if each such is shown."""
+    level = math.ceil(Fraction(str(settings.threshold or NOISE[settings.selection])) * UNIT[settings.selection])
+    count = 0
+    for p in range(looks.shape[1]):
+        shown = looks[0, p]
+        for t in range(1, len(looks)):
+            if distance(looks[t, p], shown) >= max(level, 1):
+                shown, count = looks[t, p], count + 1
+    return count
+
+
+def stream(clips: Sequence[tuple[tuple[int, int], np.ndarray]], settings: Any) -> list[tuple[list[int], bool]]:
+    """What stays of each clip of a stream, and whether it shows nothing new.
+
+    Args:
+        clips: Of each the rows and columns of tokens, and the (T, P, F) descriptors.
+        settings: As for `choose`.
+    """
+    out: list[tuple[list[int], bool]] = []
+    shown: list[np.ndarray] = []
+    last_grid, saved = (0, 0), 0
+    for grid, looks in clips:
+        units, per_unit, _ = looks.shape
+        if grid == last_grid:
+            whole = np.concatenate([np.stack(shown)[None], looks])
+            kept = choose(whole, settings, saved).tolist()
+            out.append((kept, news(whole, settings) == 0))
+        else:
+            kept, saved = choose(looks, settings).tolist(), 0
+            out.append((kept, False))
+            shown, last_grid = [looks[0, p] for p in range(per_unit)], grid
+        for index in kept:
+            shown[index % per_unit] = looks[index // per_unit, index % per_unit]
+        left = saved + share_of(units, per_unit, settings) - len(kept)
+        saved = min(max(left, 0), per_unit) if settings.rate else 0
+    return out
 
 
 def select(cells: np.ndarray, settings: Any) -> np.ndarray:

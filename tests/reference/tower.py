@@ -42,11 +42,12 @@ def computed_tokens(looks: np.ndarray, kept: np.ndarray, settings: TowerSettings
         settings: The settings.
 
     Returns:
-        (T*P,) bool: the kept tokens, and those that differ by `refresh` hundredths or more from what was computed last
-        at their place; where that is more than half of the dropped tokens, those that differ most.
+        (T*P,) bool: the kept tokens, all of unit 0, and those that differ by `refresh` hundredths or more from what was
+        computed last at their place; where that is more than half of the other tokens, those that differ most.
     """
     units, per_unit, _ = looks.shape
     total = units * per_unit
+    kept = np.union1d(np.arange(per_unit), kept)  # of a clip that goes on from others, unit 0 is not kept whole
     wanted = kept
     if settings.refresh:
         level = max(1, math.ceil(Fraction(str(settings.refresh)) * selection.UNIT["learned"]))
@@ -169,7 +170,7 @@ class TowerReference(Reference):
         kept = self.choose(clip, grid, pixels)
         if not reuses(clip.settings) or len(kept) == np.prod(grid):
             return np.ones(np.prod(grid), dtype=bool)
-        return computed_tokens(selection.learned(self.pictures(clip, grid, pixels)), kept, clip.settings)
+        return computed_tokens(selection.learned(self.pictures(clip, grid)), kept, clip.settings)
 
     def _see_clip(self, clip: Clip) -> tuple[torch.Tensor, tuple[int, int, int], np.ndarray]:
         vectors, grid, pixels = super()._see_clip(clip)

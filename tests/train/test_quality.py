@@ -18,17 +18,20 @@ import evs_vllm.hf.prompt
 from bench.quality import ask as quality_ask
 from bench.quality import lab as quality
 from bench.quality import models as quality_models
+from bench.quality import report, shown
 from evs_kernels import select_topk
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.budget import token_budget
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.scorers import SELECTIONS, PixelChange
 from evs_vllm.errors import ConfigError
+from evs_vllm.families.qwen2_vl import GRID, PIXELS
 from evs_vllm.options import SELECTION_NAMES
-from evs_vllm.train.data import ChatCollator
-from evs_vllm.train.synthetic import TASKS, SceneSettings, make_example
+from evs_vllm.train.data import ChatCollator, as_item
+from evs_vllm.train.synthetic import CONDITIONS, TASKS, SceneSettings, make_example
 
 ROOT = Path(__file__).resolve().parents[2]
+MORE_WRONG = ("compare: [[paper, keep, full, [0.3]]]", "clips: 7\nscene: {conditions: [noise, pan]}")
 SMOKE = ROOT / "configs" / "quality" / "smoke.yaml"
 
 
@@ -155,10 +158,11 @@ def test_it_notices_broken_training(smoke, monkeypatch, tmp_path):
 def test_results_are_written(smoke, tmp_path):
     _, _, result = smoke
     json.dumps(result)
-    table, bars = quality.markdown(result).split("**Bars**")
+    tables, bars = report.markdown(result).split("**Bars**")
     assert "base, nothing dropped" in bars and "met" in bars
-    assert table.count("\n| ") == 1 + len(quality.lines_of(result)) and "still readable" in table
-    quality.plot(result, tmp_path / "p.svg")
+    table = tables.split("**All conditions**")[1].split("**By condition**")[0]
+    assert table.count("\n| ") == 3 + len(report.lines_of(result)) and "still readable" in table
+    report.plot(result, tmp_path / "p.svg")
     assert "<svg" in (tmp_path / "p.svg").read_text()
 
 
@@ -186,6 +190,13 @@ pool.submit(time.sleep, 600).result()
             time.sleep(0.1)
 
 
+def test_conditions_take_turns():
+    settings = quality.Settings(scene={"conditions": CONDITIONS}, clips=20)
+    examples = quality.unseen(settings)
+    assert [example.condition for example in examples] == [*CONDITIONS] * 4
+    assert len({example.frames.tobytes() for example in examples}) == 20
+
+
 def test_readable_is_what_the_kept_tokens_show():
     tasks = set()
     for seed in range(40):
@@ -207,36 +218,139 @@ def test_readable_is_what_the_kept_tokens_show():
     assert tasks == set(TASKS)
 
 
+def test_the_scene_is_readable_from_the_latest_token():
+    checked = 0
+    for seed in range(30):
+        example = make_example(SceneSettings(conditions=("cuts",), tasks=("scene",)), seed)
+        if example.scene[0] == example.answer:
+            continue
+        checked += 1
+        first, last = np.arange(6), np.array([6 * example.asked + 4])
+        assert not quality_ask.readable(example, first, 6)
+        assert quality_ask.readable(example, np.concatenate([first, last]), 6)
+        assert not quality_ask.readable(example, np.concatenate([first, last + 6]), 6), "that is later"
+        assert not quality_ask.readable(example, last + 6, 6)
+    assert checked > 10
+
+
+def test_a_clip_without_a_model_is_what_the_processor_makes(tmp_path):
+    scene = SceneSettings(units=6, rows=2, columns=3)
+    folder = quality_models.untrained(tmp_path, quality_models.Settings(), 0)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    adapter = quality_ask.FAMILY.bind(transformers.AutoConfig.from_pretrained(folder), processor=processor)
+    example = make_example(scene, 3)
+    inputs = ChatCollator(processor)([as_item(example)])
+    expected = adapter.clip({PIXELS: inputs["pixel_values_videos"], GRID: inputs["video_grid_thw"][0]})
+    found = shown.clip_of(example, scene)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert (found.grid, found.pixels) == (expected.grid, expected.pixels)
+
+
+def test_what_is_shown_is_counted():
+    settings = quality.Settings(scene={"conditions": ["still", "cuts"], "tasks": ["last", "scene"]}, clips=40)
+    examples = quality.unseen(settings)
+    points = shown.measure(settings, examples)
+    found = {(p["selection"], p["rate"], p["condition"], p["kind"]): (p["clips"], p["readable"]) for p in points}
+    assert len(found) == len(points) == len(shown.WAYS) * 4 * 3
+    assert found["evs", 0.5, "still", "square"] == (20, 100) and found["frames", 0.95, "still", "square"][1] < 50
+    clips = [found["evs", 0.9, "cuts", kind][0] for kind in ("square", "scene")]
+    assert sum(clips) == 20 and clips[1] == sum(example.task == "scene" for example in examples)
+    settings = {"scene": {"conditions": ["still", "cuts"]}, "clips": 40}
+    result = {"points": points, "settings": settings, "seed": 5, "seconds": 1}
+    table = shown.markdown(result | {"environment": {"time_utc": "today", "command": "c"}})
+    assert table.count("\n| ") == 4 * 3 and "| still | square | 0.5 | 100.0 |" in table
+
+
+def test_a_focus_is_on_the_time_that_is_asked_for():
+    tasks = ("when", "first")
+    for example in (make_example(SceneSettings(tasks=tasks), seed) for seed in range(12)):
+        focus = quality_ask.Variant("focus").settings(0.9, example).focus
+        if example.task == "first":
+            assert focus is None
+            continue
+        tenths = int(example.question.split(" tenths")[0].split()[-1])
+        ((start, end, weight),) = focus
+        # A unit is a second, the clip 32; the last unit that begins before the time is in it.
+        assert end == np.ceil(3.2 * tenths) and start == max(0, end - 9.6) and weight > 1
+        starts = np.array(quality_ask.unit_starts(example))
+        assert ((starts < end) == (starts < 3.2 * tenths)).all() and len(starts) == 32
+        assert quality_ask.Variant().settings(0.9, example).focus is None
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "quality").glob("*.yaml")), ids=lambda path: path.stem)
 def test_settings_are_read(path, tmp_path):
     assert quality.Settings.from_yaml(path).scenes.units > 1
-    for wrong in ("speed: 1", "compare: [[best, keep, full]]", "compare: [[random, keep, reuse]]"):
+    for wrong in ("speed: 1", "compare: [[best, keep, full]]", "compare: [[random, keep, reuse]]", *MORE_WRONG):
         (tmp_path / "s.yaml").write_text(wrong)
         with pytest.raises(ConfigError):
             quality.Settings.from_yaml(tmp_path / "s.yaml")
 
 
 def test_the_interval_of_three_seeds():
-    assert quality.interval([90.0, 92.0, 94.0]) == pytest.approx(4.30 * 2 / 3**0.5)
-    assert quality.interval([90.0]) == 0
+    assert report.interval([90.0, 92.0, 94.0]) == pytest.approx(4.30 * 2 / 3**0.5)
+    assert report.interval([90.0]) == 0
 
 
-def made_up(model, rate, accuracy, seed=0, right="", selection="evs", tower="full"):
+QUESTIONS = [["noise", "last"]] * 50 + [["pan", "when"]] * 25 + [["pan", "scene"]] * 25
+
+
+def made_up(model, rate, noise, when=0, scene=0, seed=0, selection="evs", tower="full"):
+    """A point with so many right answers, of 50 and twice 25."""
     point = {"seed": seed, "model": model, "selection": selection, "positions": "keep", "tower": tower, "rate": rate}
-    return point | {"accuracy": accuracy, "right": right}
+    right = "".join("1" * good + "0" * (count - good) for good, count in ((noise, 50), (when, 25), (scene, 25)))
+    return point | {"right": right, "shown": "1" * 100, "tokens": 9 if selection == "paper" else 11}
 
 
 def test_bars_are_read_off_the_points():
-    points = [made_up("base", 0.0, 96.0, right="1" * 200), made_up("base", 0.75, 94.0), made_up("base", 0.9, 80.0)]
-    points += [made_up("base", 0.9, 66.0, selection="random_unit0"), made_up("base", 0.9, 79.75, tower="reuse")]
-    for seed, gain in enumerate((1.0, 2.0, 6.0)):
-        points += [made_up("control", 0.9, 80.0 + seed, seed), made_up("uptrained", 0.9, 80.0 + seed + gain, seed)]
-    engine = [{"seed": 0, "model": "base", "rate": 0.0, "right": "1" * 198 + "00"}]
-    bars = quality.bars({"points": points, "engine": engine})
-    assert [(bar["measured"], bar["met"]) for bar in bars] == [
-        (96.0, True), (2.0, False), (3.0, True), (14.0, False), (0.25, True), (99.0, False)
-    ]  # fmt: skip
-    assert "\u00b1 6.6" in bars[2]["what"], "the 95 % interval of 1, 2 and 6"
+    points = [made_up("base", 0.0, 50, 24, 25), made_up("base", 0.75, 48, 20, 20), made_up("base", 0.9, 40, 15, 25)]
+    points += [
+        made_up("base", 0.9, 30, 15, 20, selection="random_unit0"),
+        made_up("base", 0.9, 39, 15, 25, tower="reuse"),
+    ]
+    points += [
+        made_up("base", 0.75, 49, 10, 20, selection="paper"),
+        made_up("base", 0.9, 39, 18, 25, selection="paper"),
+    ]
+    points += [made_up("base", 0.9, 40, 20, 24, selection="focus")]
+    for seed, gain in enumerate((1, 2, 6)):
+        points += [made_up("control", 0.9, 40, seed=seed), made_up("uptrained", 0.9, 40, gain, seed=seed)]
+    engine = [{"seed": 0, "model": "base", "rate": 0.0, "right": points[0]["right"][:48] + "00"}]
+    bars = report.bars({"points": points, "engine": engine, "questions": QUESTIONS})
+    found = {bar["what"]: (round(bar["measured"], 6), bar["met"]) for bar in bars}
+    assert found == {
+        "base, nothing dropped, worst condition (pan)": (98, True),
+        "plug-in EVS below dense, q=0.75, noise": (4, False),
+        "uptrained above control, q=0.9 (95 % interval \u00b1 6.6)": (3, True),  # of 1, 2 and 6
+        "EVS above random tokens with unit 0, q=0.9": (15, True),
+        "base: reuse below the full tower, worst rate (q=0.9)": (1, False),
+        "EVS below paper, worst condition and rate (pan, q=0.9)": (6, False),
+        "EVS above paper, pan, q=0.75 (95 % interval \u00b1 0.0)": (20, True),
+        "EVS above paper, pan, q=0.9 (95 % interval \u00b1 0.0)": (-6, False),
+        "focus above none where a time is asked for, q=0.9": (8, True),
+        "base: vLLM and transformers agree, worst rate (q=0)": (96, False),
+    }
+
+
+def test_tables_have_each_condition_and_kind_of_question():
+    points = [made_up("base", 0.0, 50, 24, 25), made_up("base", 0.9, 40, 15, 24)]
+    points += [made_up("base", 0.9, 39, 18, 20, selection="paper"), made_up("base", 0.9, 40, 20, 25, selection="focus")]
+    settings = {"clips": 100, "curriculum": [[32, 5]], "seeds": [0]}
+    environment = {"time_utc": "today", "command": "python -m bench.quality"}
+    result = {"points": points, "engine": [], "questions": QUESTIONS, "settings": settings, "seconds": 1}
+    text = report.markdown(result | {"environment": environment})
+    for row in (
+        "| base | evs | keep | full | 99.0 | 79.0 |",
+        "| base | paper | keep | full |  | 77.0 |",
+        "| *tokens kept* | evs |  |  | 11 | 11 |",
+        "| *tokens kept* | paper |  |  |  | 9 |",
+        "| noise | base | evs | 100.0 | 80.0 |",
+        "| pan | base | paper |  | 76.0 |",
+        "| pan | *readable* | evs | 100.0 | 100.0 |",
+        "| pan | square | evs | 96.0 | 60.0 |",
+        "| pan | scene | paper |  | 80.0 |",
+        "| pan | 78.0 | 90.0 |",
+    ):
+        assert f"\n{row}\n" in text, row
 
 
 @pytest.mark.parametrize("count", [6, 7, 19, 48])

@@ -83,6 +83,24 @@ def test_each_mini_batch_is_pruned_at_its_rate(tiny, tmp_path, monkeypatch):
 
 
 @families(most_engine_tests)
+def test_each_mini_batch_may_have_a_selection_of_its_own(tiny, tmp_path, monkeypatch):
+    seen = []
+    make_plan = hf.inputs.make_plan
+
+    def record(clip, config, *args):
+        seen.append((config.rate, config.selection))
+        return make_plan(clip, config, *args)
+
+    monkeypatch.setattr(hf.inputs, "make_plan", record)
+    rates = {"distribution": "list", "values": [0.5, 0.75], "selections": ["paper", "contrast"], "seed": 2}
+    trainer = recipe.run(describe(tiny, tmp_path, steps=6, rates=rates))
+    sampler = RateSampler(RateSettings(**rates))
+    expected = [(sampler.draw(), sampler.draw_selection()) for _ in range(6)]
+    assert seen == [each for each in expected for _ in range(2)] and len(set(expected)) > 2, "two clips a batch"
+    assert trainer.drawn == [rate for rate, _ in expected]
+
+
+@families(most_engine_tests)
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
 def test_resuming_is_as_if_nothing_had_happened(tiny, tmp_path, lora):
     save = {"save_strategy": "steps", "save_steps": 3}

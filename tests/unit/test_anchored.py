@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evs_vllm.config import EVSConfig
-from evs_vllm.core.clip import Clip, TokenPixels
+from evs_vllm.core.clip import Anchors, Clip, TokenPixels
 from evs_vllm.core.descriptors import Contrast, Descriptor
 from evs_vllm.core.learned import WEIGHTS, Learned
 from evs_vllm.core.selection import make_plan
@@ -125,11 +125,14 @@ def test_what_stays_is_what_the_reference_keeps(
     frames, unit_frames, merge, side = case
     clip = clip_of(*case)
     looks = plain.DESCRIBE[name](cells_of(frames, unit_frames, merge * side))
-    if continues:
-        previous = clip.tokens[-1]  # the clip again from its start, after its end
-        clip, looks = replace(clip, previous=previous.clone()), np.concatenate([looks[-1:], looks])
-    kept = make_plan(clip, config_of(asked)).kept
-    assert kept.tolist() == plain.choose(looks, asked, continues).tolist()
+    saved = None
+    if continues:  # the clip again from its start, after its end
+        saved = int(np.random.default_rng(looks.size).integers(looks.shape[1] + 1))
+        previous = Anchors(DESCRIPTORS[name].describe(clip)[-1], clip.grid[1:], saved)
+        clip, looks = clip.after(previous), np.concatenate([looks[-1:], looks])
+    plan = make_plan(clip, config_of(asked))
+    assert plan.kept.tolist() == plain.choose(looks, asked, saved).tolist()
+    assert plan.unchanged == (continues and plain.news(looks, asked) == 0)
 
 
 @both
@@ -252,8 +255,6 @@ def test_equal_pixels_have_equal_descriptors_however_they_are_described(name: st
     for units in (1, 2, 3):
         start = describe(clip_of(frames[:units], 1, 2, 4))
         assert torch.equal(start, whole[:units])
-    before = replace(clip_of(frames[1:], 1, 2, 4), previous=clip.tokens[0])
-    assert torch.equal(describe(before), whole)
     for count in (1, 2, 3):
         with threads(count):
             assert torch.equal(describe(clip), whole)

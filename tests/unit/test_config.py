@@ -28,6 +28,9 @@ GOOD = {
     "encoder": ["auto", "reuse", "full"],
     "encoder_refresh": [0, 4, 35.5, 255],
     "request_overrides": ["none", "stricter", "any"],
+    "stream": [True, False],
+    "stream_cache_gb": [0, 0.25, 1024],
+    "processor_threads": [1, 4, 1024],
 }
 BAD = {
     "rate": [1, -0.1, 1.5, math.nan, math.inf, True, "0.5", [0.5], {}],
@@ -51,6 +54,9 @@ BAD = {
     "encoder": ["none", "", True, None],
     "encoder_refresh": [-1, 255.5, math.nan, True, None, "35"],
     "request_overrides": ["all", "", 0, None],
+    "stream": [1, 0, "true", "", None, [True]],
+    "stream_cache_gb": [-0.1, 1025, math.nan, True, "1", None],
+    "processor_threads": [0, -1, 1025, 2.0, True, "2"],
 }
 
 
@@ -135,7 +141,7 @@ def test_identity_tells_settings_apart_and_spellings_not() -> None:
 OTHER = {
     "rate": 0.75, "threshold": 9, "selection": "paper", "positions": "sequential", "min_tokens_per_unit": 3,
     "max_tokens": 77, "encoder": "full", "encoder_refresh": 3, "request_overrides": "any",
-    "focus": ((0, 1, 4),),
+    "focus": ((0, 1, 4),), "stream": True, "stream_cache_gb": 1, "processor_threads": 3,
 }  # fmt: skip
 """For each option a value that differs from that of `_BASE`."""
 _BASE = EVSConfig(threshold=6, encoder="reuse", selection="paper")
@@ -230,6 +236,32 @@ def test_a_request_cannot_make_the_tower_compute_more(
         assert effective.encoder in ("reuse", "full")
     else:
         with pytest.raises(RequestError):
+            admit(server, request_kwargs)
+
+
+STREAM = {"evs_stream": True}
+
+
+@pytest.mark.parametrize(
+    ("server", "request_kwargs", "admitted"),
+    [
+        (EVSConfig(rate=0.5), STREAM, True),
+        (EVSConfig(rate=0.5), STREAM | {"evs_rate": 0.9}, True),
+        (EVSConfig(max_tokens=50), STREAM, True),
+        (EVSConfig(threshold=5, selection="paper"), STREAM, True),
+        (EVSConfig(threshold=5), STREAM, False),
+        (EVSConfig(rate=0.5, stream=True), STREAM, True),
+        (EVSConfig(rate=0.5, stream=True), {"evs_stream": False}, False),
+        (EVSConfig(rate=0.5, stream=True), {"evs_positions": "sequential"}, True),
+        (EVSConfig(rate=0.5, stream=True), {"evs_rate": 0.9}, False),
+        (EVSConfig(rate=0.5, focus=((0, 1, 2),)), STREAM, False),
+    ],
+)
+def test_who_may_have_a_stream(server: EVSConfig, request_kwargs: dict[str, object], admitted: bool) -> None:
+    if admitted:
+        assert admit(server, request_kwargs).stream
+    else:
+        with pytest.raises(RequestError, match="could cost more|contradict"):
             admit(server, request_kwargs)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from evs_vllm.config import EVSConfig
-from evs_vllm.core.clip import Clip, TokenPixels
+from evs_vllm.core.clip import Anchors, Clip, TokenPixels
 from evs_vllm.core.scorers import SELECTIONS, Selection
 from evs_vllm.errors import UnsupportedError
 
@@ -16,7 +16,7 @@ PIXELS = TokenPixels(merge=1, channels=3, frames=2, side=4)
 def test_what_came_before_is_one_more_unit(name: str) -> None:
     pixels = torch.randint(256, (6, 12, PIXELS.values), dtype=torch.uint8)
     whole = Clip(pixels, (6, 3, 4), PIXELS)
-    going_on = Clip(pixels[1:], (5, 3, 4), PIXELS, previous=pixels[0])
+    going_on = Clip(pixels[1:], (5, 3, 4), PIXELS).after(Anchors(SELECTIONS[name].looks(whole)[0], (3, 4)))
     evidence = SELECTIONS[name].evidence(whole)
     assert evidence.shape[:2] == (6, 12) and evidence.dtype == (torch.int32, torch.uint8)[evidence.ndim - 2]
     assert torch.equal(SELECTIONS[name].evidence(going_on), evidence)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evs_vllm.config import EVSConfig
-from evs_vllm.core.clip import Clip, TokenPixels
+from evs_vllm.core.clip import Anchors, Clip, TokenPixels
 from evs_vllm.core.focus import unit_weights
 from evs_vllm.core.selection import make_plan
 from evs_vllm.engine.times import metadata_of, unit_starts
@@ -33,7 +33,7 @@ def test_weights_are_those_of_the_first_range_that_a_unit_lies_in() -> None:
     weights = unit_weights(clip, config)
     assert weights is not None and weights.tolist() == [8, 64, 64, 32] and weights.dtype == torch.int32
     assert unit_weights(clip, EVSConfig(rate=0.5)) is None
-    goes_on = Clip(clip.tokens, clip.grid, previous=clip.tokens[0], starts=clip.starts)
+    goes_on = clip.after(Anchors(clip.tokens[0], (1, 1)))
     weights = unit_weights(goes_on, config)
     assert weights is not None and weights.tolist() == [16, 8, 64, 64, 32], "what came before counts once"
 

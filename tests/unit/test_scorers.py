@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.budget import token_budget, token_floor
-from evs_vllm.core.clip import Clip, TokenPixels
+from evs_vllm.core.clip import Anchors, Clip, TokenPixels
 from evs_vllm.core.scorers import SELECTIONS, PixelChange, Scorer, named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.errors import ConfigError
@@ -73,7 +73,11 @@ def test_scores_and_the_fused_choice_are_those_of_the_reference(
     assert scorer.select(Clip(clip, (units, 1, per_unit)), config)[:per_unit].tolist() == list(range(per_unit))
 
 
-def going_on(clip: torch.Tensor, previous: torch.Tensor, config: EVSConfig) -> list[int]:
+NOISE = 10
+"""Mean change of a pixel below which a token of a clip that goes on is no news."""
+
+
+def going_on(clip: torch.Tensor, previous: torch.Tensor, config: EVSConfig, saved: int) -> list[int]:
     """What is kept of a clip that goes on, with sorting and sets."""
     units, per_unit, values = clip.shape
     flat = pixel_change(np.concatenate([previous.numpy()[None], clip.numpy()]))[1:].reshape(-1)
@@ -86,7 +90,9 @@ def going_on(clip: torch.Tensor, previous: torch.Tensor, config: EVSConfig) -> l
         rest = [i for i in rest if flat[i] >= config.threshold * values]
         room = len(rest) if config.max_tokens is None else config.max_tokens - len(always)
     else:
-        room = token_budget(units, per_unit, config, continues=True) - len(always)
+        most = token_budget(units, per_unit, config, continues=True, stock_count=True, saved=saved)
+        news = sum(1 for score in flat if score >= max(NOISE * values, 1))
+        room = min(most, news) - len(always)
     return sorted(always | set(rest[: max(room, 0)])) or order[:1]
 
 
@@ -95,18 +101,25 @@ def test_a_clip_that_goes_on_is_compared_with_what_was_before_it(
     clip: torch.Tensor, config: EVSConfig, seed: int
 ) -> None:
     units, per_unit, values = clip.shape
-    previous = clip[0] if seed < 4 else random_tokens(seed, 1, per_unit, values, 3)[0]
-    plan = make_plan(Clip(clip, (units, 1, per_unit), previous=previous), replace(config, encoder="reuse"))
-    assert plan.kept.tolist() == going_on(clip, previous, config)
-    assert plan.encoder == "full", "unit 0 is not whole, so there is nothing to reuse"
+    previous, saved = clip[0] if seed < 4 else random_tokens(seed, 1, per_unit, values, 3)[0], seed % (per_unit + 1)
+    after = Clip(clip, (units, 1, per_unit)).after(Anchors(previous, (1, per_unit), saved))
+    plan = make_plan(after, replace(config, encoder="reuse", encoder_refresh=0))
+    assert plan.kept.tolist() == going_on(clip, previous, config, saved)
+    whole_unit = sorted({*range(per_unit), *plan.kept.tolist()})
+    assert plan.computed.tolist() == (whole_unit if plan.encoder == "reuse" else list(range(units * per_unit)))
+    assert (plan.encoder == "full") == (len(whole_unit) == units * per_unit), "as all of it is computed"
 
 
 def test_a_chunk_in_which_nothing_changed_keeps_one_token() -> None:
     still = torch.full((4, 6, 48), 77, dtype=torch.uint8)
-    clip = Clip(still, (4, 2, 3), TokenPixels(1, 3, 1, 4), previous=still[0])
-    for name, options in product(SELECTIONS, [{"threshold": 5, "encoder": "reuse"}, {"rate": 0.99}]):
-        plan = make_plan(clip, EVSConfig(**options, selection=name))
+    clip = Clip(still, (4, 2, 3), TokenPixels(1, 3, 1, 4))
+    for name, options in product(SELECTIONS, [{"threshold": 5, "encoder": "reuse"}, {"rate": 0.5}, {"max_tokens": 9}]):
+        config, selection = EVSConfig(**options, selection=name), SELECTIONS[name]
+        first = make_plan(clip, config)
+        following = clip.after(selection.anchors(torch.from_numpy(first.kept), clip, config))
+        plan = make_plan(following, config)
         assert plan.kept.tolist() == [0] and plan.counts.tolist() == [1, 0, 0, 0]
+        assert plan.unchanged and not first.unchanged
     assert token_floor(4, 6, 0, continues=True) == 1 and token_floor(4, 6, 2, continues=True) == 8
 
 

@@ -16,8 +16,8 @@ import pytest
 from aiohttp import web
 
 from evs_vllm import serving
-from evs_vllm.errors import EVSError
-from evs_vllm.serving import ask, data_url, free_port, metrics, parse_metrics, run_to_end, running, video_part
+from evs_vllm.errors import EVSError, ServerError
+from evs_vllm.serving import ask, chat, data_url, free_port, metrics, parse_metrics, run_to_end, running, video_part
 from tests.unit.local_server import LocalServer
 
 METRICS = r"""
@@ -61,6 +61,7 @@ class Server(LocalServer):
 
     async def answer(self, request):
         self.seen.append(await request.json())
+        self.headers = request.headers
         if self.error is not None:
             return web.Response(text=self.error, status=400)
         response = web.StreamResponse()
@@ -141,11 +142,46 @@ def test_an_answer_is_read_off_the_stream():
         ((), "plain words", "refused the request: HTTP 400: plain words"),
         ((piece("a"), {"error": {"message": "out of memory"}}), None, "gave up: .*out of memory"),
         ((USAGE, "[DONE]"), None, "without any text"),
+        ((piece("a"),), None, "broke off"),
+        ((piece("a"), '{"choices": ['), None, "did not answer"),
     ],
 )
 def test_what_goes_wrong_is_said(lines, error, words):
     with Server(*lines, error=error) as server, pytest.raises(EVSError, match=words):
         ask(server.url, "m", video_part("data:,"), "?", 2)
+
+
+def test_any_messages_and_what_the_server_says_beside_the_answer():
+    details = {"prompt_tokens_details": {"cached_tokens": 21}}
+    usage = {**USAGE, "usage": USAGE["usage"] | details}
+    messages, heard = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?"}], []
+    with Server(piece("a "), piece("b"), usage, "[DONE]") as server:
+        body = {"model": "m", "messages": messages, "max_tokens": 3}
+        answer = chat(server.url, body, headers={"Authorization": "Bearer key"}, heard=heard.append)
+    assert answer[:3] == ("a b", 34, 2) and answer.cached_tokens == 21 and heard == ["a ", "b"]
+    assert server.seen == [{**body, "stream": True, "stream_options": {"include_usage": True}}]
+    assert server.headers["Authorization"] == "Bearer key" and server.headers["Content-Type"] == "application/json"
+
+
+def test_an_answer_without_text_is_one():
+    with Server(USAGE, "[DONE]") as server:
+        answer = chat(server.url, {"messages": []})
+    assert answer.text == "" and math.isnan(answer.ttft_s) and answer.cached_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "error", "status", "message"),
+    [
+        ((), json.dumps({"error": {"message": "too long"}}), 400, "too long"),
+        (({"error": {"message": "dead", "code": 500}},), None, 500, "{'message': 'dead', 'code': 500}"),
+        (({"error": "dead"},), None, None, "dead"),
+        ((piece("a"),), None, None, "the answer broke off"),
+    ],
+)
+def test_errors_of_a_server_have_its_status_and_words(lines, error, status, message):
+    with Server(*lines, error=error) as server, pytest.raises(ServerError) as caught:
+        chat(server.url, {"messages": []})
+    assert (caught.value.status, caught.value.message) == (status, message)
 
 
 def test_nobody_answers():

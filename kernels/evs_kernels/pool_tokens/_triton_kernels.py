@@ -41,18 +41,18 @@ def pool_kernel(tokens_ptr, pooled_ptr, merge, channels, frames, side, cells, RO
             tl.store(out + j * channels + channel, ((2 * total + pixels) // (2 * pixels)).to(tl.uint8))
 
 
-def block_of(size: int) -> tuple[int, int]:
-    """Rows and columns of the block of pixels that a program loads of tokens ``size`` pixels wide."""
+def block_of(size: int) -> tuple[int, int, int]:
+    """Rows and columns of the block of pixels that a program loads of tokens ``size`` pixels wide, and its warps."""
     width = triton.next_power_of_2(size)
-    return min(ROWS, max(1, TILE // width)), width
+    return min(ROWS, max(1, TILE // width)), width, max(1, width // 128)
 
 
 def run(tokens: torch.Tensor, merge: int, channels: int, frames: int, side: int, cells: int) -> torch.Tensor:
     """See evs_kernels.pool_tokens."""
     units, per_unit, _ = tokens.shape
     pooled = torch.empty((units, per_unit, cells, cells, channels), dtype=torch.uint8, device=tokens.device)
-    rows, width = block_of(merge * side)
+    rows, width, warps = block_of(merge * side)
     grid = (units * per_unit, cells)
     with _triton.on_device(tokens):
-        pool_kernel[grid](tokens, pooled, merge, channels, frames, side, cells, ROWS=rows, WIDTH=width, num_warps=1)
+        pool_kernel[grid](tokens, pooled, merge, channels, frames, side, cells, ROWS=rows, WIDTH=width, num_warps=warps)
     return pooled

@@ -155,5 +155,4 @@ def weights_on(device: torch.device, weights: torch.Tensor | None, units: int) -
     """Weights of units, 1 each when None, on a device, without waiting for it."""
     if weights is None:
         return torch.ones(units, dtype=torch.int32, device=device)
-    # A copy from memory that is not pinned may wait for what the device is doing.
-    return weights.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else weights
+    return _triton.upload(weights, device)

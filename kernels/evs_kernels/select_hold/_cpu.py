@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""numba select_hold: what holding costs within blocks is measured once, then every price is a pass over it.
+"""numba select_hold: distances within blocks are measured once, then every price is a pass over them.
 
-A token of a block of n units has (n - 1) / 2 costs of 2 bytes. They are read once for each price, so they lie in
+A token of a block of n units has (n - 1) / 2 distances of 2 bytes. They are read once for each price, so they lie in
 the order in which they are read, chunk of places after chunk; threads share the chunks.
 """
 
@@ -23,15 +23,8 @@ _GRAIN_PRICE = 32768
 
 
 @njit()
-def _to_costs(distances):
-    """Turns distances into costs where they are: see _prices.cost."""
-    for p in range(distances.shape[0]):
-        distances[p] = np.uint16(np.sqrt(np.float32(np.int32(distances[p]) * np.int32(256))))
-
-
-@njit()
 def _measure(descriptors, lo, hi, pairs):
-    """Writes what later units of a block cost if unit `start` stands for them, from the latest start to the earliest.
+    """Writes the distances of later units of a block from unit `start`, from the latest start to the earliest.
 
     Of chunks [lo, hi); pairs is (chunks, blocks, UNITS * (UNITS - 1) / 2, places). Units of a block count from 1.
     """
@@ -47,18 +40,17 @@ def _measure(descriptors, lo, hi, pairs):
                     line = pairs[chunk, block, row]
                     for p in range(min(places, descriptors.shape[1] - first)):
                         line[p] = distance(descriptors[t, first + p], descriptors[before + start, first + p])
-                    _to_costs(line)
                     row += 1
 
 
 @njit()
-def _offer(end, costs, weight, worth, held, best, following):
-    """Adds the costs of one more unit to what is held, and takes `end` as the next kept unit where that is best.
+def _offer(end, distances, weight, worth, held, best, following):
+    """Adds the distances of one more unit to what is held, and takes `end` as the next kept unit where that is best.
 
     Of equal ways the latest stays, as ends come in ascending order.
     """
     for p in range(held.shape[0]):
-        held[p] += np.int32(costs[p]) * weight
+        held[p] += np.int32(distances[p]) * weight
         cost = np.int32(held[p] + worth[p])
         following[p] = end if cost <= best[p] else following[p]
         best[p] = min(cost, best[p])
@@ -88,9 +80,9 @@ def _solve(pairs, weights, paid, worth, following, held):
 def _try_price(descriptors, weights, pairs, paid, lo, hi, standing, stands, kept, counts):
     """Adds to `counts` what every unit keeps at a price, of chunks [lo, hi), and marks it in `kept` unless it is empty.
 
-    standing: (chunks, blocks, UNITS, places) uint16, what a block's units cost if the token stands for them that stands
-    for the place before the block; stands: (chunks, blocks, places) int32, of which unit that token is. Both are for
-    the next price, where that is often the same token.
+    standing: (chunks, blocks, UNITS, places) uint16, the distances of a block's units from the token that stands for
+    the place before the block; stands: (chunks, blocks, places) int32, of which unit that token is. Both are for the
+    next price, where that is often the same token.
     """
     places = pairs.shape[3]
     worth = np.empty((UNITS + 2, places), np.int32)
@@ -111,12 +103,11 @@ def _try_price(descriptors, weights, pairs, paid, lo, hi, standing, stands, kept
                     stands[chunk, block, p] = anchors[p]
                     anchor = descriptors[anchors[p], first + p]
                     for unit in range(units):
-                        far = distance(descriptors[before + 1 + unit, first + p], anchor)
-                        standing[chunk, block, unit, p] = np.uint16(np.sqrt(np.float32(far * np.int32(256))))
+                        standing[chunk, block, unit, p] = distance(descriptors[before + 1 + unit, first + p], anchor)
             worth[0], following[0], held[:] = worth[1], 1, 0
             for unit in range(units):
-                costs = standing[chunk, block, unit]
-                _offer(unit + 2, costs, factors[unit], worth[unit + 2], held, worth[0], following[0])
+                distances = standing[chunk, block, unit]
+                _offer(unit + 2, distances, factors[unit], worth[unit + 2], held, worth[0], following[0])
             for p in range(inside):
                 unit = following[0, p]
                 while unit <= units:

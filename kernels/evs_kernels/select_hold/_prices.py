@@ -1,25 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What select_hold pays: for a token that is dropped, by its distance, and for one that is kept.
-
-The prices of kept ones are finely graded where they are low, to a 64th of themselves where they are high.
-"""
+"""The prices that select_hold tries: finely graded where they are low, to a 64th of themselves where they are high."""
 
 from collections.abc import Callable
-from math import isqrt
 
 UNITS = 32
 """Units of a block."""
 
 _FINE = 64
-
-
-def cost(distance: int) -> int:
-    """What a dropped token costs at a weight of 1: 16 times the root of its distance, rounded down.
-
-    ``256 * 255 * 256 < 2**24``, so float32 holds what the root is taken of, and its correctly rounded root lies below a
-    whole number wherever the true one does.
-    """
-    return isqrt(256 * distance)
 
 
 def price(number: int) -> int:
@@ -32,7 +19,7 @@ def price(number: int) -> int:
 
 def top_number(width: int, highest_weight: int) -> int:
     """The lowest number whose price is higher than anything a block of UNITS units can cost: it keeps nothing."""
-    most = cost(255 * width) * UNITS * highest_weight
+    most = 255 * width * UNITS * highest_weight
     number = 0
     while price(number) <= most:
         number += 1

@@ -5,7 +5,7 @@ import torch
 
 from .._types import Selection, kept_tokens
 from ..select_topk._ref import run as select_topk
-from ._prices import UNITS, cost, lowest_that_fits, price, top_number
+from ._prices import UNITS, lowest_that_fits, price, top_number
 
 KEPT = 2**31 - 1  # above every distance
 
@@ -15,27 +15,27 @@ def run(descriptors: torch.Tensor, budget: int, min_per_unit: int, weights: torc
     units, per_unit, width = descriptors.shape
     factors = [1] * units if weights is None else weights.tolist()
     values = descriptors.int().cpu()
-    # far[s, t, p]: how far token (t, p) is from (s, p).
-    far = torch.stack([(values - values[s]).abs().sum(dim=2) for s in range(units)])
+    # pairs[s, t, p]: what token (t, p) costs if (s, p) stands for it.
+    pairs = torch.stack([(values - values[s]).abs().sum(dim=2) for s in range(units)])
+    pairs = pairs * torch.tensor(factors)[None, :, None]
 
     def scores_at(number: int) -> torch.Tensor:
         scores = torch.empty((units, per_unit), dtype=torch.int32)
         for p in range(per_unit):
-            distances = far[:, :, p].tolist()
-            costs = [[factors[t] * cost(row[t]) for t in range(units)] for row in distances]
-            kept = _places_kept(costs, price(number))
+            distances = pairs[:, :, p].tolist()
+            kept = _places_kept(distances, price(number))
             anchor = 0
             for t in range(units):
                 anchor = t if t in kept else anchor
-                scores[t, p] = KEPT if t in kept else factors[t] * distances[anchor][t]
+                scores[t, p] = KEPT if t in kept else distances[anchor][t]
         return scores
 
-    def tokens(scores: torch.Tensor) -> int:
+    def cost(scores: torch.Tensor) -> int:
         counts = (scores == KEPT).sum(dim=1)
         return int(counts.sum() + (min_per_unit - counts[1:]).clamp(min=0).sum())
 
     def fits(number: int) -> bool:
-        return tokens(scores_at(number)) <= bound
+        return cost(scores_at(number)) <= bound
 
     bound = kept_tokens(units, per_unit, budget, min_per_unit)
     number = 0 if fits(0) else lowest_that_fits(fits, top_number(width, max(factors)))
@@ -43,9 +43,9 @@ def run(descriptors: torch.Tensor, budget: int, min_per_unit: int, weights: torc
     return select_topk(scores.to(descriptors.device), bound, min_per_unit)
 
 
-def _places_kept(costs: list[list[int]], paid: int) -> set[int]:
-    """The units that one place keeps at a price, where unit t costs ``costs[s][t]`` if unit s stands for it."""
-    units, kept, anchor = len(costs), {0}, 0
+def _places_kept(distances: list[list[int]], paid: int) -> set[int]:
+    """The units that one place keeps at a price."""
+    units, kept, anchor = len(distances), {0}, 0
     for first in range(1, units, UNITS):
         end = min(first + UNITS, units)
         best, following = {end: 0}, {}
@@ -53,7 +53,7 @@ def _places_kept(costs: list[list[int]], paid: int) -> set[int]:
             held, ways = 0, []
             for t in range(max(start + 1, first), end + 1):
                 ways.append((held + best[t] + (paid if t < end else 0), -t))
-                held += costs[start][t] if t < end else 0
+                held += distances[start][t] if t < end else 0
             best[start], latest = min(ways)
             following[start] = -latest
         while (anchor_next := following[anchor]) < end:

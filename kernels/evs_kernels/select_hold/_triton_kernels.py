@@ -27,7 +27,7 @@ from ..select_topk._triton_kernels import select_partial
 from ._prices import UNITS, top_number
 
 # Places of a program of one warp. There are few places, so more would leave most of a GPU idle.
-PLACES = 16
+PLACES = 8
 
 BLOCK_UNITS = tl.constexpr(UNITS)
 NEVER = tl.constexpr(2**31 - 1)  # above every cost, and every distance
@@ -46,12 +46,6 @@ def distances(descriptors_ptr, this, that, place, per_unit, width, inside, PLACE
         b = tl.load(that_row[:, None] + value[None, :], mask=mask, other=0).to(tl.int32)
         total += tl.sum(tl.abs(a - b), axis=1)
     return total
-
-
-@triton.jit
-def cost_of(distances):
-    """See _prices.cost. The root is rounded correctly; an approximate one would not do."""
-    return tl.sqrt_rn((distances * 256).to(tl.float32)).to(tl.int32)
 
 
 @triton.jit
@@ -81,7 +75,7 @@ def sum_kernel(
     held = tl.zeros([PLACES], tl.int32)
     for t in range(unit + 1, tl.minimum(before + BLOCK_UNITS + 1, units)):
         far = distances(descriptors_ptr, t, unit, place, per_unit, width, inside, PLACES, SLICE)
-        held += cost_of(far) * tl.load(weights_ptr + t)
+        held += far * tl.load(weights_ptr + t)
         tl.store(sums_ptr + (row + t - unit - 1) * per_unit + place, held, mask=inside)
 
 
@@ -134,7 +128,7 @@ def price_kernel(
         held = tl.zeros([PLACES], tl.int32)
         for unit in range(1, length + 1):
             far = distances(descriptors_ptr, before + unit, anchors, place, per_unit, width, inside, PLACES, SLICE)
-            held += cost_of(far) * tl.load(weights_ptr + before + unit)
+            held += far * tl.load(weights_ptr + before + unit)
             cost = held + tl.sum(tl.where(row == unit - 1, worth, 0), axis=0)
             turn = tl.where(cost <= cheapest, unit + 1, turn)
             cheapest = tl.minimum(cost, cheapest)
