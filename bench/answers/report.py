@@ -112,12 +112,16 @@ def _accuracies(told: Answers, model: str, rates: Sequence[float]) -> list[str]:
 
 
 def _differences(told: Answers, models: Sequence[str], settings: dict[str, Any]) -> list[str]:
-    """Points by which one is above the other, on the same questions."""
-    first = settings["ways"][0]
+    """Points by which one is above the other, on the same questions.
+
+    Selections are compared with the first one, other positions and towers with those of the same selection.
+    """
+    first, plain = settings["ways"][0], ["keep", "full"]
     pairs: list[tuple[str, tuple[str, Sequence[str]], tuple[str, Sequence[str]]]] = []
     for way in settings["ways"][1:]:
-        what = f"base: {', '.join(first)} above {', '.join(way)}"
-        pairs.append((what, ("base", first), ("base", way)))
+        better = first if way[1:] == plain else [way[0], *plain]
+        if better in settings["ways"]:
+            pairs.append((f"base: {', '.join(better)} above {', '.join(way)}", ("base", better), ("base", way)))
     pairs += [(f"{model} above base, {', '.join(first)}", (model, first), ("base", first)) for model in models[1:]]
     if "control" in models and "uptrained" in models:
         for way in [way for way in settings["ways"] if way[2] == "full" and way[1] == "keep"]:
@@ -129,6 +133,13 @@ def _differences(told: Answers, models: Sequence[str], settings: dict[str, Any])
             a, b = told.shares(*one, rate), told.shares(*other, rate)
             both = a is not None and b is not None and (rate or one[0] != other[0])
             cells[-1].append(f"{100 * (a - b).mean():+.1f} ± {told.interval(a - b):.1f}" if both else "")  # type: ignore[operator]
+    dense = told.shares("base", first, 0.0)
+    for way in [way for way in settings["ways"] if way[1:] == plain]:
+        cells.append([f"base: nothing dropped above {', '.join(way)}", ""])
+        for rate in rates[1:]:
+            shares = told.shares("base", way, rate)
+            if dense is not None and shares is not None:
+                cells[-1].append(f"{100 * (dense - shares).mean():+.1f} ± {told.interval(dense - shares):.1f}")
     return tables.markdown(["", *(f"q={rate:g}" for rate in rates)], cells, "lr")
 
 

@@ -490,4 +490,4 @@ def test_smoke(tmp_path):
     questions = sum(len(scene["questions"]) for scene in result["scenes"])
     assert all(len(point["right"]) == questions for point in result["points"])
     text = (tmp_path / "out" / "answers.md").read_text()
-    assert text == report.markdown(result) and "| whole units | keep | full |" in text
+    assert text == report.markdown(same) and "| whole units | keep | full |" in text
