@@ -10,8 +10,6 @@ bench/results/answers`` writes answers.json and .md; ``--config configs/answers/
 for what is still to be chosen. A run that was interrupted goes on from the features and models that are done.
 """
 
-import argparse
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,30 +17,17 @@ import torch
 from bench.answers.report import markdown, write
 from bench.answers.run import measure
 from bench.answers.settings import Settings
-from bench.common import harness
-from bench.common.fetch import MaterialError
-
-CONFIGS = harness.ROOT / "configs" / "answers"
+from bench.common.command import parser_for, report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIGS / "full.yaml")
-    parser.add_argument("--smoke", action="store_true", help="configs/answers/smoke.yaml: drawn clips, no downloads")
+    parser = parser_for("answers", __doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/answers"), help="where trained models are kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
-    parser.add_argument("--output", type=Path, help="folder of the result; the tables are printed only by default")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    try:
-        settings = Settings.from_yaml(CONFIGS / "smoke.yaml" if args.smoke else args.config)
-        result = measure(settings, args.work, partial(print, flush=True))
-    except MaterialError as error:
-        raise SystemExit(str(error)) from None
-    print(markdown(result))
-    if args.output:
-        write(result, args.output)
-        print(f"written to {args.output}")
+    settings = Settings.from_yaml(args.config)
+    report(lambda log: measure(settings, args.work, log), markdown, write, args.output)
 
 
 if __name__ == "__main__":

@@ -5,34 +5,24 @@ Kept on disk, so that a run goes on where another one ended. The tower runs in b
 as towers of large models do, and a token is its 2 x 2 patches one after the other, as mergers take them.
 """
 
-import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bench.common.fetch import cache_folder
+from bench.common.kept import Kept
 from bench.common.pretrained_tower import PretrainedTower
 
 VERSION = 1
 """Raise it when the same weights, pixels and computed tokens give other features than before."""
 
 
-class PatchFeatures:
-    """Features of tokens, patch by patch.
-
-    Args:
-        tower: The tower.
-        grid: (rows, columns) of tokens in a frame, each of 2 x 2 patches.
-        folder: Where they are kept; by default a folder in the temporary directory.
-    """
+class PatchFeatures(Kept):
+    """Features of tokens, patch by patch; the arguments are those of `Kept`."""
 
     def __init__(self, tower: PretrainedTower, grid: tuple[int, int], folder: Path | None = None) -> None:
-        self.tower, self.grid = tower, grid
-        self.folder = (folder or cache_folder("patch-features")) / f"{VERSION}-{tower.identity}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(tower, grid, "patch-features", VERSION, folder)
 
     @property
     def width(self) -> int:
@@ -47,16 +37,10 @@ class PatchFeatures:
             computed: (T, P) bool, the tokens that are computed; None for all.
             mode: "full", "reuse" or "skip", as for `PretrainedTower.run`. Tokens that are not computed are 0.
         """
-        digest = hashlib.sha256(repr((frames.shape, mode)).encode() + frames.tobytes())
+        made_of = repr((frames.shape, mode)).encode() + frames.tobytes()
         if computed is not None:
-            digest.update(computed.numpy().tobytes())
-        path = self.folder / f"{digest.hexdigest()[:32]}.npy"
-        if not path.exists():
-            part = path.with_suffix(f".{os.getpid()}")
-            with part.open("wb") as file:
-                np.save(file, self._made(frames, computed, mode).numpy())
-            part.replace(path)
-        return torch.from_numpy(np.load(path))
+            made_of += computed.numpy().tobytes()
+        return self.kept(made_of, lambda: self._made(frames, computed, mode))
 
     @torch.inference_mode()
     def _made(self, frames: np.ndarray, computed: torch.Tensor | None, mode: str) -> torch.Tensor:
@@ -69,4 +53,4 @@ class PatchFeatures:
         with torch.autocast("cpu", torch.bfloat16):
             got = self.tower.run(embedded, patches, mode)[:, 1:]
         cut = got.view(len(frames), rows, 2, columns, 2, -1).permute(0, 1, 3, 2, 4, 5)
-        return cut.reshape(len(frames), rows * columns, -1).half()
+        return cut.reshape(len(frames), rows * columns, -1)

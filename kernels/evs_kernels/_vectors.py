@@ -211,27 +211,15 @@ def load_sums(typing: Any, sums: Any, at: Any) -> Any:
 
 
 @intrinsic
-def store_sums(typing: Any, array: Any, at: Any, sums: Any) -> Any:
-    """Writes sixteen sums into an int32 array."""
+def store(typing: Any, array: Any, at: Any, vector: Any) -> Any:
+    """Writes a vector into an array of its elements: sixteen bytes (uint8) or sums (int32)."""
 
     def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array, at, sums = args
-        builder.store(sums, _pointer(context, builder, signature.args[0], array, at, sums.type), align=1)
+        array, at, vector = args
+        builder.store(vector, _pointer(context, builder, signature.args[0], array, at, vector.type), align=1)
         return context.get_dummy_value()
 
-    return types.none(array, types.int64, I32X16), make
-
-
-@intrinsic
-def store(typing: Any, values: Any, at: Any, bytes_: Any) -> Any:
-    """Writes sixteen bytes into a uint8 array."""
-
-    def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values, at, bytes_ = args
-        builder.store(bytes_, _pointer(context, builder, signature.args[0], values, at, bytes_.type), align=1)
-        return context.get_dummy_value()
-
-    return types.none(values, types.int64, U8X16), make
+    return types.none(array, types.int64, vector), make
 
 
 @intrinsic

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.families.processing import metadata_for
 from tests.families.registry import FAMILIES
 from tests.reference.delta import use_fp32_delta_rule
 from tests.reference.hf import Clip, Picture, Reference, Result, Settings, Sound
@@ -64,7 +65,7 @@ class Request:
         if clips and self.precomputed is not None:
             data["video"] = self.precomputed.embeddings(clips)
         elif clips:
-            data["video"] = [(clip.frames, metadata(clip)) for clip in clips]
+            data["video"] = [(clip.frames, metadata_for(clip.frames, clip.fps)) for clip in clips]
         if pictures:
             data["image"] = [to_pil(picture) for picture in pictures]
         if sounds := [(m.samples, 16000) for m in self.media if isinstance(m, Sound)]:
@@ -82,18 +83,6 @@ def to_pil(picture: Picture) -> Any:
     from PIL import Image
 
     return Image.fromarray(picture.pixels)
-
-
-def metadata(clip: Clip) -> dict[str, Any]:
-    count = len(clip.frames)
-    return {
-        "fps": clip.fps,
-        "total_num_frames": count,
-        "duration": count / clip.fps,
-        "frames_indices": list(range(count)),
-        "video_backend": "opencv",
-        "do_sample_frames": False,
-    }
 
 
 def ask(

@@ -41,18 +41,18 @@ def prompt_for(processor: Any) -> str:
     return f"Look: {video}\nWhat moves?"
 
 
+def metadata_for(frames: np.ndarray, fps: float = 2.0) -> dict[str, Any]:
+    """What vLLM's loader says of a clip of which it gives every frame."""
+    count = len(frames)
+    return {
+        "fps": fps, "duration": count / fps, "total_num_frames": count, "frames_indices": list(range(count)),
+        "video_backend": "opencv", "do_sample_frames": False,
+    }  # fmt: skip
+
+
 def process(processor: Any, frames: np.ndarray, cache: Any = None, fps_of_clip: float = 2.0, **mm_kwargs: Any) -> Any:
     """What the processor makes of a prompt with one clip; `mm_kwargs` are the request's."""
-    count = len(frames)
-    metadata = {
-        "fps": fps_of_clip,
-        "duration": count / fps_of_clip,
-        "total_num_frames": count,
-        "frames_indices": list(range(count)),
-        "video_backend": "opencv",
-        "do_sample_frames": False,
-    }
-    items = processor.info.parse_mm_data({"video": [(frames, metadata)]})
+    items = processor.info.parse_mm_data({"video": [(frames, metadata_for(frames, fps_of_clip))]})
     return processor(prompt_for(processor), items, hf_processor_mm_kwargs=mm_kwargs, cache=cache)
 
 

@@ -17,7 +17,15 @@ from evs_vllm.engine.metrics import PATHS, metrics
 from evs_vllm.families import front_end
 from evs_vllm.testing import synthetic_clip
 from tests.families.facts import Facts
-from tests.families.processing import fields_in, plan_in, process, processor_for, prompt_for
+from tests.families.processing import (
+    arguments_for,
+    fields_in,
+    metadata_for,
+    plan_in,
+    process,
+    processor_for,
+    prompt_for,
+)
 from tests.families.registry import families
 from tests.reference import hf, selection
 
@@ -206,22 +214,13 @@ def test_clips_beside_each_other_and_an_image(ours: Any, stock: Any, model: Path
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.cache.factories import processor_only_cache_from_config
 
-    from tests.families.processing import arguments_for
-
     one, two = synthetic_clip(6, (97, 150), seed=1), synthetic_clip(9, (130, 90), seed=2)
     picture = Image.fromarray(synthetic_clip(1, (70, 90), seed=3)[0])
 
     def ask(processor: Any, clips: list[np.ndarray], images: list[Any], cache: Any = None) -> Any:
-        media = {"video": [(clip, metadata(clip)) for clip in clips]} | ({"image": images} if images else {})
+        media = {"video": [(clip, metadata_for(clip)) for clip in clips]} | ({"image": images} if images else {})
         text = processor.dummy_inputs.get_dummy_text({"video": len(clips), "image": len(images)})
         return processor(str(text), processor.info.parse_mm_data(media), cache=cache)
-
-    def metadata(clip: np.ndarray) -> dict[str, Any]:
-        count = len(clip)
-        return {
-            "fps": 2.0, "duration": count / 2, "total_num_frames": count, "frames_indices": list(range(count)),
-            "video_backend": "opencv", "do_sample_frames": False,
-        }  # fmt: skip
 
     config = arguments_for(model, {"rate": 0.6}).create_engine_config()
     for order in ([one], [one, two], [two, one, two], [two]):

@@ -18,7 +18,7 @@ from evs_vllm.engine.streams import StreamStore, chain
 from evs_vllm.errors import RequestError
 from evs_vllm.testing import synthetic_clip
 from tests.families.facts import Facts
-from tests.families.processing import arguments_for, processor_for
+from tests.families.processing import arguments_for, metadata_for, processor_for
 from tests.families.registry import families
 from tests.reference import selection
 from tests.reference.hf import Settings
@@ -31,14 +31,6 @@ one_family = pytest.mark.families(["qwen2_5_vl"])
 STREAM = {"evs_stream": True}
 
 
-def metadata(frames: np.ndarray) -> dict[str, Any]:
-    count = len(frames)
-    return {
-        "fps": 2.0, "duration": count / 2, "total_num_frames": count, "frames_indices": list(range(count)),
-        "video_backend": "opencv", "do_sample_frames": False,
-    }  # fmt: skip
-
-
 def ask(
     processor: Any,
     clips: Sequence[np.ndarray | None],
@@ -47,7 +39,7 @@ def ask(
     images: Sequence[Any] = (),
     **kwargs: Any,
 ) -> Any:
-    media: dict[str, Any] = {"video": [None if clip is None else (clip, metadata(clip)) for clip in clips]}
+    media: dict[str, Any] = {"video": [None if clip is None else (clip, metadata_for(clip)) for clip in clips]}
     media |= {"image": list(images)} if images else {}
     text = processor.dummy_inputs.get_dummy_text({"video": len(clips), "image": len(images)})
     items = processor.info.parse_mm_data(media)

@@ -108,10 +108,11 @@ def compile_one(target: GPUTarget, kernel: Any, args: list[str], constants: dict
     names = [n for n in kernel.arg_names if n not in constants]
     signature = dict(zip(names, args, strict=True)) | dict.fromkeys(constants, "constexpr")
     signature = {n: signature[n] for n in kernel.arg_names}
+    anywhere = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(kernel.arg_names)
-        if signature[n].startswith("*") or n in aligned
+        if (signature[n].startswith("*") and n not in anywhere) or n in aligned
     }
     source = ASTSource(kernel, signature, constants, attrs)
     return triton.compile(source, target=target, options={"num_warps": warps})

@@ -267,6 +267,17 @@ def test_pool_frames(backend):
     assert ek.pool_frames(row, 1, 3, 1, backend=backend).flatten().tolist() == [0, 45, 90]
 
 
+def test_pool_frames_weighs_pixels_by_their_share(backend):
+    # Cell 1 of 256 has 255 parts of pixel 1 and 2 of pixel 2.
+    frames = torch.zeros((2, 257, 1, 1), dtype=torch.uint8)
+    frames[:, 1] = 255
+    for units in (1, 2):
+        down = ek.pool_frames(frames, 256, 1, units, backend=backend)
+        across = ek.pool_frames(frames.transpose(1, 2).contiguous(), 1, 256, units, backend=backend)
+        assert down[0, 1].item() == across[0, 0, 1].item() == 253  # 255 * 255 / 257 = 253.02
+        assert down[0, 0].item() == across[0, 0, 0].item() == 1  # 255 * 1 / 257
+
+
 def test_pool_frames_rounds_half_up(backend):
     for total, mean in ((0, 0), (1, 0), (2, 1), (3, 1), (5, 1), (6, 2)):
         frames = torch.tensor([total, 0, 0, 0], dtype=torch.uint8).view(2, 2, 1, 1)

@@ -14,7 +14,7 @@ import torch
 
 import evs_kernels
 from evs_vllm.config import EVSConfig
-from evs_vllm.core.clip import Clip, TokenPixels
+from evs_vllm.core.clip import Clip, Source, TokenPixels
 from evs_vllm.core.selection import make_plan
 from evs_vllm.options import SELECTION_NAMES
 
@@ -23,6 +23,9 @@ from evs_vllm.options import SELECTION_NAMES
 DEPTHS = (1040, 588, 48, 50)
 # How the pixels of Qwen2.5-VL's and InternVL's tokens are ordered: for selections that look where a pixel is.
 PIXELS = (TokenPixels(2, 3, 2, 14), TokenPixels(1, 3, 1, 28))
+# (frames, height, width) and the rows and columns of tokens that become of them: larger, smaller, and as they are; a
+# last unit that lacks a frame; sides that leave small tables on other alignments.
+FRAMES = (((1, 50, 41), (2, 3)), ((3, 130, 40), (4, 1)), ((4, 56, 84), (2, 3)))
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"rate": 0.5},
     {"rate": 0.5, "min_tokens_per_unit": 2},
@@ -47,6 +50,22 @@ def plan_clips() -> None:
                 for selection in SELECTION_NAMES:
                     config = EVSConfig(**options, selection=selection, encoder="reuse", encoder_refresh=2)
                     make_plan(clip, config)
+
+
+def plan_frames() -> None:
+    """Plans decoded frames as the front end does, and makes the pixel rows of what is computed and of all."""
+    for merge, side in ((2, 14), (2, 16)):
+        size = merge * side
+        for (count, height, width), (rows, columns) in FRAMES:
+            frames = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
+            grid = (-(-count // 2), rows, columns)
+            blank = torch.empty((grid[0], rows * columns, 3 * 2 * size**2), dtype=torch.uint8, device="meta")
+            clip = Clip(blank, grid, source=Source(frames, 2))
+            for selection in ("learned", "contrast"):
+                plan = make_plan(clip, EVSConfig(rate=0.5, selection=selection, encoder="reuse"))
+                for tokens in (torch.from_numpy(plan.computed), None):
+                    shape = (rows * size, columns * size)
+                    evs_kernels.resize_patches(frames, *shape, tokens, merge, side, unit_frames=2)
 
 
 @contextmanager
@@ -90,6 +109,7 @@ with watch() as first:
     evs_kernels.warmup()
 with watch() as later:
     plan_clips()
+    plan_frames()
 new = set(later) - (set(first) if sys.argv[1] == "triton" else set())
 print("warmed up", len(set(first)), "then", len(later), "new", len(new))
 for name in sorted(new):

@@ -62,6 +62,9 @@ def test_varlen_equals_running_state(
     assert isinstance(placed.placed, Padded)
     queries = sum(batch.numel() for batch, _ in placed.placed.batches) * patches
     assert queries <= max(2 * rows, LEAST_PADDING * sum(len(clip.lengths()[0]) for clip in clips)), "padding is bounded"
+    products = sum(queries.numel() * keys.shape[1] for queries, keys in placed.placed.batches)
+    whole = sum(units * int((np.diff(clip.windows) ** 2).sum()) for (units, *_), clip in zip(grids, clips, strict=True))
+    assert products <= whole, "attention never costs more than that of the full tower"
 
 
 def by_sequence(

@@ -14,7 +14,10 @@ CELLS = 32
 WIDE = 2**15
 
 
-@triton.jit(do_not_specialize=["count", "height", "width", "channels", "rows", "columns", "unit_frames", "widest"])
+@triton.jit(
+    do_not_specialize=["count", "height", "width", "channels", "rows", "columns", "unit_frames", "widest"],
+    do_not_specialize_on_alignment=["down_ptr", "across_ptr"],  # where they begin depends on sizes
+)
 def pool_kernel(
     frames_ptr, pooled_ptr, down_ptr, across_ptr, count, height, width, channels, rows, columns, unit_frames, widest,
     CELLS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,

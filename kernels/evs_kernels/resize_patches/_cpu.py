@@ -54,7 +54,7 @@ def _across_rgb(values, at, line, rows, first, weights, column, pixels, taps, st
                 a, b, c, d = a + line, b + line, c + line, d + line
         else:
             for at_sum in range(0, 16 * rows, 16):
-                v.store_sums(partial, at_sum, v.splat(half))
+                v.store(partial, at_sum, v.splat(half))
             for u in range(w, w + steps * pairs * 32, pairs * 32):
                 w0, w2, w4 = v.load_pairs(weights, u), v.load_pairs(weights, u + 32), v.load_pairs(weights, u + 64)
                 skipped = 0
@@ -64,7 +64,7 @@ def _across_rgb(values, at, line, rows, first, weights, column, pixels, taps, st
                     sums = v.dot(sums, v.rgb_pairs_2(read), w2)
                     if pairs == 3:
                         sums = v.dot(sums, v.rgb_pairs_4(read), w4)
-                    v.store_sums(partial, at_sum, sums)
+                    v.store(partial, at_sum, sums)
                     skipped += line
                 a, b, c, d = a + 3 * taps, b + 3 * taps, c + 3 * taps, d + 3 * taps
             for at_sum in range(0, 16 * rows, 16):

@@ -16,9 +16,13 @@ BLOCK = 1024  # values that a program writes
 SCRATCH_BYTES = 32 * 2**20  # of as many tokens at once
 
 
-@triton.jit(do_not_specialize=[
-    "count", "height", "width", "channels", "unit_frames", "down", "across", "size", "room", "taps", "bits"
-])  # fmt: skip
+# Sizes decide on which bytes small tables begin: kernels for each of them would be compiled in the midst of requests.
+@triton.jit(
+    do_not_specialize=[
+        "count", "height", "width", "channels", "unit_frames", "down", "across", "size", "room", "taps", "bits"
+    ],
+    do_not_specialize_on_alignment=["tokens_ptr", "first_ptr", "weights_ptr", "tops_ptr", "bottoms_ptr"],
+)  # fmt: skip
 def across_kernel(
     frames_ptr, scratch_ptr, tokens_ptr, first_ptr, weights_ptr, tops_ptr, bottoms_ptr,
     count, height, width, channels, unit_frames, down, across, size, room, taps, bits,
@@ -49,9 +53,10 @@ def across_kernel(
         tl.store(out + channel * size, held.to(tl.uint8), mask=there)
 
 
-@triton.jit(do_not_specialize=[
-    "depth", "channels", "unit_frames", "down", "across", "merge", "side", "room", "taps", "bits"
-])  # fmt: skip
+@triton.jit(
+    do_not_specialize=["depth", "channels", "unit_frames", "down", "across", "merge", "side", "room", "taps", "bits"],
+    do_not_specialize_on_alignment=["tokens_ptr", "first_ptr", "weights_ptr", "tops_ptr"],
+)  # fmt: skip
 def down_kernel(
     scratch_ptr, rows_ptr, tokens_ptr, first_ptr, weights_ptr, tops_ptr,
     depth, channels, unit_frames, down, across, merge, side, room, taps, bits, BLOCK: tl.constexpr,
