@@ -5,6 +5,7 @@ import base64
 import json
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -215,7 +216,7 @@ def test_a_port_in_use_is_not_given(monkeypatch):
         taken.bind(("127.0.0.1", free_port()))
         port, other = taken.getsockname()[1], free_port()
         numbers = iter([port, port, other])
-        monkeypatch.setattr(serving.random, "randrange", lambda *limits: next(numbers))
+        monkeypatch.setattr(random, "randrange", lambda *limits: next(numbers))
         assert free_port() == other != port
 
 
