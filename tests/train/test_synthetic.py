@@ -1,109 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rates' generator, the data format, the synthetic clips and the recipe file."""
+"""The synthetic clips: what they show is what is asked."""
 
 import hashlib
-import json
-import random
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
-from evs_vllm.cli import main
 from evs_vllm.errors import ConfigError, EVSError
-from evs_vllm.testing import real_clip_path
 from evs_vllm.train.codec import through_h264, to_mp4
-from evs_vllm.train.data import ChatCollator, ChatDataset, DataError, DrawnDataset, FrameSettings, load_video
-from evs_vllm.train.rates import RateSampler, RateSettings
-from evs_vllm.train.recipe import Recipe
-from evs_vllm.train.synthetic import COLOURS, CONDITIONS, SCENES, TASKS, SceneSettings, make_example, write_dataset
+from evs_vllm.train.data import ChatCollator, DrawnDataset
+from evs_vllm.train.synthetic import COLOURS, CONDITIONS, SCENES, TASKS, SceneSettings, make_example
+
+
+@pytest.fixture
+def processor(reference):
+    return reference("qwen2_5_vl").processor
+
 
 SMALL = SceneSettings(units=5)
-
-
-def test_ranks_draw_the_same_and_nobody_disturbs_them():
-    one, two = RateSampler(RateSettings(seed=3)), RateSampler(RateSettings(seed=3))
-    drawn = []
-    for _ in range(50):
-        drawn.append(one.draw())
-        np.random.rand(3), random.random(), torch.rand(2)
-        assert two.draw() == drawn[-1]
-    assert len(set(drawn)) > 40
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    one.draw()
-    assert torch.equal(torch.rand(1), expected)
-    assert RateSampler(RateSettings(seed=4)).draw() != drawn[0]
-
-
-@pytest.mark.parametrize(
-    ("settings", "mean"),
-    [
-        (RateSettings("beta", alpha=2, beta=1, high=0.9), 0.6),
-        (RateSettings("beta", alpha=1, beta=3, low=0.2, high=0.6), 0.3),
-        (RateSettings("uniform", low=0.1, high=0.5), 0.3),
-        (RateSettings("list", values=(0, 0.3, 0.9)), 0.4),
-    ],
-)
-def test_distributions(settings, mean):
-    sampler = RateSampler(settings)
-    drawn = np.array([sampler.draw() for _ in range(4000)])
-    low, high = (0, 0.9) if settings.values else (settings.low, settings.high)
-    assert drawn.min() >= low and drawn.max() <= high and abs(drawn.mean() - mean) < 0.02
-    if settings.values:
-        assert set(drawn) == set(settings.values)
-
-
-def test_the_stream_goes_on_where_it_was():
-    sampler = RateSampler(RateSettings())
-    [sampler.draw() for _ in range(7)]
-    state = json.loads(json.dumps(sampler.state()))
-    ahead = [sampler.draw() for _ in range(5)]
-    resumed = RateSampler(RateSettings())
-    resumed.restore(state)
-    assert [resumed.draw() for _ in range(5)] == ahead
-    with pytest.raises(ConfigError, match="Resume with the same"):
-        RateSampler(RateSettings(alpha=3)).restore(state)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"distribution": "normal"},
-        {"low": 0.5, "high": 0.4},
-        {"high": 1.0},
-        {"alpha": 0},
-        {"values": (0.5,)},
-        {"selections": ("learned", "best")},
-        {"distribution": "list"},
-        {"distribution": "list", "values": (1.0,)},
-    ],
-)
-def test_rate_settings_are_checked(wrong):
-    with pytest.raises(ConfigError):
-        RateSettings(**wrong)
-
-
-def test_selections_are_drawn_beside_the_rates():
-    settings = RateSettings(selections=("learned", "paper"))
-    one, two = RateSampler(settings), RateSampler(settings)
-    drawn = [(one.draw(), one.draw_selection()) for _ in range(400)]
-    assert drawn == [(two.draw(), two.draw_selection()) for _ in range(400)]
-    assert 150 < sum(name == "paper" for _, name in drawn) < 250 and {name for _, name in drawn} == {"learned", "paper"}
-    state = json.loads(json.dumps(one.state()))
-    ahead = [(one.draw(), one.draw_selection()) for _ in range(5)]
-    two.restore(state)
-    assert [(two.draw(), two.draw_selection()) for _ in range(5)] == ahead
-    with pytest.raises(ConfigError, match="Resume with the same"):
-        RateSampler(RateSettings()).restore(state)
-    # Where none are named, nothing is drawn for them, and checkpoints are those of before there were any.
-    plain, asked = RateSampler(RateSettings()), RateSampler(RateSettings())
-    for _ in range(5):
-        assert asked.draw_selection() is None and asked.draw() == plain.draw()
-    assert "selections" not in plain.state()["settings"]
 
 
 def square_of(frame, cell=28, square=14):
@@ -406,151 +322,3 @@ def test_drawn_clips_through_h264():
     first, same, raw = make_example(coded, 3), make_example(coded, 3), make_example(plain, 3)
     assert np.array_equal(first.frames, same.frames) and not np.array_equal(first.frames, raw.frames)
     assert (first.visits, first.question, first.answer) == (raw.visits, raw.question, raw.answer)
-
-
-@pytest.fixture
-def processor(reference):
-    return reference("qwen2_5_vl").processor
-
-
-def answers_of(processor, batch):
-    return [processor.tokenizer.decode(row[row >= 0]) for row in batch["labels"]]
-
-
-@pytest.mark.parametrize("container", ["npy", "mp4"])
-def test_jsonl_round_trip(processor, tmp_path, container):
-    settings = SceneSettings(units=6, strides=(1, 2))
-    path = write_dataset(tmp_path, 4, settings, seed=2, container=container)
-    data, drawn = ChatDataset(path), DrawnDataset(settings, 4, seed=2)
-    collate = ChatCollator(processor)
-    batch, expected = collate([data[i] for i in range(4)]), collate([drawn[i] for i in range(4)])
-    assert answers_of(processor, batch) == [make_example(settings, [2, i]).answer + "<|im_end|>" for i in range(4)]
-    assert len({len(row[mask > 0]) for row, mask in zip(batch["input_ids"], batch["attention_mask"])}) > 1, "no padding"
-    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
-    for name in ("input_ids", "labels", "video_grid_thw", "second_per_grid_ts"):
-        assert torch.equal(batch[name], expected[name]), name
-    assert set(batch["second_per_grid_ts"].tolist()) == {1.0, 2.0}
-    difference = (batch["pixel_values_videos"] - expected["pixel_values_videos"]).abs().mean()
-    assert difference == 0 if container == "npy" else 0 < difference < 0.5
-
-
-def test_both_chat_forms_and_images(processor, tmp_path):
-    from PIL import Image
-
-    Image.fromarray(np.full((56, 56, 3), 80, np.uint8)).save(tmp_path / "i.png")
-    np.save(tmp_path / "v.npy", make_example(SMALL, 0).frames)
-    llava = {
-        "video": ["v.npy", "v.npy"],
-        "image": "i.png",
-        "conversations": [
-            {"from": "system", "value": "Be brief."},
-            {"from": "human", "value": "<video>\nCompare with <video> and <image>."},
-            {"from": "gpt", "value": "yes"},
-            {"from": "human", "value": "Why?"},
-            {"from": "gpt", "value": "Because"},
-        ],
-    }
-    video, image = {"type": "video", "video": "v.npy"}, {"type": "image", "image": "i.png"}
-    openai = {
-        "messages": [
-            {"role": "system", "content": "Be brief."},
-            {
-                "role": "user",
-                "content": [
-                    video,
-                    {"type": "text", "text": "Compare with "},
-                    video,
-                    {"type": "text", "text": " and "},
-                    image,
-                    {"type": "text", "text": "."},
-                ],
-            },
-            {"role": "assistant", "content": "yes"},
-            {"role": "user", "content": "Why?"},
-            {"role": "assistant", "content": "Because"},
-        ]
-    }
-    path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps(llava) + "\n\n" + json.dumps(openai) + "\n")
-    data = ChatDataset(path)
-    assert len(data) == 2
-    batch = ChatCollator(processor)([data[0], data[1]])
-    assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
-    assert answers_of(processor, batch) == ["yes<|im_end|>Because<|im_end|>"] * 2
-    assert len(batch["video_grid_thw"]) == 4 and len(batch["image_grid_thw"]) == 2
-    with pytest.raises(DataError, match="max_length"):
-        ChatCollator(processor, max_length=20)([data[0]])
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 2: "),
-        ("[1]", "JSON object"),
-        ("{}", "neither 'messages'"),
-        ('{"messages": [{"role": "user", "content": "?"}]}', "no turn of the assistant"),
-        ('{"messages": [{"role": "robot", "content": "?"}]}', "robot"),
-        ('{"messages": [{"role": "user", "content": [{"type": "sound"}]}]}', "unknown part"),
-        ('{"conversations": [{"from": "human", "value": "<video>?"}]}', "more <video>"),
-        ('{"video": "a", "conversations": [{"from": "gpt", "value": "yes"}]}', "than tags"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, line, message):
-    path = tmp_path / "d.jsonl"
-    good = '{"messages": [{"role": "assistant", "content": "yes"}]}'
-    path.write_text(f"{good}\n{line}\n")
-    with pytest.raises(DataError, match=message) as error:
-        ChatDataset(path)
-    assert "line 2" in str(error.value)
-
-
-def test_frames_of_a_real_video(tmp_path):
-    video = load_video(real_clip_path("bikes"), FrameSettings(fps=2, max_frames=8))
-    assert len(video.frames) == len(video.indices) <= 8 and video.indices[-1] == video.total - 1
-    assert video.frames.dtype == np.uint8 and len({f.tobytes() for f in video.frames}) == len(video.frames)
-    assert FrameSettings(fps=1, max_frames=100).pick(total=100, fps=10) == np.linspace(0, 99, 10).round().tolist()
-    (tmp_path / "x.mp4").write_bytes(b"no video")
-    np.save(tmp_path / "x.npy", np.zeros((2, 3)))
-    for name, message in (("x.mp4", "decoded"), ("x.npy", "expected uint8"), ("y.mp4", "no such video")):
-        with pytest.raises(DataError, match=message):
-            load_video(tmp_path / name, FrameSettings())
-
-
-GOOD = {"model": "m", "data": {"train": "t.jsonl"}, "trainer": {"output_dir": "o"}}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"speed": 1}, "speed"),
-        ({"model": None}, "'model' is missing"),
-        ({"trainer": {"max_steps": 2}}, "output_dir"),
-        ({"trainer": {"output_dir": "o", "remove_unused_columns": True}}, "set by the recipe"),
-        ({"data": {}}, "either 'train'"),
-        ({"data": {"train": "a", "synthetic": {}}}, "either 'train'"),
-        ({"data": {"synthetic": {"unit": 2}}}, "unit"),
-        ({"rates": {"high": 2}}, "high"),
-        ({"eval_rates": [1]}, "eval_rates"),
-        ({"lora": {"rank": 2}}, "rank"),
-        ({"lora": {}, "freeze_vision": True}, "freeze_vision"),
-        ({"data": 3}, "mapping"),
-    ],
-)
-def test_recipes_are_checked(change, message):
-    Recipe.from_mapping(GOOD)
-    with pytest.raises(ConfigError, match=message):
-        Recipe.from_mapping(GOOD | change)
-
-
-@pytest.mark.parametrize("name", ["qwen2_5_vl_lora", "synthetic"])
-def test_example_recipes_are_valid(name, request):
-    Recipe.from_yaml(request.config.rootpath / "configs" / "train" / f"{name}.yaml")
-
-
-def test_a_bad_recipe_is_one_line(tmp_path, capsys):
-    path = tmp_path / "r.yaml"
-    for content, message in (("a: [", "not YAML"), ("model: x", "data must be"), (json.dumps(GOOD | {"x": 1}), "x in")):
-        path.write_text(content)
-        assert main(["uptrain", "--config", str(path)]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
