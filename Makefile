@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help env test lint format types demo bench clean
@@ -13,8 +14,9 @@ help: ## list the targets
 env: ## create or update .venv (EVS_BACKEND=cpu|gpu overrides the detected one)
 	@$(PYTHON) .ci/bootstrap.py
 
-test: lint types ## lint, types and the test suite (ARGS="-k name" goes to pytest)
-	@$(BIN)/python -m pytest $(ARGS)
+# Files are shared out whole, so that the tests of one share their engines; each process has up to 4 GB.
+test: lint types ## lint, types and the test suite (ARGS="-k name" goes to pytest, JOBS=2 processes)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: env ## check style and formatting
 	@$(BIN)/ruff check .

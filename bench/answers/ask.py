@@ -12,9 +12,10 @@ from bench.answers.features import PatchFeatures
 from bench.answers.model import Prompt, Reader, clip_positions, collate
 from bench.answers.questions import Question, ask_about
 from bench.answers.scenes import Scene
-from bench.answers.settings import Settings, Way
+from bench.answers.settings import AS_STREAM, CHUNK, STREAM, Settings, Way
 from bench.selection import ways
 from bench.selection.clips import as_clip
+from bench.stream.loss import by_hindsight, chunked, mask_of
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.selection import plan_keeping
 from evs_vllm.options import exact
@@ -48,7 +49,7 @@ class Case:
             count = math.floor(self.full[..., 0].numel() * (1 - exact(rate)))
             for selection in dict.fromkeys(way.selection for way in settings.all_ways()):
                 mask = choose(known, count, rate, selection)
-                if int(mask.sum()) != count:
+                if selection not in (STREAM, AS_STREAM) and int(mask.sum()) != count:
                     raise RuntimeError(f"{selection} keeps {int(mask.sum())} tokens of {scene.name}, not {count}.")
                 self.kept[selection, rate] = mask.flatten().nonzero().flatten()
             for selection, _, tower in settings.all_ways():
@@ -66,6 +67,10 @@ class Case:
         self.computed[selection, tower, rate] = float(computed.float().mean())
         self._rows[selection, tower, rate] = made.flatten(0, 1)[kept]
 
+    def share_kept(self, selection: str, rate: float) -> float:
+        """The share of the tokens that a selection keeps, 0 to 1."""
+        return len(self.kept[selection, rate]) / self.full[..., 0].numel()
+
     def prompt(self, way: Way, rate: float) -> Prompt:
         """What a model is given. At rate 0 every way is the same but for the positions."""
         units, grid = len(self.full), self._settings.grid
@@ -79,7 +84,10 @@ class Case:
 
 
 def choose(known: ways.Scene, count: int, rate: float, selection: str) -> torch.Tensor:
-    """(T, P) bool, unit 0 whole and `count` tokens in all."""
+    """(T, P) bool, unit 0 whole and `count` tokens in all; of a stream, and as one, as many as the stream keeps."""
+    if selection in (STREAM, AS_STREAM):
+        stream = mask_of(chunked(known.clip, CHUNK, EVSConfig(rate=rate, stream=True)))
+        return stream if selection == STREAM else by_hindsight(known.clip, int(stream.sum()))
     others = {"random": ways.at_random, "whole units": ways.whole_units}
     if selection in others:
         return others[selection](known, count)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.answers.scenes import PLAIN
+from bench.answers.settings import AS_STREAM, STREAM
 from bench.common import tables
 
 DRAWS = 2000
@@ -96,6 +97,8 @@ def markdown(result: Result) -> str:
     for rate in settings["ask_rates"][1:] or settings["ask_rates"]:
         lines += ["", f"## base by kind of question, q={rate:g}", "", *_by_task(told, rate)]
         lines += ["", f"## base by scene, q={rate:g}", "", *_by_group(told, rate)]
+    if any(row["selection"] == STREAM for row in result.get("kept", ())):
+        lines += ["", "## Tokens that stay, %", "", *_kept(result)]
     if result["computed"]:
         lines += ["", "## Tokens that the tower computes, %", "", *_computed(result)]
     return "\n".join(lines) + "\n"
@@ -114,12 +117,15 @@ def _accuracies(told: Answers, model: str, rates: Sequence[float]) -> list[str]:
 def _differences(told: Answers, models: Sequence[str], settings: dict[str, Any]) -> list[str]:
     """Points by which one is above the other, on the same questions.
 
-    Selections are compared with the first one, other positions and towers with those of the same selection.
+    Selections are compared with the first one, other positions and towers with those of the same selection, a stream
+    with one clip of as many tokens.
     """
     first, plain = settings["ways"][0], ["keep", "full"]
     pairs: list[tuple[str, tuple[str, Sequence[str]], tuple[str, Sequence[str]]]] = []
     for way in settings["ways"][1:]:
         better = first if way[1:] == plain else [way[0], *plain]
+        if way[0] == STREAM:
+            better = [AS_STREAM, *way[1:]]
         if better in settings["ways"]:
             pairs.append((f"base: {', '.join(better)} above {', '.join(way)}", ("base", better), ("base", way)))
     pairs += [(f"{model} above base, {', '.join(first)}", (model, first), ("base", first)) for model in models[1:]]
@@ -170,6 +176,14 @@ def _by_group(told: Answers, rate: float) -> list[str]:
     return tables.markdown(head, _means(told, rate, columns), "lr")
 
 
+def _kept(result: Result) -> list[str]:
+    by = {(row["selection"], row["rate"]): row["kept"] for row in result["kept"]}
+    rates = result["settings"]["ask_rates"]
+    names = dict.fromkeys(selection for selection, _ in by)
+    cells = [[name, *(f"{100 * by[name, rate]:.1f}" for rate in rates)] for name in names]
+    return tables.markdown(["tokens", *(f"q={rate:g}" for rate in rates)], cells, "lr")
+
+
 def _computed(result: Result) -> list[str]:
     rates = result["settings"]["ask_rates"]
     by = {(row["selection"], row["tower"], row["rate"]): row["computed"] for row in result["computed"]}
@@ -181,7 +195,7 @@ def _computed(result: Result) -> list[str]:
 def write(result: Result, folder: Path) -> None:
     """Writes ``answers.json``, a line per row, and ``answers.md``."""
     folder.mkdir(parents=True, exist_ok=True)
-    listed = ("scenes", "computed", "points")
+    listed = ("scenes", "kept", "computed", "points")
     parts = [f' "{key}": {json.dumps(value)}' for key, value in result.items() if key not in listed]
     for key in listed:
         parts.append(f' "{key}": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in result[key]) + "\n ]")

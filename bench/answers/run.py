@@ -137,6 +137,10 @@ def measure(settings: Settings, work: Path, log: Log = print) -> dict[str, Any]:
             }
             for case in cases
         ],
+        "kept": [
+            {"selection": way[0], "rate": way[1], "kept": float(np.mean([case.share_kept(*way) for case in cases]))}
+            for way in cases[0].kept
+        ],
         "computed": [
             {"selection": way[0], "tower": way[1], "rate": way[2],
              "computed": float(np.mean([case.computed[way] for case in cases]))}

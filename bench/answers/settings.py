@@ -16,8 +16,12 @@ from evs_vllm.train.rates import RateSettings
 
 USES = ("train", "choose", "report", "drawn")
 MODELS = ("base", "control", "uptrained")
-OTHERS = ("random", "whole units")
-"""Ways to choose tokens beside the selections of the package (`bench.selection.ways`)."""
+STREAM, AS_STREAM = "stream", "as stream"
+CHUNK = 4
+"""Units of a stream's chunk."""
+OTHERS = ("random", "whole units", STREAM, AS_STREAM)
+"""Ways to choose tokens beside the selections of the package: two of `bench.selection.ways`; the scene as a stream of
+chunks, which keeps what it will; and the scene as one clip with as many tokens as the stream kept."""
 TOWERS = ("full", "reuse", "skip")
 
 
@@ -92,6 +96,8 @@ class Settings:
         ):
             if unknown := [value for value in values if value not in allowed]:
                 raise ConfigError(f"{key} got {', '.join(unknown)}; allowed: {', '.join(allowed)}.")
+        if any(way[0] in (STREAM, AS_STREAM) and way[2] != "full" for way in self.ways):
+            raise ConfigError(f"ways: {STREAM} and {AS_STREAM} are asked with tower full only.")
         if self.train == self.ask != "drawn":
             raise ConfigError(f"train and ask are both {self.train}: what is learned from must not be asked about.")
         if self.models[:1] != ["base"]:

@@ -57,6 +57,13 @@ def mask_of(plans: list[RetentionPlan]) -> torch.Tensor:
     return torch.cat([torch.from_numpy(plan.mask).flatten(1) for plan in plans])
 
 
+def by_hindsight(clip: Clip, count: int) -> torch.Tensor:
+    """(T, P) bool, the tokens that a whole clip keeps if it may keep `count`."""
+    kept = torch.zeros(clip.num_units, clip.tokens_per_unit, dtype=torch.bool)
+    kept.view(-1)[evs_kernels.select_hold(LEARNED.descriptor.describe(clip), count).indices] = True
+    return kept
+
+
 def measured(bench: Bench, name: str, condition: str) -> Iterator[tuple[tuple[str, ...], list[float]]]:
     """Of a clip under a condition, by rate, chunk and way: hold, coverage, share kept, share computed, in percent."""
     frames = bench.library.frames(name, condition)
@@ -71,12 +78,8 @@ def measured(bench: Bench, name: str, condition: str) -> Iterator[tuple[tuple[st
             }
             masks = {way: mask_of(plans) for way, plans in ways.items()}
             computed = {way: sum(len(plan.computed) for plan in plans) for way, plans in ways.items()}
-            count = int(masks["stream"].sum())
-            one = evs_kernels.select_hold(LEARNED.descriptor.describe(clip), count).indices
-            masks["one clip, as many tokens"] = torch.zeros(tokens, dtype=torch.bool)
-            masks["one clip, as many tokens"][one] = True
+            masks["one clip, as many tokens"] = by_hindsight(clip, int(masks["stream"].sum()))
             for way, mask in masks.items():
-                mask = mask.view(clip.num_units, -1)
                 losses = [float(1 - cosine.mean()) for cosine in (judge.hold(mask), judge.coverage(mask))]
                 shares = [int(mask.sum()) / tokens, computed.get(way, float("nan")) / tokens]
                 yield (condition, f"{rate:g}", str(units), way), [100 * value for value in losses + shares]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.answers import report
-from bench.answers.ask import Case, answers
+from bench.answers.ask import Case, answers, choose
 from bench.answers.features import PatchFeatures
 from bench.answers.model import PADDING, Prompt, Reader, Shape, clip_positions, collate, visible
 from bench.answers.questions import NUMBER_OF, TASKS, VOCABULARY, Question, ask_about
@@ -20,7 +20,8 @@ from bench.answers.scenes import COLOURS, PLAIN, SHAPES, Maker, Seen, joined
 from bench.answers.settings import Settings, Way
 from bench.answers.train import STRIDES, Known, _labelled, align, draw_view, new_model, prompt_of, strides_of, train
 from bench.common.pretrained_tower import random_tower
-from bench.selection.clips import TOKEN
+from bench.selection import ways
+from bench.selection.clips import TOKEN, as_clip
 from evs_vllm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -405,13 +406,28 @@ def test_every_way_shows_as_many_tokens(features):
     for rate, count in ((0.5, 72), (0.75, 36)):
         for way in SMOKE.all_ways():
             shown, kept = case.prompt(way, rate), case.kept[way.selection, rate]
-            assert len(shown.features) == len(kept) == count and set(range(12)) <= set(kept.tolist())
+            assert len(shown.features) == len(kept) and set(range(12)) <= set(kept.tolist())
+            assert len(kept) == (len(case.kept["stream", rate]) if "stream" in way.selection else count)
             assert torch.equal(shown.features, full[kept]) == (way.tower == "full")
             grid = (12, 3, 4)
             assert torch.equal(shown.positions, clip_positions(kept, grid, way.positions)[0])
+    assert not torch.equal(case.kept["stream", 0.5], case.kept["as stream", 0.5])
+    assert case.share_kept("paper", 0.75) == 0.25
     everything = case.prompt(SMOKE.all_ways()[0], 0.0)
     assert torch.equal(everything.features, full) and everything.text_from == 24
     assert case.computed["learned", "skip", 0.75] == 0.25 <= case.computed["learned", "reuse", 0.75]
+
+
+def test_a_stream_is_planned_chunk_by_chunk(features):
+    """What a chunk keeps depends on nothing that comes later, as in a conversation that grows."""
+    maker = Maker("drawn", (3, 4), 12)
+    case = Case(maker.make(3), SMOKE, features, 3)
+    frames = case.scene.frames.copy()
+    frames[8:] = frames[8:, ::-1]
+    other = choose(ways.Scene("other", frames, as_clip(frames), case.full), 36, 0.75, "stream").flatten()
+    kept = torch.zeros(144, dtype=torch.bool)
+    kept[case.kept["stream", 0.75]] = True
+    assert torch.equal(kept[: 8 * 12], other[: 8 * 12]) and not torch.equal(kept, other)
 
 
 def test_answers_are_those_of_one_scene_at_a_time(features):
@@ -442,6 +458,7 @@ def test_settings():
         ({"ask": "train"}, "train and ask are both train"),
         ({"ask": "test"}, "train and ask got test"),
         ({"ways": [["paper", "keep", "half"]]}, "ways: tower got half"),
+        ({"ways": [["stream", "keep", "reuse"]]}, "stream and as stream are asked with tower full only"),
         ({"models": ["control"]}, "models has to begin with base"),
     ):
         with pytest.raises(ConfigError, match=message):
