@@ -7,12 +7,13 @@ computes (`Seen.rows`). All else that the processor returns, grids among it, sti
 tensors without data. Both happen within `watching` only; outside of it a watched processor does what it always did.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -290,12 +291,21 @@ def _levels(processor: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
     return levels.view(3, 256)
 
 
+_tried: MutableMapping[Any, str] = WeakKeyDictionary()
+
+
 def why_not(video_processor: Any) -> str:
-    """Tries a watched processor on a few small videos.
+    """Tries a watched processor on a few small videos, each object once: vLLM makes what asks here for every request.
 
     Returns:
         Why its pixel rows cannot be made without it on this installation, or "".
     """
+    if video_processor not in _tried:
+        _tried[video_processor] = _try(video_processor)
+    return _tried[video_processor]
+
+
+def _try(video_processor: Any) -> str:
     if why := _unknown(video_processor):
         return why
     try:

@@ -239,6 +239,17 @@ def test_clips_beside_each_other_and_an_image(ours: Any, stock: Any, model: Path
             assert all(torch.equal(image[name].data, other[name].data) for name in other)
 
 
+def test_what_vllm_makes_for_every_request_tries_nothing_again(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat request counts its videos with a processor of its own, on the thread that serves all requests."""
+    from vllm.renderers.chat_utils import MultiModalItemTracker
+
+    tried: list[Any] = []
+    monkeypatch.setattr(front_end, "_differs", tried.append)
+    tracker = MultiModalItemTracker(ours.info.ctx.model_config)
+    assert type(tracker.mm_processor) is type(ours) and tracker.mm_processor is not ours
+    assert not tried
+
+
 def test_a_watched_processor_is_still_itself(ours: Any, stock: Any, tmp_path: Path) -> None:
     """It is saved, copied and sent to other processes as it was."""
     watched = ours.info.get_hf_processor().video_processor
