@@ -53,8 +53,9 @@ class Bench:
     def expected(self, row: str, vanilla_prompt: int, text: int, cell: Cell) -> int:
         """How many tokens a row's prompt must have, from vanilla's."""
         total = measurements.video_tokens(vanilla_prompt, text, cell.frames)
-        pruned = row not in ("vanilla", "evs-off")
-        return text + (measurements.kept_tokens(total, measurements.units(cell.frames), cell.rate) if pruned else total)
+        if row in ("vanilla", "evs-off"):
+            return text + total
+        return text + measurements.kept_tokens(total, measurements.units(cell.frames), cell.rate, row == "stock")
 
     def measure(self, cell: Cell, rows: Sequence[str]) -> list[Point]:
         """All rows of a cell, in turns."""

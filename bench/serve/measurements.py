@@ -83,9 +83,15 @@ def units(frames: int) -> int:
     return math.ceil(frames / UNIT)
 
 
-def kept_tokens(total: int, count: int, rate: float) -> int:
-    """How many tokens of a clip stay, restated from the paper: at least one of `count` units; `rate` is a decimal."""
-    return max(total // count, math.floor(total * (1 - Fraction(str(rate)))))
+def kept_tokens(total: int, count: int, rate: float, stock: bool = False) -> int:
+    """How many tokens of a clip stay, restated: at least one of `count` units; `rate` is a decimal.
+
+    The default selection keeps, beside unit 0, at least half of the other units' share, so that a short clip is more than
+    its first picture. `stock` is vLLM's option, which does not.
+    """
+    kept, unit = 1 - Fraction(str(rate)), total // count
+    least = unit if stock else unit + math.ceil((total - unit) * kept / 2)
+    return max(least, math.floor(total * kept))
 
 
 def video_tokens(prompt: int, text: int, frames: int) -> int:

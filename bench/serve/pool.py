@@ -53,8 +53,7 @@ def server_of(row: str, rate: float, device: str, *, cached: bool = False, stage
         plugins = ("evs_bench_stock_flag",) if device == "cpu" else ()
     else:
         name = "evs"
-        # The selection that keeps as many tokens as stock does of short clips too: rows are compared at equal counts.
-        arguments += ("--evs-rate", "0.75", "--evs-selection", "paper", "--evs-request-overrides", "any")
+        arguments += ("--evs-rate", "0.75", "--evs-request-overrides", "any")
         plugins = ("evs",)
     if stages:
         plugins += ("evs_bench_stage_times",)

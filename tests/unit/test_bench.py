@@ -15,6 +15,8 @@ from bench.serve.client import Sample, body, messages
 from bench.serve.measurements import Cell, Point, Repeat
 from bench.serve.pool import flags, request_options, server_of
 from bench.serve.settings import as_json, load_settings
+from evs_vllm.config import EVSConfig
+from evs_vllm.core.budget import token_budget
 from evs_vllm.errors import EVSError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,11 +148,13 @@ def test_requests_fix_the_length_of_the_answer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("total", "units", "rate", "kept"),
-    [(100, 10, 0.9, 10), (3696, 16, 0.75, 924), (3696, 16, 0.99, 231), (7, 1, 0.5, 7)],
-)
-def test_kept_tokens(total, units, rate, kept):
-    assert points.kept_tokens(total, units, rate) == kept
+    ("total", "units", "rate", "kept", "stock"),
+    [(100, 10, 0.9, 15, 10), (3696, 16, 0.75, 924, 924), (3696, 16, 0.9, 405, 369), (3696, 16, 0.99, 249, 231),
+     (7, 1, 0.5, 7, 7)],
+)  # fmt: skip
+def test_kept_tokens(total, units, rate, kept, stock):
+    assert points.kept_tokens(total, units, rate) == kept == token_budget(units, total // units, EVSConfig(rate=rate))
+    assert points.kept_tokens(total, units, rate, stock=True) == stock
 
 
 def test_video_tokens():

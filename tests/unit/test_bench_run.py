@@ -35,7 +35,8 @@ class StubServers(LocalServer):
         options = (await request.json()).get("mm_processor_kwargs", {})
         server = request.match_info["server"]
         rate = options.get("evs_rate", 0.75 if server.startswith("stock") else 0)
-        tokens = self.TEXT + measurements.kept_tokens(self.VIDEO, self.UNITS, rate) - (server == self.wrong_row)
+        kept = measurements.kept_tokens(self.VIDEO, self.UNITS, rate, server.startswith("stock"))
+        tokens = self.TEXT + kept - (server == self.wrong_row)
         usage = {"prompt_tokens": tokens, "completion_tokens": 4}
         response = web.StreamResponse()
         await response.prepare(request)
