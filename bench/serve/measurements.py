@@ -86,8 +86,8 @@ def units(frames: int) -> int:
 def kept_tokens(total: int, count: int, rate: float, stock: bool = False) -> int:
     """How many tokens of a clip stay, restated: at least one of `count` units; `rate` is a decimal.
 
-    The default selection keeps, beside unit 0, at least half of the other units' share, so that a short clip is more than
-    its first picture. `stock` is vLLM's option, which does not.
+    The default selection keeps, beside unit 0, at least half of the other units' share, so that a short clip is more
+    than its first picture. `stock` is vLLM's option, which does not.
     """
     kept, unit = 1 - Fraction(str(rate)), total // count
     least = unit if stock else unit + math.ceil((total - unit) * kept / 2)
