@@ -33,8 +33,8 @@ from evs_vllm.engine.times import metadata_of, seconds_of, unit_starts
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
 from evs_vllm.families import Family
 from evs_vllm.families.base import FamilyAdapter
-from evs_vllm.families.front_end import Seen, Watch, watch_processor, watching, why_not
-from evs_vllm.families.qwen2_vl import PIXELS
+from evs_vllm.families.front_end import Watch, watch_processor, watching, why_not
+from evs_vllm.families.seen import Seen
 from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
 
 logger = init_logger("vllm.evs_vllm")
@@ -112,10 +112,12 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         self._evs_why_stock = "this family's does more than to resize frames and cut them into patches"
         if self._evs.judges_source:
             _watch_processors(info)
-            self._evs_why_stock = why_not(info.get_hf_processor().video_processor)
+            video_processor = info.get_hf_processor().video_processor
+            if video_processor is not None:
+                self._evs_why_stock = why_not(video_processor, self._evs.frame_tokens)
         why = self._evs_why_stock
         logger.info_once(
-            "EVS: pixel rows of clips for %s are made %s.",
+            "EVS: pixels of clips for %s are made %s.",
             self._evs_family.name,
             f"by Hugging Face's processor: {why}" if why else "of the tokens that the vision tower computes",
         )
@@ -151,7 +153,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             streams = settings.active and settings.stream
             within.enter_context(_set(_stream, Stream(self._evs_store) if streams else None))
             if settings.active and self._evs.judges_source:
-                watch = within.enter_context(watching(leave_rows=not self._evs_why_stock))
+                watch = within.enter_context(watching(not self._evs_why_stock, self._evs.frame_tokens))
                 within.enter_context(_set(_watched, watch))
             if settings.active and (threads := self._evs_config.processor_threads) is not None:
                 within.enter_context(set_default_torch_num_threads(threads))
@@ -217,8 +219,9 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         selection = named_selection(settings.selection)
         to_make = seen if seen is not None and not seen.why_stock else None
         if to_make is not None:
-            dtype = fields[PIXELS].dtype
-            fields[PIXELS] = _rows(to_make, None, dtype) if selection.reads_pixels else to_make.blank(dtype)
+            of_pixels = self._evs.pixels
+            dtype = fields[of_pixels].dtype
+            fields[of_pixels] = _rows(to_make, None, dtype) if selection.reads_pixels else to_make.blank(dtype)
         started = time.perf_counter()
         clip = self._evs.clip(fields)
         if clip is None:
@@ -259,11 +262,11 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         # Pixels that nobody computes need not be made, cached, serialised or copied to the device.
         reuse = plan.encoder == "reuse"
         if to_make is not None and not selection.reads_pixels:
-            pixels = {PIXELS: _rows(to_make, plan.computed if reuse else None, dtype)}
+            pixels = {of_pixels: _rows(to_make, plan.computed if reuse else None, dtype)}
         elif reuse:
             pixels = self._evs.computed_pixels(fields, plan)
         else:
-            pixels = {} if to_make is None else {PIXELS: fields[PIXELS]}
+            pixels = {} if to_make is None else {of_pixels: fields[of_pixels]}
         for key, data in pixels.items():
             item[key] = replace(item[key], data=data)
         return pruned
@@ -304,7 +307,8 @@ def _watch_processors(info: Any) -> None:
     @wraps(get_hf_processor)
     def watched(*args: Any, **kwargs: Any) -> Any:
         processor = get_hf_processor(*args, **kwargs)
-        watch_processor(processor.video_processor)
+        if processor.video_processor is not None:  # some models of a family take no video
+            watch_processor(processor.video_processor)
         return processor
 
     info.get_hf_processor = watched

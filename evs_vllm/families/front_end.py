@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From decoded frames to pixel rows: what a video processor of transformers is given, and its rows without its work.
+"""From decoded frames to pixels: what a video processor is given, and its pixels without its work.
 
 A processor that is `watched` notes the frames of every video before it resizes them; clips are judged by those. Of the
-processors in `PROVEN` it can also leave out the pixel rows, which are then made of the tokens alone that a vision tower
-computes (`Seen.rows`). All else that the processor returns, grids among it, still comes from its own code: it runs on
-tensors without data. Both happen within `watching` only; outside of it a watched processor does what it always did.
+processors in `PROVEN` it can also leave out the pixels, which are then made of the tokens alone that a vision tower
+computes (`evs_vllm.families.seen`). All else that the processor returns, grids among it, still comes from its own code:
+it runs on tensors without data. Both happen within `watching` only; outside of it a watched processor does what it
+always did.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import evs_kernels
 from evs_vllm.core.clip import Source
 from evs_vllm.errors import RequestError
 from evs_vllm.families.qwen2_vl import GRID, PIXELS
+from evs_vllm.families.seen import FrameTokens, Seen, SeenFrames, SeenRows
 
 CELLS = "evs_cells"
 """The field in which a watched processor hands on the low-resolution pictures of its clips."""
@@ -28,74 +30,18 @@ CELLS = "evs_cells"
 CELLS_PER_TOKEN = 4
 """Cells along one side of a token in that field: what `evs_vllm.core.descriptors` looks at."""
 
-PROVEN = ("Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor", "Glm4vVideoProcessor", "Glm46VVideoProcessor")
+PROVEN_ROWS = ("Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor", "Glm4vVideoProcessor", "Glm46VVideoProcessor")
 """Classes of transformers whose pixel rows `evs_kernels.resize_patches` makes: resized bicubically with antialiasing,
-then cut into patches in the order of Qwen2-VL. Tests compare each with it, and `why_not` does where it is installed."""
+then cut into patches in the order of Qwen2-VL."""
+
+PROVEN_FRAMES = ("InternVLVideoProcessor",)
+"""Classes, of transformers and of vLLM, whose whole frames it makes: squashed to a square, bicubically with
+antialiasing."""
+
+PROVEN = (*PROVEN_ROWS, *PROVEN_FRAMES)
+"""Tests compare each with what is made here, and `why_not` does where it is installed."""
 
 _BICUBIC = 3  # PIL's number
-_ROWS_AT_ONCE = 1 << 14
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A video as its processor got it.
-
-    Attributes:
-        source: Its frames, or None if they are no uint8 pixels of three colours.
-        grid: (T, rows, columns) in patches.
-        patch, merge: Pixels along a side of a patch, patches along a side of a token.
-        why_stock: Why the processor made the pixel rows itself, or "" if it left them to `rows`.
-        levels: What each of the 256 values of the three colours becomes, (3, 256), where rows are normalised.
-    """
-
-    source: Source | None
-    grid: tuple[int, int, int]
-    patch: int
-    merge: int
-    why_stock: str
-    levels: torch.Tensor | None = None
-
-    def blank(self, dtype: torch.dtype) -> torch.Tensor:
-        """The pixel rows of all tokens without data."""
-        assert self.source is not None
-        values = 3 * self.source.unit_frames * self.patch**2
-        return torch.empty(int(np.prod(self.grid)), values, dtype=dtype, device="meta")
-
-    def rows(self, tokens: np.ndarray | None, dtype: torch.dtype) -> torch.Tensor:
-        """The pixel rows of some tokens, bit for bit those of the processor.
-
-        Args:
-            tokens: (K,) sorted flat indices ``t*P + p``; None for all.
-            dtype: That of the rows.
-
-        Returns:
-            (K * merge**2, values of a patch), on the device of the frames.
-        """
-        source = self.source
-        assert source is not None
-        _, height, width = self.grid
-        pixels = evs_kernels.resize_patches(
-            source.frames,
-            height * self.patch,
-            width * self.patch,
-            None if tokens is None else torch.from_numpy(np.ascontiguousarray(tokens)),
-            self.merge,
-            self.patch,
-            unit_frames=source.unit_frames,
-        )
-        rows = pixels.view(len(pixels) * self.merge**2, -1)
-        return rows if self.levels is None else _levelled(rows, self.levels.to(dtype))
-
-
-def _levelled(rows: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """uint8 `rows`, colours outermost, with every value replaced by its level."""
-    out = torch.empty(rows.shape, dtype=levels.dtype)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        some = rows[start : start + _ROWS_AT_ONCE].view(-1, len(levels), rows.shape[1] // len(levels))
-        here = out[start : start + _ROWS_AT_ONCE].view(some.shape)
-        for colour, level in enumerate(levels):
-            here[:, colour] = level[some[:, colour].int()]
-    return out
 
 
 @dataclass
@@ -103,11 +49,13 @@ class Watch:
     """What `watching` has seen.
 
     Attributes:
-        leave_rows: Whether processors may leave out pixel rows.
+        leave_rows: Whether processors may leave out pixels.
+        tokens: Where the model's tokens lie, if its processor makes whole frames.
         seen: The videos in the order in which they were processed.
     """
 
     leave_rows: bool
+    tokens: FrameTokens | None = None
     seen: list[Seen] = field(default_factory=list)
     unpermuted: bool = False
     """Whether the frames of the call that is running are views, which its processor would have copied."""
@@ -117,14 +65,16 @@ _watch: ContextVar[Watch | None] = ContextVar("evs_watch", default=None)
 
 
 @contextmanager
-def watching(leave_rows: bool = False) -> Iterator[Watch]:
+def watching(leave_rows: bool = False, tokens: FrameTokens | None = None) -> Iterator[Watch]:
     """Notes what watched processors are given in this context.
 
     Args:
-        leave_rows: Whether processors that are proven equal leave out their pixel rows: the field then has the right
-            number of rows and no columns.
+        leave_rows: Whether processors that are proven equal leave out their pixels: the field then has the right number
+            of rows and no columns.
+        tokens: Where the model's tokens lie, if its processor makes whole frames; without it their videos are not
+            noted.
     """
-    outer, watch = _watch.get(), Watch(leave_rows)
+    outer, watch = _watch.get(), Watch(leave_rows, tokens)
     token = _watch.set(watch)
     try:
         yield watch
@@ -139,13 +89,21 @@ class _Watched:
 
     _evs_with_cells = False
 
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return _rebuild, (_stock_of(type(self)), self._evs_with_cells, self.__dict__)
+
+
+class _WatchedTransformers(_Watched):
+    """Goes before the class of a video processor of transformers."""
+
     def preprocess(self: Any, videos: Any, **kwargs: Any) -> Any:
         if not self._evs_with_cells:
             return super().preprocess(videos, **kwargs)  # type: ignore[misc]
         with watching() as watch:
             out = super().preprocess(videos, **kwargs)  # type: ignore[misc]
-        if watch.seen and all(seen.source is not None for seen in watch.seen):
-            out[CELLS] = torch.cat([cells_of(seen) for seen in watch.seen])
+        seen = [video for video in watch.seen if isinstance(video, SeenRows) and video.source is not None]
+        if seen and len(seen) == len(watch.seen):
+            out[CELLS] = torch.cat([cells_of(video) for video in seen])
         return out
 
     def _prepare_input_videos(self: Any, videos: Any, *args: Any, **kwargs: Any) -> Any:
@@ -162,24 +120,55 @@ class _Watched:
         if watch is None:
             return super()._preprocess(videos, **kwargs)  # type: ignore[misc]
         why = _why_stock(self, videos, kwargs, watch) if watch.leave_rows else "pixels are wanted"
+        if not why:
+            bare = [torch.empty(video.shape, dtype=video.dtype, device="meta") for video in videos]
+            out = super()._preprocess(bare, **kwargs)  # type: ignore[misc]
+            why = "" if GRID in out else _why_not_squares(out, kwargs, watch)
         if why:
             whole = [video.contiguous() for video in videos] if watch.unpermuted else videos
             out = super()._preprocess(whole, **kwargs)  # type: ignore[misc]
         else:
-            bare = [torch.empty(video.shape, dtype=video.dtype, device="meta") for video in videos]
-            out = super()._preprocess(bare, **kwargs)  # type: ignore[misc]
-            out[PIXELS] = torch.empty(len(out[PIXELS]), 0, dtype=out[PIXELS].dtype)
+            rows = out[PIXELS].shape[: 1 if GRID in out else 2]
+            out[PIXELS] = torch.empty(*rows, 0, dtype=out[PIXELS].dtype)
         sizes: list[Any] = [kwargs.get(name) for name in ("temporal_patch_size", "patch_size", "merge_size")]
-        if GRID not in out or None in sizes:
-            return out  # a processor that we know nothing of
-        levels = None if why or not out[PIXELS].is_floating_point() else _levels(self, kwargs)
-        for video, grid in zip(videos, out[GRID], strict=True):
-            shape = int(grid[0]), int(grid[1]), int(grid[2])
-            watch.seen.append(Seen(_source_of(video, sizes[0], shape[0]), shape, sizes[1], sizes[2], why, levels))
+        if GRID in out and None not in sizes:
+            levels = None if why or not out[PIXELS].is_floating_point() else _levels(self, kwargs)
+            for video, grid in zip(videos, out[GRID], strict=True):
+                shape = int(grid[0]), int(grid[1]), int(grid[2])
+                source = _source_of(video, sizes[0], shape[0])
+                watch.seen.append(SeenRows(source, why, levels, shape, sizes[1], sizes[2]))
+        elif watch.tokens is not None:
+            levels = None if why else _levels(self, kwargs)
+            squashed = not why or not _why_not_squares(out, kwargs, watch)
+            for video in videos:
+                source = _source_of(video, 1, len(video)) if squashed else None
+                watch.seen.append(SeenFrames(source, why, levels, watch.tokens, "torch"))
         return out
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return _rebuild, (_stock_of(type(self)), self._evs_with_cells, self.__dict__)
+
+class _WatchedPillow(_Watched):
+    """Goes before the class of vLLM's video processor for InternVL's own format, which squashes frames by Pillow."""
+
+    def _videos_to_pixel_values_lst(self: Any, videos: Sequence[Any]) -> Any:
+        watch, make = _watch.get(), super()._videos_to_pixel_values_lst  # type: ignore[misc]
+        if watch is None or watch.tokens is None:
+            return make(videos)
+        fits = self.image_size == watch.tokens.pixels
+        why = "" if watch.leave_rows else "pixels are wanted"
+        if not why:
+            why = _unknown(self) or ("" if fits else f"frames become {self.image_size} pixels wide")
+        if not why and not all(map(_bytes_of_colours, videos)):
+            why = "the frames are no arrays of uint8 (F, H, W, 3)"
+        if not why and not all(_pillow_agrees(*video.shape[1:3], self.image_size) for video in videos):
+            why = "Pillow resizes frames of this shape in another order"
+        levels = None if why else _pillow_levels(_stock_of(type(self)), self.image_size)
+        made = make(videos) if why else [torch.empty(len(video), 0, dtype=levels.dtype) for video in videos]
+        for video in videos:
+            source = None
+            if fits and _bytes_of_colours(video):
+                source = Source(torch.from_numpy(np.ascontiguousarray(video)), 1)
+            watch.seen.append(SeenFrames(source, why, levels, watch.tokens, "pillow"))
+        return made
 
 
 def _rebuild(stock: Any, with_cells: bool, attributes: Mapping[str, Any]) -> Any:
@@ -192,11 +181,12 @@ def _rebuild(stock: Any, with_cells: bool, attributes: Mapping[str, Any]) -> Any
 def _class(stock: Any, with_cells: bool) -> type:
     # Named as it was: processors are saved by the names of their classes.
     own = {"_evs_with_cells": with_cells, "__module__": stock.__module__, "__doc__": stock.__doc__}
-    return type(stock.__name__, (_Watched, stock), own)
+    watched = _WatchedPillow if hasattr(stock, "_videos_to_pixel_values_lst") else _WatchedTransformers
+    return type(stock.__name__, (watched, stock), own)
 
 
 def watch_processor(video_processor: Any, with_cells: bool = False) -> None:
-    """Makes a video processor of transformers one that `watching` sees; twice is once.
+    """Makes a video processor of transformers, or vLLM's for InternVL, one that `watching` sees; twice is once.
 
     Args:
         video_processor: Its class is replaced by a subclass of the same name.
@@ -225,7 +215,7 @@ def _source_of(video: torch.Tensor, unit_frames: int, units: int) -> Source | No
     return Source(video.permute(0, 2, 3, 1).contiguous(), unit_frames)
 
 
-def cells_of(seen: Seen) -> torch.Tensor:
+def cells_of(seen: SeenRows) -> torch.Tensor:
     """The low-resolution picture of a video with a source: (T * 4H * 4W, 3) uint8 for T units of H x W tokens."""
     assert seen.source is not None
     rows, columns = (CELLS_PER_TOKEN * size // seen.merge for size in seen.grid[1:])
@@ -261,6 +251,11 @@ def _colours_last(video: Any) -> bool:
     )
 
 
+def _bytes_of_colours(video: Any) -> bool:
+    """Whether a video is (F, H, W, 3) uint8 frames, at least one."""
+    return isinstance(video, np.ndarray) and video.dtype == np.uint8 and video.ndim == 4 and video.shape[3] == 3
+
+
 def _unknown(processor: Any) -> str:
     name = _stock_of(type(processor)).__name__
     return "" if name in PROVEN else f"what {name} does with pixels is not known"
@@ -282,6 +277,20 @@ def _why_stock(processor: Any, videos: Sequence[torch.Tensor], kwargs: Mapping[s
     return ""
 
 
+def _why_not_squares(out: Mapping[str, Any], kwargs: Mapping[str, Any], watch: Watch) -> str:
+    """Why whole frames are not what the model's tokens lie on, squashed, or ""."""
+    pixels = out.get(PIXELS)
+    if not isinstance(pixels, torch.Tensor) or pixels.ndim != 5:
+        return "it gives no tensor of whole frames"
+    if watch.tokens is None:
+        return "where tokens lie is not known"
+    if kwargs.get("do_center_crop"):
+        return "frames are cropped"
+    if tuple(pixels.shape[3:]) != (watch.tokens.pixels,) * 2:
+        return f"frames become {pixels.shape[3]} x {pixels.shape[4]} pixels"
+    return ""
+
+
 def _levels(processor: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
     """What the processor's own arithmetic makes of every value of every colour: (3, 256)."""
     values = torch.arange(256, dtype=torch.uint8).expand(1, 1, 3, 1, 256).contiguous()
@@ -290,32 +299,64 @@ def _levels(processor: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
     return levels.view(3, 256)
 
 
-def why_not(video_processor: Any) -> str:
+@cache
+def _pillow_levels(stock: Any, size: int) -> torch.Tensor:
+    """As `_levels`, of vLLM's processor for InternVL."""
+    values = (np.arange(size * size) % 256).astype(np.uint8).reshape(1, size, size)
+    (pixels,) = stock(size)._videos_to_pixel_values_lst([np.stack([values] * 3, axis=3)])
+    levels: torch.Tensor = pixels[0].flatten(1)[:, :256].contiguous()
+    if levels.shape != (3, 256):
+        raise ValueError(f"frames of {size} x {size} pixels do not show what becomes of 256 values")
+    return levels
+
+
+@lru_cache(maxsize=1024)
+def _pillow_agrees(height: int, width: int, size: int) -> bool:
+    """Whether Pillow squashes a frame of this size as `evs_kernels.resize_patches` does.
+
+    From version 13 on it begins with the rows where they shrink much more than the columns: tried on a noisy frame.
+    """
+    from PIL import Image
+
+    frame = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    frame[:, ::2] = frame[:, ::2] // 128 * 255
+    resized = torch.from_numpy(np.asarray(Image.fromarray(frame[0]).resize((size, size))).transpose(2, 0, 1))
+    ours = evs_kernels.resize_patches(torch.from_numpy(frame), size, size, None, 1, size, 1, arithmetic="pillow")
+    return torch.equal(ours.view(3, size, size), resized)
+
+
+def why_not(video_processor: Any, tokens: FrameTokens | None = None) -> str:
     """Tries a watched processor on a few small videos.
 
+    Args:
+        video_processor: The processor.
+        tokens: As for `watching`.
+
     Returns:
-        Why its pixel rows cannot be made without it on this installation, or "".
+        Why its pixels cannot be made without it on this installation, or "".
     """
     if why := _unknown(video_processor):
         return why
     try:
-        return _differs(video_processor)
+        return _differs(video_processor, tokens)
     except Exception as error:  # whatever it does not take: the videos of requests may be of another kind
         return f"it cannot be tried ({type(error).__name__}: {error})"
 
 
-def _differs(video_processor: Any) -> str:
+def _differs(video_processor: Any, tokens: FrameTokens | None) -> str:
     rng = np.random.default_rng(0)
-    for frames, height, width in ((5, 61, 83), (4, 150, 211), (2, 84, 36)):
+    for frames, height, width in ((5, 61, 83), (4, 150, 211), (2, 60, 84)):
         video = rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
         video //= 1 + video[:, :, :1] % 4  # of all contrasts
         stock = video_processor(videos=[video], do_sample_frames=False, return_tensors="pt")
-        with watching(leave_rows=True) as watch:
+        with watching(leave_rows=True, tokens=tokens) as watch:
             own = video_processor(videos=[video], do_sample_frames=False, return_tensors="pt")
         (seen,) = watch.seen
         if seen.why_stock:
             return seen.why_stock
-        rows = stock[PIXELS]
-        if not torch.equal(own[GRID], stock[GRID]) or not torch.equal(seen.rows(None, rows.dtype), rows):
+        (name,) = (name for name in stock if name.startswith("pixel_values"))
+        same = own.keys() == stock.keys() and all(torch.equal(own[key], stock[key]) for key in own if key != name)
+        made = seen.rows(None, stock[name].dtype)
+        if not same or not torch.equal(made.flatten(), stock[name].flatten()):
             return "it gives other pixels here than it gave to this package's tests"
     return ""

@@ -53,6 +53,7 @@ FAMILIES = {
             frame_size=(112, 112),
             grid=(4, 4),
             whole_frames=True,
+            makes_frames=True,
             rotary=frozenset({"RotaryEmbedding"}),
         ),
     ),

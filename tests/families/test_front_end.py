@@ -290,8 +290,8 @@ def test_prompts_are_those_of_stock_with_tokens_taken_out(ours: Any, stock: Any)
     assert missing == plan.num_tokens - plan.num_kept
 
 
-@families(lambda facts: facts.whole_frames)
-def test_families_with_whole_frames_are_judged_as_the_model_sees_them(model: Path, facts: Facts) -> None:
+@families(lambda facts: facts.whole_frames and not facts.makes_frames)
+def test_other_families_with_whole_frames_are_judged_as_the_model_sees_them(model: Path, facts: Facts) -> None:
     processor = processor_for(model, {"rate": 0.5})
     result, path = path_of(lambda: process(processor, synthetic_clip(4, facts.frame_size)))
     assert path == "processor" and plan_in(result) is not None
