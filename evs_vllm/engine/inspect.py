@@ -72,8 +72,8 @@ def inspect_clip(
     family = family_of(model_config.architecture)
     assert family is not None  # checked when the model config was made
     adapter = family.bind(processor.info.get_hf_config(), processor=processor.info.get_hf_processor())
-    tokens = adapter.frame_tokens
-    with _reported(f"process {video}"), set_default_torch_num_threads(), watching(tokens=tokens) as watch:
+    squares = adapter.squares
+    with _reported(f"process {video}"), set_default_torch_num_threads(), watching(squares=squares) as watch:
         inputs = _inputs(processor, media)
         # The second run is what a server does: the first one imports and compiles.
         processor.apply(inputs, TimingContext())
@@ -86,7 +86,7 @@ def inspect_clip(
     clip = replace(
         clip,
         starts=unit_starts(getattr(media, "media", media)[1] or {}, clip),
-        source=watch.seen[-1].source if watch.seen else None,
+        source=watch.seen[-1].source if watch.seen and adapter.judges_source else None,
     )
     weights = unit_weights(clip, config)
     frames = adapter.frames(fields)

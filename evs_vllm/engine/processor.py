@@ -110,11 +110,11 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         super().__init__(info, *args, **kwargs)
         self._evs_store = StreamStore(int(self._evs_config.stream_cache_gb * 2**30))
         self._evs_why_stock = "this family's does more than to resize frames and cut them into patches"
-        if self._evs.judges_source:
+        if self._evs_watches:
             _watch_processors(info)
             video_processor = info.get_hf_processor().video_processor
             if video_processor is not None:
-                self._evs_why_stock = why_not(video_processor, self._evs.frame_tokens)
+                self._evs_why_stock = why_not(video_processor, self._evs.squares)
         why = self._evs_why_stock
         logger.info_once(
             "EVS: pixels of clips for %s are made %s.",
@@ -125,6 +125,10 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
     @cached_property
     def _evs(self) -> FamilyAdapter:
         return self._evs_family.bind(self.info.get_hf_config(), processor=self.info.get_hf_processor())
+
+    @property
+    def _evs_watches(self) -> bool:
+        return self._evs.judges_source or self._evs.squares is not None
 
     @property
     def _evs_config(self) -> EVSConfig:
@@ -152,8 +156,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             within.enter_context(_set(_settings, settings))
             streams = settings.active and settings.stream
             within.enter_context(_set(_stream, Stream(self._evs_store) if streams else None))
-            if settings.active and self._evs.judges_source:
-                watch = within.enter_context(watching(not self._evs_why_stock, self._evs.frame_tokens))
+            if settings.active and self._evs_watches:
+                watch = within.enter_context(watching(not self._evs_why_stock, self._evs.squares))
                 within.enter_context(_set(_watched, watch))
             if settings.active and (threads := self._evs_config.processor_threads) is not None:
                 within.enter_context(set_default_torch_num_threads(threads))
@@ -218,10 +222,11 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         fields = {key: elem.data for key, elem in item.items()}
         selection = named_selection(settings.selection)
         to_make = seen if seen is not None and not seen.why_stock else None
+        judges_pixels = selection.reads_pixels or not self._evs.judges_source
         if to_make is not None:
             of_pixels = self._evs.pixels
             dtype = fields[of_pixels].dtype
-            fields[of_pixels] = _rows(to_make, None, dtype) if selection.reads_pixels else to_make.blank(dtype)
+            fields[of_pixels] = _rows(to_make, None, dtype) if judges_pixels else to_make.blank(dtype)
         started = time.perf_counter()
         clip = self._evs.clip(fields)
         if clip is None:
@@ -235,7 +240,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             if stream is not None:
                 stream.leave(stream.number_of(place), None)
             return updates
-        if seen is not None:
+        if seen is not None and self._evs.judges_source:
             clip = replace(clip, source=seen.source)
         if settings.focus:
             clip = replace(clip, starts=unit_starts(metadata, clip))
@@ -261,7 +266,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         metrics().frontend_clips.labels(PATHS[to_make is None]).inc()
         # Pixels that nobody computes need not be made, cached, serialised or copied to the device.
         reuse = plan.encoder == "reuse"
-        if to_make is not None and not selection.reads_pixels:
+        if to_make is not None and not judges_pixels:
             pixels = {of_pixels: _rows(to_make, plan.computed if reuse else None, dtype)}
         elif reuse:
             pixels = self._evs.computed_pixels(fields, plan)

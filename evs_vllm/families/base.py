@@ -16,7 +16,7 @@ import torch
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import BoolArray, Layout, RetentionPlan
 from evs_vllm.families.rotary import rotary_length
-from evs_vllm.families.seen import FrameTokens
+from evs_vllm.families.seen import Squares
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class FamilyAdapter(ABC):
         return False
 
     @property
-    def frame_tokens(self) -> FrameTokens | None:
-        """Where tokens lie on whole frames, if these are squares that tokens cover; None otherwise."""
+    def squares(self) -> Squares | None:
+        """The frames that the model sees, if its processor squashes them to squares; None otherwise. Their blocks are
+        tokens if the family has a `reuse_tower`."""
         return None
 
     @staticmethod

@@ -22,7 +22,7 @@ import evs_kernels
 from evs_vllm.core.clip import Source
 from evs_vllm.errors import RequestError
 from evs_vllm.families.qwen2_vl import GRID, PIXELS
-from evs_vllm.families.seen import FrameTokens, Seen, SeenFrames, SeenRows
+from evs_vllm.families.seen import Seen, SeenFrames, SeenRows, Squares
 
 CELLS = "evs_cells"
 """The field in which a watched processor hands on the low-resolution pictures of its clips."""
@@ -34,7 +34,7 @@ PROVEN_ROWS = ("Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor", "Glm4vVideoProc
 """Classes of transformers whose pixel rows `evs_kernels.resize_patches` makes: resized bicubically with antialiasing,
 then cut into patches in the order of Qwen2-VL."""
 
-PROVEN_FRAMES = ("InternVLVideoProcessor",)
+PROVEN_FRAMES = ("InternVLVideoProcessor", "LlavaOnevisionVideoProcessor")
 """Classes, of transformers and of vLLM, whose whole frames it makes: squashed to a square, bicubically with
 antialiasing."""
 
@@ -50,12 +50,12 @@ class Watch:
 
     Attributes:
         leave_rows: Whether processors may leave out pixels.
-        tokens: Where the model's tokens lie, if its processor makes whole frames.
+        squares: What the model's frames are, if its processor makes whole ones.
         seen: The videos in the order in which they were processed.
     """
 
     leave_rows: bool
-    tokens: FrameTokens | None = None
+    squares: Squares | None = None
     seen: list[Seen] = field(default_factory=list)
     unpermuted: bool = False
     """Whether the frames of the call that is running are views, which its processor would have copied."""
@@ -65,16 +65,15 @@ _watch: ContextVar[Watch | None] = ContextVar("evs_watch", default=None)
 
 
 @contextmanager
-def watching(leave_rows: bool = False, tokens: FrameTokens | None = None) -> Iterator[Watch]:
+def watching(leave_rows: bool = False, squares: Squares | None = None) -> Iterator[Watch]:
     """Notes what watched processors are given in this context.
 
     Args:
         leave_rows: Whether processors that are proven equal leave out their pixels: the field then has the right number
             of rows and no columns.
-        tokens: Where the model's tokens lie, if its processor makes whole frames; without it their videos are not
-            noted.
+        squares: What the model's frames are, if its processor makes whole ones; without it their videos are not noted.
     """
-    outer, watch = _watch.get(), Watch(leave_rows, tokens)
+    outer, watch = _watch.get(), Watch(leave_rows, squares)
     token = _watch.set(watch)
     try:
         yield watch
@@ -137,12 +136,12 @@ class _WatchedTransformers(_Watched):
                 shape = int(grid[0]), int(grid[1]), int(grid[2])
                 source = _source_of(video, sizes[0], shape[0])
                 watch.seen.append(SeenRows(source, why, levels, shape, sizes[1], sizes[2]))
-        elif watch.tokens is not None:
+        elif watch.squares is not None:
             levels = None if why else _levels(self, kwargs)
             squashed = not why or not _why_not_squares(out, kwargs, watch)
             for video in videos:
                 source = _source_of(video, 1, len(video)) if squashed else None
-                watch.seen.append(SeenFrames(source, why, levels, watch.tokens, "torch"))
+                watch.seen.append(SeenFrames(source, why, levels, watch.squares, "torch"))
         return out
 
 
@@ -151,9 +150,9 @@ class _WatchedPillow(_Watched):
 
     def _videos_to_pixel_values_lst(self: Any, videos: Sequence[Any]) -> Any:
         watch, make = _watch.get(), super()._videos_to_pixel_values_lst  # type: ignore[misc]
-        if watch is None or watch.tokens is None:
+        if watch is None or watch.squares is None:
             return make(videos)
-        fits = self.image_size == watch.tokens.pixels
+        fits = self.image_size == watch.squares.pixels
         why = "" if watch.leave_rows else "pixels are wanted"
         if not why:
             why = _unknown(self) or ("" if fits else f"frames become {self.image_size} pixels wide")
@@ -167,7 +166,7 @@ class _WatchedPillow(_Watched):
             source = None
             if fits and _bytes_of_colours(video):
                 source = Source(torch.from_numpy(np.ascontiguousarray(video)), 1)
-            watch.seen.append(SeenFrames(source, why, levels, watch.tokens, "pillow"))
+            watch.seen.append(SeenFrames(source, why, levels, watch.squares, "pillow"))
         return made
 
 
@@ -278,15 +277,15 @@ def _why_stock(processor: Any, videos: Sequence[torch.Tensor], kwargs: Mapping[s
 
 
 def _why_not_squares(out: Mapping[str, Any], kwargs: Mapping[str, Any], watch: Watch) -> str:
-    """Why whole frames are not what the model's tokens lie on, squashed, or ""."""
+    """Why whole frames are not those of the model, squashed, or ""."""
     pixels = out.get(PIXELS)
     if not isinstance(pixels, torch.Tensor) or pixels.ndim != 5:
         return "it gives no tensor of whole frames"
-    if watch.tokens is None:
-        return "where tokens lie is not known"
+    if watch.squares is None:
+        return "what the model's frames are is not known"
     if kwargs.get("do_center_crop"):
         return "frames are cropped"
-    if tuple(pixels.shape[3:]) != (watch.tokens.pixels,) * 2:
+    if tuple(pixels.shape[3:]) != (watch.squares.pixels,) * 2:
         return f"frames become {pixels.shape[3]} x {pixels.shape[4]} pixels"
     return ""
 
@@ -325,12 +324,12 @@ def _pillow_agrees(height: int, width: int, size: int) -> bool:
     return torch.equal(ours.view(3, size, size), resized)
 
 
-def why_not(video_processor: Any, tokens: FrameTokens | None = None) -> str:
+def why_not(video_processor: Any, squares: Squares | None = None) -> str:
     """Tries a watched processor on a few small videos.
 
     Args:
         video_processor: The processor.
-        tokens: As for `watching`.
+        squares: As for `watching`.
 
     Returns:
         Why its pixels cannot be made without it on this installation, or "".
@@ -338,18 +337,18 @@ def why_not(video_processor: Any, tokens: FrameTokens | None = None) -> str:
     if why := _unknown(video_processor):
         return why
     try:
-        return _differs(video_processor, tokens)
+        return _differs(video_processor, squares)
     except Exception as error:  # whatever it does not take: the videos of requests may be of another kind
         return f"it cannot be tried ({type(error).__name__}: {error})"
 
 
-def _differs(video_processor: Any, tokens: FrameTokens | None) -> str:
+def _differs(video_processor: Any, squares: Squares | None) -> str:
     rng = np.random.default_rng(0)
     for frames, height, width in ((5, 61, 83), (4, 150, 211), (2, 60, 84)):
         video = rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
         video //= 1 + video[:, :, :1] % 4  # of all contrasts
         stock = video_processor(videos=[video], do_sample_frames=False, return_tensors="pt")
-        with watching(leave_rows=True, tokens=tokens) as watch:
+        with watching(leave_rows=True, squares=squares) as watch:
             own = video_processor(videos=[video], do_sample_frames=False, return_tensors="pt")
         (seen,) = watch.seen
         if seen.why_stock:

@@ -11,7 +11,7 @@ from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.families.base import PixelStats, ReuseTower
 from evs_vllm.families.frame_blocks import FrameBlocks
 from evs_vllm.families.plain_vit import PlainTower, packed_blocks, packed_frames, with_class
-from evs_vllm.families.seen import FrameTokens
+from evs_vllm.families.seen import Squares
 
 
 class InternVLNative(FrameBlocks):
@@ -22,9 +22,9 @@ class InternVLNative(FrameBlocks):
         return True
 
     @property
-    def frame_tokens(self) -> FrameTokens:
+    def squares(self) -> Squares:
         starts, block = self.block_starts()
-        return FrameTokens(len(starts), block)
+        return Squares(len(starts), block)
 
     def block_starts(self) -> tuple[list[int], int]:
         vision = self.config.vision_config

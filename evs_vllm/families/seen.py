@@ -95,12 +95,12 @@ def _levelled(rows: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class FrameTokens:
-    """How the tokens of a model lie on the square frames that its vision tower takes.
+class Squares:
+    """The square frames that a model's vision tower takes, cut into blocks.
 
     Attributes:
-        across: Tokens along a side.
-        side: Pixels along a side of a token.
+        across: Blocks along a side. A block is a token, where some tokens may be wanted without the others.
+        side: Pixels along a side of a block.
     """
 
     across: int
@@ -120,22 +120,22 @@ class SeenFrames(Seen):
     frame lacks is 0.
 
     Attributes:
-        tokens: Where tokens lie.
+        squares: What the frames become.
         arithmetic: Whose integers resize: see `evs_kernels.resize_patches`.
     """
 
-    tokens: FrameTokens
+    squares: Squares
     arithmetic: str
 
     def blank(self, dtype: torch.dtype) -> torch.Tensor:
         assert self.source is not None
-        side = self.tokens.pixels
+        side = self.squares.pixels
         return torch.empty(len(self.source.frames), 3, side, side, dtype=dtype, device="meta")
 
     def rows(self, tokens: np.ndarray | None, dtype: torch.dtype) -> torch.Tensor:
-        source, across = self.source, self.tokens.across
+        source, across = self.source, self.squares.across
         assert source is not None and self.levels is not None
-        levels, side = self.levels.to(dtype), self.tokens.pixels
+        levels, side = self.levels.to(dtype), self.squares.pixels
         if tokens is None:
             tokens = np.arange(len(source.frames) * across**2)
         out = _empty((-(-len(tokens) // across**2), 3, side, side), dtype)
@@ -149,7 +149,7 @@ class SeenFrames(Seen):
                 side,
                 torch.from_numpy(np.ascontiguousarray(some)),
                 1,
-                self.tokens.side,
+                self.squares.side,
                 unit_frames=1,
                 arithmetic=self.arithmetic,
             )

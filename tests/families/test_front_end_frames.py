@@ -31,13 +31,19 @@ from tests.reference import hf, selection
 
 pytestmark = [pytest.mark.vllm, families(lambda facts: facts.makes_frames)]
 
-SHAPES = ((5, 61, 83), (1, 150, 211), (9, 240, 130), (3, 97, 360), (2, 40, 31), (4, 3, 700))
+SHAPES = ((5, 61, 83), (1, 150, 211), (9, 240, 130), (3, 97, 360), (2, 40, 31), (4, 5, 700))
 """Frames, height and width of clips: smaller than the model's frames, larger, and both at once."""
 
 
 def random_shapes(count: int) -> list[tuple[int, int, int]]:
     rng = np.random.default_rng()
-    return [tuple(map(int, rng.integers((1, 3, 3), (9, 300, 300)))) for _ in range(count)]  # type: ignore[misc]
+    return [tuple(map(int, rng.integers((1, 5, 5), (9, 300, 300)))) for _ in range(count)]  # type: ignore[misc]
+
+
+def paths_of(processor: Any, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Who may make frames of a shape: Pillow, from version 13 on, resizes tall ones in another order than we do."""
+    pillow = isinstance(processor.info.get_hf_processor().video_processor, front_end._WatchedPillow)
+    return ("rows", "processor") if pillow and shape[1] > shape[2] else ("rows",)
 
 
 def packed(frames: torch.Tensor, plan: RetentionPlan) -> torch.Tensor:
@@ -83,17 +89,20 @@ def pixels(ours: Any) -> str:
     return adapter_for(ours).pixels
 
 
-@pytest.mark.parametrize("encoder", ["reuse", "full"])
+@pytest.mark.parametrize("encoder", ["default", "full"])
 @pytest.mark.parametrize("chosen", ["learned", "paper"])
 def test_fields_are_those_of_stock(ours: Any, stock: Any, facts: Facts, pixels: str, chosen: str, encoder: str) -> None:
     for shape in [*SHAPES, *random_shapes(8), (6, *facts.frame_size)]:
         frames = noise(*shape)
-        for rate in (0.6, 0.9) if encoder == "reuse" else (0.6,):
-            kwargs = {"evs_encoder": encoder, "evs_selection": chosen, "evs_rate": rate}
+        for rate in (0.6, 0.9) if encoder == "default" else (0.6,):
+            kwargs = {"evs_selection": chosen, "evs_rate": rate} | (
+                {"evs_encoder": "full"} if encoder == "full" else {}
+            )
             result, path = path_of(lambda: process(ours, frames, **kwargs))  # noqa: B023
-            assert path == "rows", shape
+            assert path in paths_of(ours, shape), shape
             plan = assert_same_fields(result, process(stock, frames), pixels)
-            assert plan.encoder == ("full" if encoder == "full" or shape[0] == 1 else "reuse")
+            reuses = encoder == "default" and not adapter_for(ours).why_not_reuse()
+            assert plan.encoder == ("reuse" if reuses else "full")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -102,14 +111,14 @@ def test_pixels_of_half_precision(model: Path, pixels: str, dtype: str) -> None:
     for shape in SHAPES[:3]:
         frames = noise(*shape)
         result, path = path_of(lambda: process(on, frames))  # noqa: B023
-        assert path == "rows" and pixels_in(result).dtype == getattr(torch, dtype)
+        assert path in paths_of(on, shape) and pixels_in(result).dtype == getattr(torch, dtype)
         assert_same_fields(result, process(off, frames), pixels)
 
 
 def test_frames_of_a_real_clip(ours: Any, stock: Any, pixels: str) -> None:
     frames = real_clip_frames(frames=12)
     plan = assert_same_fields(process(ours, frames), process(stock, frames), pixels)
-    assert 0 < len(plan.computed) < plan.num_tokens
+    assert 0 < plan.num_kept < plan.num_tokens
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -145,6 +154,7 @@ def test_arguments_of_the_processor(ours: Any, stock: Any, facts: Facts, pixels:
         assert_same_fields(process(ours, frames, **kwargs), expected, pixels)
 
 
+@families(lambda facts: facts.makes_frames and facts.tokens_under is None)
 def test_what_stays_is_what_the_reference_keeps_of_the_source(ours: Any, facts: Facts) -> None:
     for shape in ((150, 211), (90, 61)):
         frames = synthetic_clip(7, shape, moving=0.2)
@@ -185,7 +195,7 @@ def test_other_kinds_of_frames(ours: Any, stock: Any, pixels: str) -> None:
 def test_frames_on_a_gpu_are_left_to_the_processor(ours: Any) -> None:
     """There is no GPU here: tensors without data stand for frames that are not in host memory."""
     video_processor = ours.info.get_hf_processor().video_processor
-    watch = front_end.Watch(leave_rows=True, tokens=adapter_for(ours).frame_tokens)
+    watch = front_end.Watch(leave_rows=True, squares=adapter_for(ours).squares)
     elsewhere = torch.empty(2, 3, 20, 30, dtype=torch.uint8, device="meta")
     assert "GPU" in front_end._why_stock(video_processor, [elsewhere], {}, watch)
 

@@ -121,6 +121,28 @@ ROWS: tuple[Touchpoint, ...] = (
         gone_when=PROCESSORS,
     ),
     Touchpoint(
+        what="frames are seen before they are resized, and left out (families.front_end)",
+        where="vllm.transformers_utils.processors.internvl:InternVLVideoProcessor",
+        attributes=("_videos_to_pixel_values_lst",),
+        source=("self.image_size = image_size", "self._videos_to_pixel_values_lst(videos", "len(item)"),
+        why="A subclass of it sees the frames of InternVL's own format, and gives frames without pixels.",
+        gone_when=PROCESSORS,
+    ),
+    Touchpoint(
+        what="frames are left out (families.front_end)",
+        where="vllm.model_executor.models.interns1:InternS1MultiModalProcessor",
+        source=("torch.concat(video_pixel_values)", "len(item) for item in video_pixel_values", "flat_from_sizes"),
+        why="Frames without pixels are counted and split among clips, as all are.",
+        gone_when=PROCESSORS,
+    ),
+    Touchpoint(
+        what="frames are left out (families.front_end)",
+        where="transformers.models.internvl.processing_internvl:InternVLProcessor",
+        source=("batch_size, num_frames, *_ = video_pixel_values.shape", "video_pixel_values.flatten(0, 1)"),
+        why="Of the axes of pixels it asks for the first two alone.",
+        gone_when="transformers' video processors take the indices of the patches that are wanted.",
+    ),
+    Touchpoint(
         what="placeholders are shortened (processor.PrunedUpdateDetails)",
         where="vllm.multimodal.processing.processor:PromptUpdateDetails",
         attributes=("full", "is_embed"),
