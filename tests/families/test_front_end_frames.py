@@ -95,9 +95,8 @@ def test_fields_are_those_of_stock(ours: Any, stock: Any, facts: Facts, pixels: 
     for shape in [*SHAPES, *random_shapes(8), (6, *facts.frame_size)]:
         frames = noise(*shape)
         for rate in (0.6, 0.9) if encoder == "default" else (0.6,):
-            kwargs = {"evs_selection": chosen, "evs_rate": rate} | (
-                {"evs_encoder": "full"} if encoder == "full" else {}
-            )
+            kwargs = {"evs_selection": chosen, "evs_rate": rate}
+            kwargs |= {"evs_encoder": "full"} if encoder == "full" else {}
             result, path = path_of(lambda: process(ours, frames, **kwargs))  # noqa: B023
             assert path in paths_of(ours, shape), shape
             plan = assert_same_fields(result, process(stock, frames), pixels)
