@@ -112,7 +112,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         self._evs_why_stock = "this family's does more than to resize frames and cut them into patches"
         if self._evs_watches:
             _watch_processors(info)
-            video_processor = info.get_hf_processor().video_processor
+            video_processor = _to_watch(info.get_hf_processor())
             if video_processor is not None:
                 self._evs_why_stock = why_not(video_processor, self._evs.squares)
         why = self._evs_why_stock
@@ -305,6 +305,11 @@ def _rows(seen: Seen, tokens: Any, dtype: torch.dtype) -> torch.Tensor:
         return seen.rows(tokens, dtype)
 
 
+def _to_watch(processor: Any) -> Any:
+    """The part of a Hugging Face processor that sees to videos, or None for a model that takes none."""
+    return getattr(processor, "video_processor", processor)
+
+
 def _watch_processors(info: Any) -> None:
     """Lets every video processor that vLLM's `info` hands out be watched; keyword arguments make other ones."""
     get_hf_processor = info.get_hf_processor
@@ -312,8 +317,8 @@ def _watch_processors(info: Any) -> None:
     @wraps(get_hf_processor)
     def watched(*args: Any, **kwargs: Any) -> Any:
         processor = get_hf_processor(*args, **kwargs)
-        if processor.video_processor is not None:  # some models of a family take no video
-            watch_processor(processor.video_processor)
+        if (to_watch := _to_watch(processor)) is not None:
+            watch_processor(to_watch)
         return processor
 
     info.get_hf_processor = watched

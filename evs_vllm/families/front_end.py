@@ -38,7 +38,7 @@ PROVEN_FRAMES = ("InternVLVideoProcessor", "LlavaOnevisionVideoProcessor")
 """Classes, of transformers and of vLLM, whose whole frames it makes: squashed to a square, bicubically with
 antialiasing."""
 
-PROVEN = (*PROVEN_ROWS, *PROVEN_FRAMES)
+PROVEN = (*PROVEN_ROWS, *PROVEN_FRAMES, "Ovis2_5Processor")
 """Tests compare each with what is made here, and `why_not` does where it is installed."""
 
 _BICUBIC = 3  # PIL's number
@@ -170,6 +170,35 @@ class _WatchedPillow(_Watched):
         return made
 
 
+class _WatchedOvis(_Watched):
+    """Goes before the class of vLLM's processor for Ovis2.5, which has no video processor."""
+
+    def preprocess_multidata(self: Any, images: Any = None, video: Any = None, **kwargs: Any) -> Any:
+        watch, make = _watch.get(), super().preprocess_multidata  # type: ignore[misc]
+        if watch is None or video is None:
+            return make(images=images, video=video, **kwargs)
+        why = _unknown(self) if watch.leave_rows else "pixels are wanted"
+        if not why and not _bytes_of_colours(video):
+            why = "the frames are no arrays of uint8 (F, H, W, 3)"
+        why = why or _why_other_images(self.image_processor)
+        if not why and self.temporal_patch_size != 1:
+            why = f"units have {self.temporal_patch_size} frames"
+        # What it says of one frame holds for all.
+        pixels, placeholders, grid = make(video=video if why else video[:1], **kwargs)
+        units, height, width = (int(size) for size in grid[0])
+        if not why:
+            units = len(video)
+            grid = torch.tensor([[units, height, width]])
+            pixels = torch.empty(units * height * width, 0, dtype=pixels.dtype)
+            placeholders = self.construct_visual_placeholders(grid[0].tolist(), True)
+        source = None
+        if _bytes_of_colours(video) and units == len(video):
+            source = Source(torch.from_numpy(np.ascontiguousarray(video)), 1)
+        levels = None if why else _levels(self.image_processor, _attributes(self.image_processor))
+        watch.seen.append(SeenRows(source, why, levels, (units, height, width), self.patch_size, self.hidden_stride))
+        return pixels, placeholders, grid
+
+
 def _rebuild(stock: Any, with_cells: bool, attributes: Mapping[str, Any]) -> Any:
     processor = stock.__new__(_class(stock, with_cells))
     processor.__dict__.update(attributes)
@@ -180,15 +209,17 @@ def _rebuild(stock: Any, with_cells: bool, attributes: Mapping[str, Any]) -> Any
 def _class(stock: Any, with_cells: bool) -> type:
     # Named as it was: processors are saved by the names of their classes.
     own = {"_evs_with_cells": with_cells, "__module__": stock.__module__, "__doc__": stock.__doc__}
-    watched = _WatchedPillow if hasattr(stock, "_videos_to_pixel_values_lst") else _WatchedTransformers
+    by_method = {"_videos_to_pixel_values_lst": _WatchedPillow, "preprocess_multidata": _WatchedOvis}
+    watched = next((mixin for name, mixin in by_method.items() if hasattr(stock, name)), _WatchedTransformers)
     return type(stock.__name__, (watched, stock), own)
 
 
 def watch_processor(video_processor: Any, with_cells: bool = False) -> None:
-    """Makes a video processor of transformers, or vLLM's for InternVL, one that `watching` sees; twice is once.
+    """Makes a video processor of transformers, or one of vLLM's, one that `watching` sees; twice is once.
 
     Args:
-        video_processor: Its class is replaced by a subclass of the same name.
+        video_processor: A video processor, or a processor that has none and sees to videos itself. Its class is
+            replaced by a subclass of the same name.
         with_cells: Whether it also hands on the low-resolution pictures of its clips, as the field `CELLS` of what it
             returns: `cells_of` each, one after the other. It has no such field for videos without a source.
     """
@@ -290,11 +321,30 @@ def _why_not_squares(out: Mapping[str, Any], kwargs: Mapping[str, Any], watch: W
     return ""
 
 
+_OF_LEVELS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+
+
+def _attributes(processor: Any) -> dict[str, Any]:
+    """What a processor of transformers rescales and normalises by, if nobody says otherwise."""
+    values = {name: getattr(processor, name) for name in _OF_LEVELS}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _why_other_images(processor: Any) -> str:
+    """Why an image processor does not resize and normalise as transformers' for SigLIP does, or ""."""
+    if type(processor).__name__ != "SiglipImageProcessor":
+        return f"what {type(processor).__name__} does with pixels is not known"
+    if not processor.do_resize or getattr(processor.resample, "value", processor.resample) not in (_BICUBIC, "bicubic"):
+        return f"resample is {processor.resample!r}"
+    if getattr(processor, "do_center_crop", None) or getattr(processor, "do_pad", None):
+        return "frames are cropped or padded"
+    return ""
+
+
 def _levels(processor: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
     """What the processor's own arithmetic makes of every value of every colour: (3, 256)."""
     values = torch.arange(256, dtype=torch.uint8).expand(1, 1, 3, 1, 256).contiguous()
-    names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-    levels: torch.Tensor = processor.rescale_and_normalize(values, *(kwargs[name] for name in names))
+    levels: torch.Tensor = processor.rescale_and_normalize(values, *(kwargs[name] for name in _OF_LEVELS))
     return levels.view(3, 256)
 
 
@@ -342,14 +392,23 @@ def why_not(video_processor: Any, squares: Squares | None = None) -> str:
         return f"it cannot be tried ({type(error).__name__}: {error})"
 
 
+def _made(processor: Any, video: np.ndarray) -> Mapping[str, torch.Tensor]:
+    """What a processor makes of a video."""
+    if hasattr(processor, "preprocess_multidata"):
+        pixels, placeholders, grid = processor.preprocess_multidata(video=video)
+        return {PIXELS: pixels, "placeholders": torch.tensor(placeholders), GRID: grid}
+    made: Mapping[str, torch.Tensor] = processor(videos=[video], do_sample_frames=False, return_tensors="pt")
+    return made
+
+
 def _differs(video_processor: Any, squares: Squares | None) -> str:
     rng = np.random.default_rng(0)
     for frames, height, width in ((5, 61, 83), (4, 150, 211), (2, 60, 84)):
         video = rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
         video //= 1 + video[:, :, :1] % 4  # of all contrasts
-        stock = video_processor(videos=[video], do_sample_frames=False, return_tensors="pt")
+        stock = _made(video_processor, video)
         with watching(leave_rows=True, squares=squares) as watch:
-            own = video_processor(videos=[video], do_sample_frames=False, return_tensors="pt")
+            own = _made(video_processor, video)
         (seen,) = watch.seen
         if seen.why_stock:
             return seen.why_stock

@@ -26,6 +26,10 @@ class Ovis25(FamilyAdapter):
 
     pixels = PIXELS
 
+    @property
+    def judges_source(self) -> bool:
+        return True
+
     def clip(self, item: Mapping[str, Any]) -> Clip | None:
         return self._rows.clip(_as_qwen2_vl(item)) if PIXELS in item else None
 

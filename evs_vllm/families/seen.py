@@ -14,8 +14,6 @@ import torch
 import evs_kernels
 from evs_vllm.core.clip import Source
 
-_ROWS_AT_ONCE = 1 << 14
-
 
 @dataclass(frozen=True)
 class Seen(ABC):
@@ -80,18 +78,11 @@ class SeenRows(Seen):
             unit_frames=source.unit_frames,
         )
         rows = pixels.view(len(pixels) * self.merge**2, -1)
-        return rows if self.levels is None else _levelled(rows, self.levels.to(dtype))
-
-
-def _levelled(rows: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """uint8 `rows`, colours outermost, with every value replaced by its level."""
-    out = _empty(tuple(rows.shape), levels.dtype)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        some = rows[start : start + _ROWS_AT_ONCE].view(-1, len(levels), rows.shape[1] // len(levels))
-        here = out[start : start + _ROWS_AT_ONCE].view(some.shape)
-        for colour, level in enumerate(levels):
-            here[:, colour] = level[some[:, colour].int()]
-    return out
+        if self.levels is None or not len(rows):
+            return rows if self.levels is None else rows.to(dtype)
+        # Of every colour the frames of a unit follow each other.
+        levels = self.levels.to(dtype).repeat_interleave(source.unit_frames, dim=0)
+        return evs_kernels.place_blocks(rows, levels, 1, 1).view(rows.shape)
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,15 @@ def random_shapes(count: int) -> list[tuple[int, int, int]]:
     return [tuple(map(int, rng.integers((1, 5, 5), (9, 300, 300)))) for _ in range(count)]  # type: ignore[misc]
 
 
+def part_of(processor: Any) -> Any:
+    """What sees to videos in Hugging Face's processor."""
+    whole = processor.info.get_hf_processor()
+    return getattr(whole, "video_processor", whole)
+
+
 def paths_of(processor: Any, shape: tuple[int, ...]) -> tuple[str, ...]:
     """Who may make frames of a shape: Pillow, from version 13 on, resizes tall ones in another order than we do."""
-    pillow = isinstance(processor.info.get_hf_processor().video_processor, front_end._WatchedPillow)
+    pillow = isinstance(part_of(processor), front_end._WatchedPillow)
     return ("rows", "processor") if pillow and shape[1] > shape[2] else ("rows",)
 
 
@@ -134,7 +140,8 @@ def test_threads_change_nothing(model: Path, stock: Any, pixels: str, threads: i
     [
         {"resample": 2}, {"do_resize": False}, {"size": {"height": 56, "width": 56}}, {"device": "cpu"},
         {"do_center_crop": True, "crop_size": {"height": 112, "width": 112}}, {"do_sample_frames": True},
-        {"num_frames": 4}, {"image_size": 56}, {"image_size": 112}, {"return_metadata": True},
+        {"num_frames": 4}, {"image_size": 56}, {"image_size": 112}, {"return_metadata": True}, {"min_pixels": 300_000},
+        {"max_pixels": 250_000},
     ],
     ids=lambda kwargs: next(iter(kwargs)),
 )  # fmt: skip
@@ -147,8 +154,7 @@ def test_arguments_of_the_processor(ours: Any, stock: Any, facts: Facts, pixels:
             with pytest.raises(Exception):  # noqa: B017  (vLLM's own, whatever it is)
                 process(ours, frames, **kwargs)
             continue
-        side = facts.frame_size[0]
-        if pixels_in(expected).shape[-2:] != (side, side):
+        if pixels_in(expected).ndim == 4 and tuple(pixels_in(expected).shape[-2:]) != facts.frame_size:
             continue  # the tower takes no such frames
         assert_same_fields(process(ours, frames, **kwargs), expected, pixels)
 
@@ -157,10 +163,10 @@ def test_arguments_of_the_processor(ours: Any, stock: Any, facts: Facts, pixels:
 def test_what_stays_is_what_the_reference_keeps_of_the_source(ours: Any, facts: Facts) -> None:
     for shape in ((150, 211), (90, 61)):
         frames = synthetic_clip(7, shape, moving=0.2)
-        cells = selection.source_pictures(frames, 1, *facts.grid)
         for name in ("learned", "contrast"):
             plan = plan_in(process(ours, frames, evs_selection=name))
-            assert plan is not None and plan.grid == (7, *facts.grid)
+            assert plan is not None and plan.grid[0] == 7
+            cells = selection.source_pictures(frames, 1, *plan.grid[1:])
             assert plan.kept.tolist() == selection.select(cells, hf.Settings(0.6, selection=name)).tolist()
 
 
@@ -193,7 +199,7 @@ def test_other_kinds_of_frames(ours: Any, stock: Any, pixels: str) -> None:
 
 def test_frames_on_a_gpu_are_left_to_the_processor(ours: Any) -> None:
     """There is no GPU here: tensors without data stand for frames that are not in host memory."""
-    video_processor = ours.info.get_hf_processor().video_processor
+    video_processor = part_of(ours)
     watch = front_end.Watch(leave_rows=True, squares=adapter_for(ours).squares)
     elsewhere = torch.empty(2, 3, 20, 30, dtype=torch.uint8, device="meta")
     assert "GPU" in front_end._why_stock(video_processor, [elsewhere], {}, watch)
@@ -201,24 +207,28 @@ def test_frames_on_a_gpu_are_left_to_the_processor(ours: Any) -> None:
 
 def test_an_unknown_processor_makes_its_own_frames(model: Path, stock: Any, pixels: str) -> None:
     processor = processor_for(model, {"rate": 0.6})
-    video_processor = processor.info.get_hf_processor().video_processor
-    known = type(video_processor)
+    known = type(part_of(processor))
     plain = front_end._stock_of(known)
 
     class Brighter(plain):  # type: ignore[misc,valid-type]
         """As its class, of brighter frames."""
 
-    def brighter(self: Any, videos: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(super(Brighter, self), method)([video | 1 for video in videos], *args, **kwargs)
+    def brighter(self: Any, videos: Any = None, **kwargs: Any) -> Any:
+        kwargs |= {} if kwargs.get("video") is None else {"video": kwargs["video"] | 1}
+        return getattr(super(Brighter, self), method)(*([] if videos is None else [[v | 1 for v in videos]]), **kwargs)
 
-    method = "_videos_to_pixel_values_lst" if hasattr(plain, "_videos_to_pixel_values_lst") else "_preprocess"
+    methods = ("_videos_to_pixel_values_lst", "preprocess_multidata", "_preprocess")
+    method = next(name for name in methods if hasattr(plain, name))
     setattr(Brighter, method, brighter)
     get, frames = processor.info.get_hf_processor, noise(*SHAPES[2])
 
     def custom(*args: Any, **kwargs: Any) -> Any:
-        made = get(*args, **kwargs)
-        made.video_processor = copy.copy(made.video_processor)
-        made.video_processor.__class__ = Brighter
+        made = copy.copy(get(*args, **kwargs))
+        if hasattr(made, "video_processor"):
+            made.video_processor = copy.copy(made.video_processor)
+            made.video_processor.__class__ = Brighter
+        else:
+            made.__class__ = Brighter
         return made
 
     processor.info.get_hf_processor = custom
@@ -233,6 +243,7 @@ def test_an_unknown_processor_makes_its_own_frames(model: Path, stock: Any, pixe
     assert "other pixels" in type(processor)(processor.info, processor.dummy_inputs)._evs_why_stock
 
 
+@families(lambda facts: facts.makes_frames and not facts.one_clip)
 def test_clips_beside_each_other_and_an_image(ours: Any, stock: Any, model: Path, pixels: str) -> None:
     """In whatever order the processor cache sees them."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -265,7 +276,7 @@ def test_clips_beside_each_other_and_an_image(ours: Any, stock: Any, model: Path
 
 def test_a_watched_processor_is_still_itself(ours: Any) -> None:
     """It is copied and sent to other processes as it was."""
-    watched = ours.info.get_hf_processor().video_processor
+    watched = part_of(ours)
     own = type(watched)
     assert issubclass(own, front_end._Watched) and own.__name__ in front_end.PROVEN
     frames = noise(*SHAPES[0])
@@ -273,7 +284,7 @@ def test_a_watched_processor_is_still_itself(ours: Any) -> None:
     front_end.unwatch_processor(plain)
     assert not isinstance(plain, front_end._Watched)
     for other in (copy.deepcopy(watched), pickle.loads(pickle.dumps(watched))):
-        made, expected = (p(videos=[frames], return_tensors="pt") for p in (other, plain))
+        made, expected = (front_end._made(p, frames) for p in (other, plain))
         assert type(other) is own and made.keys() == expected.keys()
         assert all(torch.equal(made[name], expected[name]) for name in made)
 
