@@ -31,8 +31,8 @@ from evs_vllm.engine.plan_field import MODALITY, plan_of
 from evs_vllm.engine.times import unit_starts
 from evs_vllm.errors import EVSError, UnsupportedError
 from evs_vllm.families import family_of
-from evs_vllm.families.front_end import watching
 from evs_vllm.families.seen import Seen
+from evs_vllm.families.watched import watching
 from evs_vllm.options import CONFIG_KEY
 
 

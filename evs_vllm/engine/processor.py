@@ -33,8 +33,9 @@ from evs_vllm.engine.times import metadata_of, seconds_of, unit_starts
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
 from evs_vllm.families import Family
 from evs_vllm.families.base import FamilyAdapter
-from evs_vllm.families.front_end import Watch, watch_processor, watching, why_not
+from evs_vllm.families.front_end import watch_processor, why_not
 from evs_vllm.families.seen import Seen
+from evs_vllm.families.watched import Watch, watching
 from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
 
 logger = init_logger("vllm.evs_vllm")

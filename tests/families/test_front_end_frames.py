@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.families import front_end
+from evs_vllm.families import front_end, watched
+from evs_vllm.families.watched_vllm import WatchedInternVL
 from evs_vllm.testing import real_clip_frames, synthetic_clip
 from tests.families.facts import Facts
 from tests.families.processing import (
@@ -48,7 +49,7 @@ def part_of(processor: Any) -> Any:
 
 def paths_of(processor: Any, shape: tuple[int, ...]) -> tuple[str, ...]:
     """Who may make frames of a shape: Pillow, from version 13 on, resizes tall ones in another order than we do."""
-    pillow = isinstance(part_of(processor), front_end._WatchedPillow)
+    pillow = isinstance(part_of(processor), WatchedInternVL)
     return ("rows", "processor") if pillow and shape[1] > shape[2] else ("rows",)
 
 
@@ -173,7 +174,7 @@ def test_what_stays_is_what_the_reference_keeps_of_the_source(ours: Any, facts: 
 def test_the_same_stays_whoever_makes_the_pixels(ours: Any, stock: Any, pixels: str, monkeypatch: Any) -> None:
     frames = noise(*SHAPES[2])
     plan = plan_in(process(ours, frames))
-    monkeypatch.setattr(front_end, "PROVEN", ())
+    monkeypatch.setattr(watched, "PROVEN", ())
     result, path = path_of(lambda: process(ours, frames))
     other = assert_same_fields(result, process(stock, frames), pixels)
     assert path == "processor" and plan is not None and other.kept.tolist() == plan.kept.tolist()
@@ -200,7 +201,7 @@ def test_other_kinds_of_frames(ours: Any, stock: Any, pixels: str) -> None:
 def test_frames_on_a_gpu_are_left_to_the_processor(ours: Any) -> None:
     """There is no GPU here: tensors without data stand for frames that are not in host memory."""
     video_processor = part_of(ours)
-    watch = front_end.Watch(leave_rows=True, squares=adapter_for(ours).squares)
+    watch = watched.Watch(leave_rows=True, squares=adapter_for(ours).squares)
     elsewhere = torch.empty(2, 3, 20, 30, dtype=torch.uint8, device="meta")
     assert "GPU" in front_end._why_stock(video_processor, [elsewhere], {}, watch)
 
@@ -208,7 +209,7 @@ def test_frames_on_a_gpu_are_left_to_the_processor(ours: Any) -> None:
 def test_an_unknown_processor_makes_its_own_frames(model: Path, stock: Any, pixels: str) -> None:
     processor = processor_for(model, {"rate": 0.6})
     known = type(part_of(processor))
-    plain = front_end._stock_of(known)
+    plain = watched.stock_of(known)
 
     class Brighter(plain):  # type: ignore[misc,valid-type]
         """As its class, of brighter frames."""
@@ -278,11 +279,11 @@ def test_a_watched_processor_is_still_itself(ours: Any) -> None:
     """It is copied and sent to other processes as it was."""
     watched = part_of(ours)
     own = type(watched)
-    assert issubclass(own, front_end._Watched) and own.__name__ in front_end.PROVEN
+    assert issubclass(own, watched.Watched) and own.__name__ in watched.PROVEN
     frames = noise(*SHAPES[0])
     plain = copy.deepcopy(watched)
     front_end.unwatch_processor(plain)
-    assert not isinstance(plain, front_end._Watched)
+    assert not isinstance(plain, watched.Watched)
     for other in (copy.deepcopy(watched), pickle.loads(pickle.dumps(watched))):
         made, expected = (front_end._made(p, frames) for p in (other, plain))
         assert type(other) is own and made.keys() == expected.keys()
