@@ -2,10 +2,10 @@
 """From decoded frames to pixels: what a video processor is given, and its pixels without its work.
 
 A processor that is watched (`watch_processor`) notes the frames of every video before it resizes them; clips are judged
-by those. Of the processors in `evs_vllm.families.watched.PROVEN` it can also leave out the pixels, which are then made of
-the tokens alone that a vision tower computes (`evs_vllm.families.seen`). All else that the processor returns, grids among
-it, still comes from its own code: it runs on tensors without data, or on a single frame. Both happen within `watching`
-only; outside of it a watched processor does what it always did.
+by those. Of the processors in `evs_vllm.families.watched.PROVEN` it can also leave out the pixels, which are then made
+of the tokens alone that a vision tower computes (`evs_vllm.families.seen`). All else that the processor returns, grids
+among it, still comes from its own code: it runs on tensors without data, or on a single frame. Both happen within
+`watching` only; outside of it a watched processor does what it always did.
 """
 
 from collections.abc import Mapping, Sequence
