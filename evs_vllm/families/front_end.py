@@ -97,8 +97,8 @@ def _rebuild(stock: Any, with_cells: bool, attributes: Mapping[str, Any]) -> Any
 @cache
 def _class(stock: Any, with_cells: bool) -> type:
     # Named as it was: processors are saved by the names of their classes.
-    own = {"_evs_with_cells": with_cells, "__module__": stock.__module__, "__doc__": stock.__doc__}
-    own["__reduce_ex__"] = _reduced
+    own = {"__module__": stock.__module__, "__doc__": stock.__doc__}
+    own |= {"_evs_with_cells": with_cells, "__reduce_ex__": _reduced}
     by_method = {"_videos_to_pixel_values_lst": WatchedInternVL, "preprocess_multidata": WatchedOvis}
     watched = next((mixin for name, mixin in by_method.items() if hasattr(stock, name)), _WatchedTransformers)
     return type(stock.__name__, (watched, stock), own)

@@ -38,8 +38,12 @@ class WatchedInternVL(Watched):
             why = "the frames are no arrays of uint8 (F, H, W, 3)"
         if not why and not all(_pillow_agrees(*video.shape[1:3], self.image_size) for video in videos):
             why = "Pillow resizes frames of this shape in another order"
-        levels = None if why else _pillow_levels(stock_of(type(self)), self.image_size)
-        made = make(videos) if why else [torch.empty(len(video), 0, dtype=levels.dtype) for video in videos]
+        levels: torch.Tensor | None = None
+        if why:
+            made = make(videos)
+        else:
+            levels = _pillow_levels(stock_of(type(self)), self.image_size)
+            made = [levels.new_empty(len(video), 0) for video in videos]
         for video in videos:
             source = None
             if fits and bytes_of_colours(video):

@@ -136,6 +136,31 @@ ROWS: tuple[Touchpoint, ...] = (
         gone_when=PROCESSORS,
     ),
     Touchpoint(
+        what="frames are seen before they are resized, and left out (families.front_end)",
+        where="vllm.transformers_utils.processors.ovis2_5:Ovis2_5Processor",
+        attributes=(
+            "preprocess_multidata",
+            "construct_visual_placeholders",
+            "patch_size",
+            "hidden_stride",
+            "temporal_patch_size",
+        ),
+        source=(
+            "video=video,",
+            "torch.tensor([[grid_t, grid_h, grid_w]])",
+            "patches.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)",
+        ),
+        why="A subclass of it sees the frames of Ovis2.5, has it lay out one of them, and gives rows without pixels.",
+        gone_when=PROCESSORS,
+    ),
+    Touchpoint(
+        what="frames are left out (families.front_end)",
+        where="vllm.model_executor.models.llava_onevision:LlavaOnevisionMultiModalProcessor",
+        source=('item_outputs["pixel_values_videos"][0]', 'pixel_values_videos=MultiModalFieldConfig.batched("video")'),
+        why="Frames without pixels are counted by transformers, and belong to one clip each.",
+        gone_when=PROCESSORS,
+    ),
+    Touchpoint(
         what="frames are left out (families.front_end)",
         where="transformers.models.internvl.processing_internvl:InternVLProcessor",
         source=("batch_size, num_frames, *_ = video_pixel_values.shape", "video_pixel_values.flatten(0, 1)"),
