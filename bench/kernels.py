@@ -176,6 +176,8 @@ def frame_rows(
     pooled = ek.pool_frames(frames, *grid, FRAMES, backend="ref")
     every = ek.resize_patches(frames, height, width, None, *sides, backend="ref")
     some, copy = every[kept.to(frames.device)], torch.empty_like(frames)
+    levels = torch.rand((MERGE**2 * CHANNELS * FRAMES, 256), generator=generator).bfloat16().to(frames.device)
+    placed = ek.place_blocks(every, levels, down, across, backend="ref")
     rows: list[harness.Row] = []
 
     def add(name: str, run: Callable[[], torch.Tensor], want: torch.Tensor | None = None, **options: Any) -> None:
@@ -212,6 +214,13 @@ def frame_rows(
                 want,
                 group="frames",
             )
+        add(
+            f"{ours}: place_blocks",
+            lambda kw=kw: ek.place_blocks(every, levels, down, across, **kw),
+            placed,
+            group="frames",
+            note="of all tokens; their patches and frames as channels",
+        )
     return rows
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from evs_vllm.errors import ConfigError
 from evs_vllm.options import OPTIONS, SELECTION_NAMES, Option, exact
 
-IDENTITY_VERSION = "evs6"
+IDENTITY_VERSION = "evs7"
 """Bump it when what a plan holds or how tokens are counted changes: no cache may serve what an older version made."""
 
 _KEPT_BY = ("rate", "threshold", "selection", "min_tokens_per_unit", "max_tokens")

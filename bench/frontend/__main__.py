@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From decoded frames to what vLLM sends its engine, part by part: stock vLLM and EVS in turns, on one thread.
 
-No engine is started. Every row is checked first: all fields are stock vLLM's, pixel rows those of the tokens that are
+No engine is started. Every row is checked first: all fields are stock vLLM's, pixels those of the tokens that are
 computed. Example: ``python -m bench.frontend --out bench/results/frontend/frontend.json``
 """
 
@@ -37,6 +37,10 @@ which a tenth moves."""
 MOST_TOKENS = 768
 """Tokens of a frame at most: what the class of transformers says, whatever a model's files do."""
 
+FRAMES_OF = {"internvl": 448, "internvl_chat": 448}
+"""Families with whole frames, and pixels along a side of one, as in released models. Their pixels are normalised on the
+host, to the type of the model."""
+
 ROWS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "all, full": {"max_tokens": 10**9, "encoder": "full"},
@@ -65,7 +69,8 @@ class Cell:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="one small clip, two repeats: seconds; says nothing")
-    parser.add_argument("--family", default="qwen2_5_vl", choices=["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
+    parser.add_argument("--family", default="qwen2_5_vl", choices=["qwen2_5_vl", "qwen2_vl", "qwen3_vl", *FRAMES_OF])
+    parser.add_argument("--clips", type=int, nargs="+", metavar="N", help="which of the five clips; default: all")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, help="default: bench/results/frontend/<date>-<commit>-frontend.json")
     args = parser.parse_args()
@@ -78,7 +83,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         processors = make_processors(Path(folder), args.family)
         measured = []
-        for spec in (clips.ClipSpec(0, 6, 100, 150),) if args.smoke else CLIPS:
+        chosen = CLIPS if args.clips is None else [CLIPS[number] for number in args.clips]
+        for spec in (clips.ClipSpec(0, 6, 100, 150),) if args.smoke else chosen:
             print(described(spec), flush=True)
             measured.append(measure(processors, spec, repeats))
     content = {
@@ -105,11 +111,20 @@ def make_processors(folder: Path, family: str) -> dict[str, Any]:
     from evs_vllm.testing import make_model
 
     register()
-    model = make_model(folder, family, max_tokens_per_frame=MOST_TOKENS, max_position_embeddings=131072)
+    if family in FRAMES_OF:
+        from tests.families import registry
+
+        sizes = {"frame_side": FRAMES_OF[family], "max_position_embeddings": 131072}
+        model, dtype = registry.make_model(folder, family, **sizes), "bfloat16"
+    else:
+        sizes = {"max_tokens_per_frame": MOST_TOKENS, "max_position_embeddings": 131072}
+        model, dtype = make_model(folder, family, **sizes), "float32"
     made = {}
     for row, evs in ROWS.items():
         extra = {} if evs is None else {"evs": evs}
-        args = EngineArgs(model=str(model), dtype="float32", max_model_len=131072, additional_config=extra)
+        args = EngineArgs(
+            model=str(model), dtype=dtype, max_model_len=131072, additional_config=extra, trust_remote_code=True
+        )
         made[row] = MULTIMODAL_REGISTRY.create_processor(args.create_model_config())
     return made
 
@@ -134,14 +149,28 @@ def fields_of(processor: Any, frames: np.ndarray) -> dict[str, Any]:
     return {name: elem.data for name, elem in made["mm_kwargs"].require_data()["video"][0].items()}
 
 
-def check(stock: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Raises ValueError where a field is not stock vLLM's."""
+def pixels_of(fields: dict[str, Any]) -> str:
+    """The name of the field of pixels."""
+    (name,) = (name for name in fields if name.startswith("pixel_values"))
+    return name
+
+
+def plan_of(fields: dict[str, Any]) -> Any:
     from evs_vllm.core.plan import RetentionPlan
 
-    plan = RetentionPlan.from_array(fields["evs_plan"].numpy())
+    return RetentionPlan.from_array(fields["evs_plan"].numpy())
+
+
+def check(stock: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Raises ValueError where a field is not stock vLLM's."""
+    from evs_vllm.families.plain_vit import packed_blocks
+
+    plan = plan_of(fields)
     for name, value in stock.items():
         expected = value
-        if name == "pixel_values_videos":
+        if name == pixels_of(stock) and plan.encoder == "reuse" and value.ndim == 4:
+            expected = packed_blocks(value, plan)
+        elif name == pixels_of(stock) and plan.encoder == "reuse":
             rows = value.view(plan.num_tokens, -1, value.shape[-1])
             expected = rows[torch.from_numpy(plan.computed)].flatten(0, 1)
         same = torch.equal(expected, fields[name]) if isinstance(value, torch.Tensor) else expected == fields[name]
@@ -158,13 +187,12 @@ def measure(processors: dict[str, Any], spec: clips.ClipSpec, repeats: int) -> C
     """All rows in turns, one clip."""
     clip = np.ascontiguousarray(np.stack(list(clips.frames_of(spec)))[..., ::-1])
     stock = fields_of(processors["stock"], clip)
-    pixels = stock["pixel_values_videos"]
-    sizes = {"source": clip.nbytes, "stock": pixels.numel() * pixels.element_size()}
+    sizes, tokens = {"source": clip.nbytes, "stock": stock[pixels_of(stock)].nbytes}, 0
     for row, processor in processors.items():
         if row != "stock":
             fields = fields_of(processor, clip)
             check(stock, fields)
-            sizes[row] = fields["pixel_values_videos"].numel() * fields["pixel_values_videos"].element_size()
+            sizes[row], tokens = fields[pixels_of(fields)].nbytes, plan_of(fields).num_tokens
     samples: dict[str, dict[str, list[Spent]]] = {row: {} for row in [*processors, "copy of the source"]}
     for number in range(repeats + 1):
         for row, processor in processors.items():
@@ -178,7 +206,6 @@ def measure(processors: dict[str, Any], spec: clips.ClipSpec, repeats: int) -> C
         row: peak_bytes(lambda processor=processor: fields_of(processor, clip))  # type: ignore[misc]
         for row, processor in processors.items()
     }
-    tokens = int(stock["video_grid_thw"].prod()) // 4
     return Cell(described(spec), tokens, samples, sizes, peaks)
 
 

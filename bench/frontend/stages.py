@@ -17,7 +17,7 @@ STAGES = {
     "cells": "cells of the frames",
     "describe": "descriptors",
     "choose": "plan",
-    "rows": "resize and lay out",
+    "rows": "resize, lay out, normalise",
     "rest": "rest of vLLM's processor",
     "serialise": "serialise and copy",
 }
@@ -80,7 +80,7 @@ def timed_request(processor: Any, request: Any) -> dict[str, Spent]:
     import evs_kernels
     from evs_vllm.core.learned import Learned
     from evs_vllm.engine import processor as ours
-    from evs_vllm.families.front_end import Seen
+    from evs_vllm.families.seen import SeenFrames, SeenRows
 
     clock = Clock()
     parts: tuple[tuple[Any, str, str], ...] = (
@@ -89,7 +89,8 @@ def timed_request(processor: Any, request: Any) -> dict[str, Spent]:
         (evs_kernels, "pool_frames", "cells"),
         (Learned, "make", "describe"),
         (ours, "make_plan", "choose"),
-        (Seen, "rows", "rows"),
+        (SeenRows, "rows", "rows"),
+        (SeenFrames, "rows", "rows"),
     )
     with ExitStack() as patched:
         for owner, name, stage in parts:

@@ -31,7 +31,8 @@ from evs_vllm.engine.plan_field import MODALITY, plan_of
 from evs_vllm.engine.times import unit_starts
 from evs_vllm.errors import EVSError, UnsupportedError
 from evs_vllm.families import family_of
-from evs_vllm.families.front_end import Seen, watching
+from evs_vllm.families.seen import Seen
+from evs_vllm.families.watched import watching
 from evs_vllm.options import CONFIG_KEY
 
 
@@ -68,15 +69,16 @@ def inspect_clip(
         started = time.perf_counter()
         media = _load(video, model_config)
         decode = time.perf_counter() - started
-    with _reported(f"process {video}"), set_default_torch_num_threads(), watching() as watch:
+    family = family_of(model_config.architecture)
+    assert family is not None  # checked when the model config was made
+    adapter = family.bind(processor.info.get_hf_config(), processor=processor.info.get_hf_processor())
+    squares = adapter.squares
+    with _reported(f"process {video}"), set_default_torch_num_threads(), watching(squares=squares) as watch:
         inputs = _inputs(processor, media)
         # The second run is what a server does: the first one imports and compiles.
         processor.apply(inputs, TimingContext())
         timing = TimingContext()
         item = processor.apply(inputs, timing)["mm_kwargs"].require_data()[MODALITY][0]
-    family = family_of(model_config.architecture)
-    assert family is not None  # checked when the model config was made
-    adapter = family.bind(processor.info.get_hf_config(), processor=processor.info.get_hf_processor())
     fields = {key: elem.data for key, elem in item.items()}
     clip = adapter.clip(fields)
     if clip is None:
@@ -84,7 +86,7 @@ def inspect_clip(
     clip = replace(
         clip,
         starts=unit_starts(getattr(media, "media", media)[1] or {}, clip),
-        source=watch.seen[-1].source if watch.seen else None,
+        source=watch.seen[-1].source if watch.seen and adapter.judges_source else None,
     )
     weights = unit_weights(clip, config)
     frames = adapter.frames(fields)
@@ -107,7 +109,7 @@ def inspect_clip(
         prompt_tokens=(plan.num_tokens if layout is None else len(layout.token_ids), after),
         seconds={"decode": decode, "HF processor": timing.stage_secs["apply_hf_processor"]}
         | _planning_seconds(clip, plan, config, selection, adapter)
-        | {"pixels": _pixel_seconds(watch.seen, clip, config, adapter)},
+        | {"pixels": _pixel_seconds(watch.seen, clip, config, adapter, fields[adapter.pixels].dtype)},
         weights=None if weights is None else weights.tolist(),
     )
 
@@ -252,12 +254,12 @@ def _median(call: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def _pixel_seconds(seen: Sequence[Seen], clip: Clip, config: EVSConfig, adapter: Any) -> float:
+def _pixel_seconds(seen: Sequence[Seen], clip: Clip, config: EVSConfig, adapter: Any, dtype: torch.dtype) -> float:
     """What it takes to make the pixels of the tokens that a server's vision tower would compute."""
     if not seen or seen[-1].why_stock:
         return 0.0
     tokens = make_plan(clip, config.resolve_encoder(adapter.why_not_reuse())).computed
-    return _median(lambda: seen[-1].rows(tokens, torch.uint8))
+    return _median(lambda: seen[-1].rows(tokens, dtype))
 
 
 def platform_name() -> str:

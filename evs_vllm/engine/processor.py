@@ -33,8 +33,9 @@ from evs_vllm.engine.times import metadata_of, seconds_of, unit_starts
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
 from evs_vllm.families import Family
 from evs_vllm.families.base import FamilyAdapter
-from evs_vllm.families.front_end import Seen, Watch, watch_processor, watching, why_not
-from evs_vllm.families.qwen2_vl import PIXELS
+from evs_vllm.families.front_end import watch_processor, why_not
+from evs_vllm.families.seen import Seen
+from evs_vllm.families.watched import Watch, watching
 from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
 
 logger = init_logger("vllm.evs_vllm")
@@ -110,12 +111,14 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         super().__init__(info, *args, **kwargs)
         self._evs_store = StreamStore(int(self._evs_config.stream_cache_gb * 2**30))
         self._evs_why_stock = "this family's does more than to resize frames and cut them into patches"
-        if self._evs.judges_source:
+        if self._evs_watches:
             _watch_processors(info)
-            self._evs_why_stock = why_not(info.get_hf_processor().video_processor)
+            video_processor = _to_watch(info.get_hf_processor())
+            if video_processor is not None:
+                self._evs_why_stock = why_not(video_processor, self._evs.squares)
         why = self._evs_why_stock
         logger.info_once(
-            "EVS: pixel rows of clips for %s are made %s.",
+            "EVS: pixels of clips for %s are made %s.",
             self._evs_family.name,
             f"by Hugging Face's processor: {why}" if why else "of the tokens that the vision tower computes",
         )
@@ -123,6 +126,10 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
     @cached_property
     def _evs(self) -> FamilyAdapter:
         return self._evs_family.bind(self.info.get_hf_config(), processor=self.info.get_hf_processor())
+
+    @property
+    def _evs_watches(self) -> bool:
+        return self._evs.judges_source or self._evs.squares is not None
 
     @property
     def _evs_config(self) -> EVSConfig:
@@ -150,8 +157,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             within.enter_context(_set(_settings, settings))
             streams = settings.active and settings.stream
             within.enter_context(_set(_stream, Stream(self._evs_store) if streams else None))
-            if settings.active and self._evs.judges_source:
-                watch = within.enter_context(watching(leave_rows=not self._evs_why_stock))
+            if settings.active and self._evs_watches:
+                watch = within.enter_context(watching(not self._evs_why_stock, self._evs.squares))
                 within.enter_context(_set(_watched, watch))
             if settings.active and (threads := self._evs_config.processor_threads) is not None:
                 within.enter_context(set_default_torch_num_threads(threads))
@@ -216,9 +223,11 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         fields = {key: elem.data for key, elem in item.items()}
         selection = named_selection(settings.selection)
         to_make = seen if seen is not None and not seen.why_stock else None
+        judges_pixels = selection.reads_pixels or not self._evs.judges_source
         if to_make is not None:
-            dtype = fields[PIXELS].dtype
-            fields[PIXELS] = _rows(to_make, None, dtype) if selection.reads_pixels else to_make.blank(dtype)
+            of_pixels = self._evs.pixels
+            dtype = fields[of_pixels].dtype
+            fields[of_pixels] = _rows(to_make, None, dtype) if judges_pixels else to_make.blank(dtype)
         started = time.perf_counter()
         clip = self._evs.clip(fields)
         if clip is None:
@@ -232,7 +241,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             if stream is not None:
                 stream.leave(stream.number_of(place), None)
             return updates
-        if seen is not None:
+        if seen is not None and self._evs.judges_source:
             clip = replace(clip, source=seen.source)
         if settings.focus:
             clip = replace(clip, starts=unit_starts(metadata, clip))
@@ -258,12 +267,12 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         metrics().frontend_clips.labels(PATHS[to_make is None]).inc()
         # Pixels that nobody computes need not be made, cached, serialised or copied to the device.
         reuse = plan.encoder == "reuse"
-        if to_make is not None and not selection.reads_pixels:
-            pixels = {PIXELS: _rows(to_make, plan.computed if reuse else None, dtype)}
+        if to_make is not None and not judges_pixels:
+            pixels = {of_pixels: _rows(to_make, plan.computed if reuse else None, dtype)}
         elif reuse:
             pixels = self._evs.computed_pixels(fields, plan)
         else:
-            pixels = {} if to_make is None else {PIXELS: fields[PIXELS]}
+            pixels = {} if to_make is None else {of_pixels: fields[of_pixels]}
         for key, data in pixels.items():
             item[key] = replace(item[key], data=data)
         return pruned
@@ -297,6 +306,11 @@ def _rows(seen: Seen, tokens: Any, dtype: torch.dtype) -> torch.Tensor:
         return seen.rows(tokens, dtype)
 
 
+def _to_watch(processor: Any) -> Any:
+    """The part of a Hugging Face processor that sees to videos, or None for a model that takes none."""
+    return getattr(processor, "video_processor", processor)
+
+
 def _watch_processors(info: Any) -> None:
     """Lets every video processor that vLLM's `info` hands out be watched; keyword arguments make other ones."""
     get_hf_processor = info.get_hf_processor
@@ -304,7 +318,8 @@ def _watch_processors(info: Any) -> None:
     @wraps(get_hf_processor)
     def watched(*args: Any, **kwargs: Any) -> Any:
         processor = get_hf_processor(*args, **kwargs)
-        watch_processor(processor.video_processor)
+        if (to_watch := _to_watch(processor)) is not None:
+            watch_processor(to_watch)
         return processor
 
     info.get_hf_processor = watched

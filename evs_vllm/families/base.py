@@ -16,6 +16,7 @@ import torch
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import BoolArray, Layout, RetentionPlan
 from evs_vllm.families.rotary import rotary_length
+from evs_vllm.families.seen import Squares
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,28 @@ class FamilyAdapter(ABC):
 
     Attributes:
         config: The part of the model's config that vLLM's processor of the model works with.
-        judges_source: Whether the low-resolution picture of a clip is made of its frames before they were resized, as
-            they are where `evs_vllm.families.front_end` can watch the family's video processor. Otherwise it is made
-            of the pixels that the model sees.
+        pixels: The name of the field of a clip's pixels.
     """
 
-    judges_source = False
+    pixels = "pixel_values_videos"
 
     def __init__(self, hf_config: Any, processor: Any = None, stats: PixelStats | None = None) -> None:
         self.config = self.media_config(hf_config)
         self._processor = processor
         self._stats = stats
+
+    @property
+    def judges_source(self) -> bool:
+        """Whether the low-resolution picture of a clip is made of its frames before they were resized, as they are
+        where `evs_vllm.families.front_end` can watch the family's video processor. Otherwise it is made of the pixels
+        that the model sees."""
+        return False
+
+    @property
+    def squares(self) -> Squares | None:
+        """The frames that the model sees, if its processor squashes them to squares; None otherwise. Their blocks are
+        tokens if the family has a `reuse_tower`."""
+        return None
 
     @staticmethod
     def media_config(hf_config: Any) -> Any:

@@ -18,9 +18,7 @@ from evs_vllm.families.base import FamilyAdapter, to_uint8
 
 
 class FrameBlocks(FamilyAdapter):
-    """What these families have in common. `pixels` is the name of the pixel field."""
-
-    pixels = "pixel_values_videos"
+    """What these families have in common."""
 
     @abstractmethod
     def block_starts(self) -> tuple[list[int], int]:

@@ -11,10 +11,20 @@ from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.families.base import PixelStats, ReuseTower
 from evs_vllm.families.frame_blocks import FrameBlocks
 from evs_vllm.families.plain_vit import PlainTower, packed_blocks, packed_frames, with_class
+from evs_vllm.families.seen import Squares
 
 
 class InternVLNative(FrameBlocks):
     """InternVL in Hugging Face's own format: pixel shuffle makes one token of each r x r patches (r = 2)."""
+
+    @property
+    def judges_source(self) -> bool:
+        return True
+
+    @property
+    def squares(self) -> Squares:
+        starts, block = self.block_starts()
+        return Squares(len(starts), block)
 
     def block_starts(self) -> tuple[list[int], int]:
         vision = self.config.vision_config
@@ -57,6 +67,15 @@ class InternVLChat(InternVLNative):
 
     pixels = "pixel_values_flat_video"
 
+    @property
+    def judges_source(self) -> bool:
+        return not self._swaps
+
+    @property
+    def _swaps(self) -> bool:
+        """Whether the tokens of a frame lie as if the picture's rows and columns were swapped."""
+        return bool(self.config.ps_version == "v1")
+
     def pixel_stats(self, processor: Any) -> PixelStats:
         # Constants in the checkpoints' code and in vLLM's processor for them.
         return PixelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -64,10 +83,10 @@ class InternVLChat(InternVLNative):
     def _uint8_frames(self, item: Mapping[str, Any]) -> torch.Tensor:
         frames = super()._uint8_frames(item)
         # The first version of pixel shuffle leaves its rows and columns swapped: as if the picture were.
-        return frames.transpose(-1, -2) if self.config.ps_version == "v1" else frames
+        return frames.transpose(-1, -2) if self._swaps else frames
 
     def why_not_reuse(self) -> str:
-        if self.config.ps_version == "v1":
+        if self._swaps:
             return "the first version of pixel shuffle swaps rows and columns."
         return super().why_not_reuse()
 

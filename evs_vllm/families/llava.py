@@ -11,6 +11,9 @@ from evs_vllm.core.plan import BoolArray, Layout, RetentionPlan
 from evs_vllm.families.base import ReuseTower
 from evs_vllm.families.frame_blocks import FrameBlocks
 from evs_vllm.families.plain_vit import PlainTower, packed_blocks, with_class
+from evs_vllm.families.seen import Squares
+
+_LARGEST_BLOCK = 32
 
 
 class LlavaNextVideo(FrameBlocks):
@@ -68,6 +71,13 @@ class LlavaOnevision(FrameBlocks):
         side = -(-patches // 2)
         first = [int((i + 0.5) * patches / side - 0.5) for i in range(side)]
         return [min(patch, patches - 2) * vision.patch_size for patch in first], 2 * vision.patch_size
+
+    @property
+    def squares(self) -> Squares:
+        # Tokens share patches; all of them are computed, so any blocks will do.
+        size = self.config.vision_config.image_size
+        side = max(side for side in range(1, _LARGEST_BLOCK + 1) if size % side == 0)
+        return Squares(size // side, side)
 
     def layout(self, token_ids: Sequence[int], is_embed: BoolArray | None, clip: Clip) -> Layout:
         layout = super().layout(token_ids, is_embed, clip)

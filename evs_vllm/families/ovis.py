@@ -24,6 +24,12 @@ PIXELS = "video_pixel_values"
 class Ovis25(FamilyAdapter):
     """Adapter of Ovis2.5."""
 
+    pixels = PIXELS
+
+    @property
+    def judges_source(self) -> bool:
+        return True
+
     def clip(self, item: Mapping[str, Any]) -> Clip | None:
         return self._rows.clip(_as_qwen2_vl(item)) if PIXELS in item else None
 

@@ -25,7 +25,9 @@ GRID = "video_grid_thw"
 class Qwen2VL(FamilyAdapter):
     """Adapter of the Qwen2-VL row order."""
 
-    judges_source = True
+    @property
+    def judges_source(self) -> bool:
+        return True
 
     def clip(self, item: Mapping[str, Any]) -> Clip | None:
         if PIXELS not in item:

@@ -50,5 +50,6 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 32768,
     "rope_theta": 10000.0,
     "max_tokens_per_frame": 24,
+    "frame_side": None,  # of families with square frames: pixels along a side other than their own
     "rope": None,  # of families with whole frames: rope_parameters other than their own
 }

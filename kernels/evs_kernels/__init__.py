@@ -5,6 +5,7 @@ from ._dispatch import BACKENDS, OPS, supported
 from ._types import Selection
 from ._warmup import warmup
 from .cosine_score import cosine_score
+from .place_blocks import place_blocks
 from .pool_frames import pool_frames
 from .pool_tokens import pool_tokens
 from .prune_topk import prune_topk
@@ -20,6 +21,7 @@ __all__ = [
     "OPS",
     "Selection",
     "cosine_score",
+    "place_blocks",
     "pool_frames",
     "pool_tokens",
     "prune_topk",

@@ -25,6 +25,7 @@ OPS = (
     "pool_tokens",
     "pool_frames",
     "resize_patches",
+    "place_blocks",
 )
 
 _MODULES = {"ref": "_ref", "cpu": "_cpu", "triton": "_triton_kernels"}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks at the public edge. Every message says what is wrong, what came, what is allowed and what to do."""
 
+import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -174,6 +175,12 @@ def cells(name: str, value: int, pixels: int) -> int:
     return number
 
 
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Checks that a name is one of a few."""
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(allowed)}.")
+
+
 def multiple(name: str, value: int, of: int) -> int:
     """Returns ``value`` as a positive multiple of ``of``."""
     number = count(name, value, smallest=1)
@@ -203,3 +210,29 @@ def token_indices(name: str, value: torch.Tensor, total: int) -> None:
         )
     if (np.diff(indices) < 1).any():
         raise ValueError(f"{name}: got indices that do not ascend; allowed: strictly ascending. Sort them.")
+
+
+def levels(value: torch.Tensor, blocks: torch.Tensor) -> None:
+    """Checks that a table has a level for every byte, where the blocks are."""
+    if value.shape[1] != 256:
+        raise ValueError(f"levels: got shape {tuple(value.shape)}; allowed: (C, 256), one for every byte.")
+    if value.device != blocks.device:
+        raise ValueError(f"levels: got device {value.device}; allowed: {blocks.device}, where the blocks are. Move it.")
+
+
+def square(name: str, depth: int, channels: int) -> int:
+    """The side of square blocks of so many values."""
+    side = math.isqrt(depth // channels)
+    if channels * side * side != depth:
+        raise ValueError(f"{name}: got D={depth}; allowed: C * S * S for {channels} channels. Check the levels.")
+    return side
+
+
+def result(name: str, value: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:
+    """Checks memory for a result: its shape, and the dtype and device of another tensor."""
+    tensor(name, value, "NCHW", (like.dtype,))
+    if tuple(value.shape) != shape or value.device != like.device:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)} on {value.device}; allowed: {shape} on {like.device}. Leave it "
+            "out."
+        )

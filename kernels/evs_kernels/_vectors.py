@@ -185,6 +185,17 @@ def dot(typing: Any, sums: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
+def joined(typing: Any, high: Any, low: Any, bits: Any) -> Any:
+    """``(high << bits) + low`` of sums."""
+
+    def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        high, low, bits = args
+        return builder.add(builder.shl(high, _splat(builder, builder.trunc(bits, _I32), _LANES)), low)
+
+    return I32X16(I32X16, I32X16, types.int64), make
+
+
+@intrinsic
 def to_bytes(typing: Any, sums: Any, bits: Any) -> Any:
     """Sums shifted right by ``bits``, held to 0 ... 255."""
 

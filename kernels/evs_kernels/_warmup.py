@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from .cosine_score import cosine_score
+from .place_blocks import place_blocks
 from .pool_frames import pool_frames
 from .pool_tokens import pool_tokens
 from .prune_topk import prune_topk
@@ -79,3 +80,6 @@ def _warm_frames(device: str | torch.device) -> None:
             size = merge * side
             pool_frames(frames, 8, 12, unit_frames)
             resize_patches(frames, 2 * size, 3 * size, None, merge, side, unit_frames)
+    for dtype in (torch.bfloat16, torch.float32):
+        blocks = torch.ones((5, 3 * 28 * 28), dtype=torch.uint8, device=device)
+        place_blocks(blocks, torch.ones((3, 256), dtype=dtype, device=device), 2, 2)

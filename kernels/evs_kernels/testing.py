@@ -9,6 +9,7 @@ import torch
 
 from . import (
     cosine_score,
+    place_blocks,
     pool_frames,
     pool_tokens,
     prune_topk,
@@ -181,9 +182,19 @@ def _resize(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Ite
             some = (torch.rand(total, generator=generator) < 0.4).nonzero().flatten()
             tokens = None if total < 9 else some
             sides = {"merge": merge, "side": side, "unit_frames": unit_frames}
-            yield Call((frames, rows, columns), {"tokens": tokens, **sides})
+            for arithmetic in ("torch", "pillow"):
+                yield Call((frames, rows, columns), {"tokens": tokens, "arithmetic": arithmetic, **sides})
     # Pixels of their own size, one by one.
     yield Call((frames, height, min(width, 9)), {"tokens": torch.tensor([0]), "merge": 1, "side": 1})
+
+
+def _place(generator: torch.Generator, dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    count, channels, side = shape
+    blocks = random_tensor(generator, dtype, (count, channels * side**2))
+    for levels in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
+        table = random_tensor(generator, levels, (channels, 256))
+        for rows, columns in ((1, 1), (2, 3), (4, 1), (1, 5)):
+            yield Call((blocks, table, rows, columns), {})
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -206,6 +217,8 @@ _LAYOUTS = {
 _PIXELS = ((1, 1, 1), (3, 1, 300), (1, 2, 1152), (2, 1, 1734))
 _FRAMES = ((1, 1, 1, 1), (3, 5, 7, 3), (2, 17, 12, 3), (3, 9, 31, 4))
 _LARGE_FRAMES = ((5, 180, 313, 3), (2, 61, 120, 5), (3, 56, 84, 3), (2, 300, 1, 3), (2, 1, 300, 3))
+_BLOCKS = ((1, 1, 1), (5, 3, 2), (12, 3, 7), (7, 2, 17))
+"""Blocks, channels, and pixels along a side of a block."""
 _SCORES = ((1, 1), (1, 9), (4, 1), (2, 3), (3, 13))
 
 SPECS = (
@@ -219,5 +232,6 @@ SPECS = (
     OpSpec("pool_tokens", pool_tokens, _pool, (torch.uint8,), _PIXELS, ((5, 67, 4704), (3, 41, 6144), (4, 33, 2352))),
     OpSpec("pool_frames", pool_frames, _pool_frames, (torch.uint8,), _FRAMES, _LARGE_FRAMES),
     OpSpec("resize_patches", resize_patches, _resize, (torch.uint8,), _FRAMES, _LARGE_FRAMES),
+    OpSpec("place_blocks", place_blocks, _place, (torch.uint8,), _BLOCKS, ((37, 3, 28), (50, 3, 14))),
 )
 """One row per op of evs_kernels.OPS."""

@@ -40,6 +40,8 @@ class Facts:
 
     Otherwise rows of patches as Qwen2-VL's, two frames a unit, and M-RoPE.
     """
+    makes_frames: bool = False
+    """Whether this package makes its whole frames, squashed to squares, without its processor."""
     tokens_under: Callable[[int], Sequence[int]] | None = None
     """Along one side of a frame, the tokens whose pixels hold a given one, where tokens do not lie side by side."""
     ids_per_second: int | None = None

@@ -39,15 +39,16 @@ def make(directory: Path, row: TinyFamily, sizes: dict[str, Any], seed: int) -> 
     model = internvl.make(directory / NATIVE, row, sizes, seed)
     _chat_tokenizer().save_pretrained(directory)
     vision, language = model.config.vision_config, model.config.text_config.to_dict()
+    side = sizes["frame_side"] or SIDE
     (directory / "configuration_internvl_chat.py").write_text(CHAT_CONFIG)
     config = {
         "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "dtype": "float32",
         "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
-        "downsample_ratio": 0.5, "dynamic_image_size": True, "force_image_size": SIDE, "max_dynamic_patch": 2,
+        "downsample_ratio": 0.5, "dynamic_image_size": True, "force_image_size": side, "max_dynamic_patch": 2,
         "min_dynamic_patch": 1, "ps_version": "v2", "select_layer": -1, "use_thumbnail": True,
         "tie_word_embeddings": False, "llm_config": language | {"architectures": ["Qwen2ForCausalLM"]},
         "vision_config": {
-            "model_type": "intern_vit_6b", "hidden_size": vision.hidden_size, "image_size": SIDE, "patch_size": PATCH,
+            "model_type": "intern_vit_6b", "hidden_size": vision.hidden_size, "image_size": side, "patch_size": PATCH,
             "num_hidden_layers": vision.num_hidden_layers, "num_attention_heads": vision.num_attention_heads,
             "intermediate_size": vision.intermediate_size, "hidden_act": "gelu", "norm_type": "layer_norm",
             "layer_norm_eps": vision.layer_norm_eps, "qkv_bias": True, "qk_normalization": False,
@@ -110,6 +111,7 @@ FAMILIES = {
             frame_size=(112, 112),
             grid=(4, 4),
             whole_frames=True,
+            makes_frames=True,
             rotary=frozenset({"DynamicNTKScalingRotaryEmbedding"}),
             remote_code=True,
         ),

@@ -113,6 +113,7 @@ FAMILIES = {
             grid=(4, 4),
             tokens_under=tokens_under_onevision,
             whole_frames=True,
+            makes_frames=True,
             extra_rows=1,
             rotary=frozenset({"YaRNScalingRotaryEmbedding"}),
         ),

@@ -149,6 +149,7 @@ FAMILIES = {
             frame_size=(SIDE, SIDE),
             grid=(4, 4),
             whole_frames=True,
+            makes_frames=True,
             extra_rows=2,
             rotary=frozenset({"Phi3LongRoPEScaledRotaryEmbedding"}),
             limits={"image": 4, "video": 1},

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from evs_vllm.engine.metrics import PATHS, metrics
-from evs_vllm.families import front_end
+from evs_vllm.families import front_end, watched
 from evs_vllm.testing import synthetic_clip
 from tests.families.facts import Facts
 from tests.families.processing import (
@@ -183,7 +183,7 @@ def test_an_unknown_processor_makes_its_own_rows(model: Path, stock: Any) -> Non
     video_processor = processor.info.get_hf_processor().video_processor
     known = type(video_processor)
 
-    class Brighter(front_end._stock_of(known)):  # type: ignore[misc]
+    class Brighter(watched.stock_of(known)):  # type: ignore[misc]
         def resize(self, videos: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             return super().resize(videos // 2, *args, **kwargs)
 
@@ -254,7 +254,7 @@ def test_a_watched_processor_is_still_itself(ours: Any, stock: Any, tmp_path: Pa
     """It is saved, copied and sent to other processes as it was."""
     watched = ours.info.get_hf_processor().video_processor
     own = type(watched)
-    assert issubclass(own, front_end._Watched) and own.__name__ in front_end.PROVEN
+    assert issubclass(own, watched.Watched) and own.__name__ in watched.PROVEN
     frames = noise(*SHAPES[1])
 
     def make(processor: Any) -> Any:
@@ -262,7 +262,7 @@ def test_a_watched_processor_is_still_itself(ours: Any, stock: Any, tmp_path: Pa
 
     plain = copy.deepcopy(watched)
     front_end.unwatch_processor(plain)
-    assert not isinstance(plain, front_end._Watched)
+    assert not isinstance(plain, watched.Watched)
     for other in (copy.deepcopy(watched), pickle.loads(pickle.dumps(watched))):
         assert type(other) is own and other.to_dict() == watched.to_dict() == plain.to_dict()
         made = make(other)
@@ -301,9 +301,9 @@ def test_prompts_are_those_of_stock_with_tokens_taken_out(ours: Any, stock: Any)
     assert missing == plan.num_tokens - plan.num_kept
 
 
-@families(lambda facts: facts.whole_frames)
-def test_families_with_whole_frames_are_judged_as_the_model_sees_them(model: Path, facts: Facts) -> None:
+@families(lambda facts: facts.whole_frames and not facts.makes_frames)
+def test_other_families_with_whole_frames_are_judged_as_the_model_sees_them(model: Path, facts: Facts) -> None:
     processor = processor_for(model, {"rate": 0.5})
     result, path = path_of(lambda: process(processor, synthetic_clip(4, facts.frame_size)))
     assert path == "processor" and plan_in(result) is not None
-    assert not isinstance(getattr(processor.info.get_hf_processor(), "video_processor", None), front_end._Watched)
+    assert not isinstance(getattr(processor.info.get_hf_processor(), "video_processor", None), watched.Watched)

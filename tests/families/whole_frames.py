@@ -32,7 +32,7 @@ def tower(s: dict[str, Any]) -> dict[str, Any]:
     return {
         "hidden_size": s["vision_hidden"], "num_hidden_layers": s["vision_layers"] + 1, "patch_size": PATCH,
         "num_attention_heads": s["vision_hidden"] // 32, "intermediate_size": 2 * s["vision_hidden"],
-        "image_size": SIDE,
+        "image_size": s["frame_side"] or SIDE,
     }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
     pool = import_module("evs_kernels.pool_tokens._triton_kernels")
     frames = import_module("evs_kernels.pool_frames._triton_kernels")
     resize = import_module("evs_kernels.resize_patches._triton_kernels")
+    place = import_module("evs_kernels.place_blocks._triton_kernels")
     anchored = import_module("evs_kernels.select_anchored._triton_kernels")
     hold = import_module("evs_kernels.select_hold._triton_kernels")
     for wide in (True, False):
@@ -86,6 +87,9 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
         yield f"resize-across-{size}", resize.across_kernel, args, constants, set(), 4
     args = ["*u8", "*u8", "*i64", *["*i32"] * 3, *["i32"] * 10]
     yield "resize-down", resize.down_kernel, args, {"BLOCK": resize.BLOCK}, set(), 4
+    for level in ("u8", *FLOATS):
+        args = ["*u8", f"*{level}", f"*{level}", *["i32"] * 6]
+        yield f"place-{level}", place.place_kernel, args, {"BLOCK": place.BLOCK}, set(), 4
     args = ["*fp32", "*fp32", "*fp32", "i32", "i32", "i32"]
     yield "cosine-finish", cosine.finish_kernel, args, {"BLOCK": score.BLOCK}, set(), 4
     for s in ("i32", "fp32"):

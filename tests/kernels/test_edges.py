@@ -11,6 +11,7 @@ from evs_kernels.select_hold._prices import UNITS, price, top_number
 CLIP = torch.zeros((2, 3, 4), dtype=torch.uint8)
 SCORES = torch.zeros((2, 3), dtype=torch.int32)
 PIXELS = torch.zeros((2, 3, 192), dtype=torch.uint8)
+LEVELS = torch.zeros((3, 256))
 WEIGHTS = torch.tensor([0, 4096], dtype=torch.int32)
 ROWS = torch.zeros((3, 4))
 FRAMES = torch.zeros((3, 20, 30, 3), dtype=torch.uint8)
@@ -131,6 +132,27 @@ FRAMES = torch.zeros((3, 20, 30, 3), dtype=torch.uint8)
             lambda: ek.resize_patches(FRAMES, 28, 28, WEIGHTS.long().to("meta"), 2, 14),
             ValueError,
             "tokens: got device meta; allowed: cpu",
+        ),
+        (lambda: ek.place_blocks(PIXELS[0].float(), LEVELS, 1, 1), TypeError, "blocks: got dtype torch.float32"),
+        (lambda: ek.place_blocks(PIXELS[0], LEVELS.double(), 1, 1), TypeError, "levels: got dtype torch.float64"),
+        (
+            lambda: ek.place_blocks(PIXELS[0], torch.zeros(3, 255), 1, 1),
+            ValueError,
+            "levels: got shape .3, 255.",
+        ),
+        (lambda: ek.place_blocks(PIXELS[0], LEVELS.to("meta"), 1, 1), ValueError, "levels: got device meta"),
+        (lambda: ek.place_blocks(PIXELS[0, :, :190].contiguous(), LEVELS, 1, 1), ValueError, "blocks: got D=190"),
+        (lambda: ek.place_blocks(PIXELS[0], LEVELS, 0, 1), ValueError, "rows: got 0"),
+        (lambda: ek.place_blocks(PIXELS[0], LEVELS, 1, 1.5), TypeError, "columns: got 1.5"),
+        (
+            lambda: ek.place_blocks(PIXELS[0], LEVELS, 1, 1, out=torch.zeros(3, 3, 8, 9)),
+            ValueError,
+            "out: got shape .3, 3, 8, 9. on cpu; allowed: .3, 3, 8, 8. on cpu",
+        ),
+        (
+            lambda: ek.place_blocks(PIXELS[0], LEVELS, 1, 1, out=torch.zeros(3, 3, 8, 8).half()),
+            TypeError,
+            "out: got dtype torch.float16",
         ),
         (lambda: ek.resize_patches(FRAMES, 28, 28 * 2**26, None, 2, 14), ValueError, "height, width: got 28 x"),
         (lambda: ek.prune_topk(torch.full((2, 1, 1), torch.nan), 1), ValueError, "scores: got NaN"),

@@ -305,6 +305,30 @@ def test_resize_patches_by_hand(backend):
     assert got.flatten().tolist() == [218, 159, 41, 0]  # 200 * 111 / 140 = 158.6, 200 * 29 / 140 = 41.4
 
 
+def test_resize_patches_by_hand_as_pillow_does(backend):
+    # As above, with 2**22 parts of 1: 200 * 111 / 102 = 217.6.
+    frames = torch.tensor([200, 0], dtype=torch.uint8).view(1, 1, 2, 1)
+    got = ek.resize_patches(frames, 1, 4, None, 1, 1, 1, arithmetic="pillow", backend=backend)
+    assert got.flatten().tolist() == [218, 159, 41, 0]
+
+
+def test_place_blocks(backend):
+    # Three blocks of two channels and 2 x 2 pixels in pictures of one row of two.
+    blocks = torch.arange(24, dtype=torch.uint8).view(3, 8)
+    levels = torch.stack([torch.arange(256), 1000 + torch.arange(256)]).float() / 2
+    placed = ek.place_blocks(blocks, levels, 1, 2, backend=backend)
+    assert (2 * placed[0, 0]).tolist() == [[0, 1, 8, 9], [2, 3, 10, 11]]
+    assert (2 * placed[0, 1]).tolist() == [[1004, 1005, 1012, 1013], [1006, 1007, 1014, 1015]]
+    assert (2 * placed[1]).tolist() == [[[16, 17, 0, 0], [18, 19, 0, 0]], [[1020, 1021, 0, 0], [1022, 1023, 0, 0]]]
+    out = torch.full_like(placed, 7)
+    assert ek.place_blocks(blocks, levels, 1, 2, out=out, backend=backend) is out and torch.equal(out, placed)
+    # Bits stay as they are, those of a NaN too.
+    odd = torch.full((2, 256), float("nan")).bfloat16()
+    odd.view(torch.int16)[0, 5] = -3
+    bits = ek.place_blocks(torch.full((1, 2), 5, dtype=torch.uint8), odd, 1, 1, backend=backend).view(torch.int16)
+    assert bits.flatten().tolist() == odd[:, 5].view(torch.int16).tolist()
+
+
 def test_int32_extremes(backend):
     low, high = -(2**31), 2**31 - 1
     scores = torch.tensor([[0, 0, 0, 0], [low, high, high - 1, low + 1]], dtype=torch.int32)

@@ -13,6 +13,7 @@ import torch
 
 import evs_kernels as ek
 from evs_kernels import _parallel
+from evs_kernels.place_blocks import _cpu as place_blocks
 from evs_kernels.pool_frames import _cpu as pool_frames
 from evs_kernels.select_hold import _cpu as hold
 
@@ -66,6 +67,15 @@ def test_threads_share_the_cells_of_frames(monkeypatch, generator, threads):
     monkeypatch.setattr(pool_frames, "_GRAIN_BYTES", 1)
     frames = torch.randint(0, 256, (5, 41, 37, 3), dtype=torch.uint8, generator=generator)
     assert torch.equal(ek.pool_frames(frames, 7, 9), ek.pool_frames(frames, 7, 9, backend="ref"))
+
+
+def test_threads_share_the_pictures(monkeypatch, generator, threads):
+    monkeypatch.setattr(_parallel, "_cpus", lambda: 4)
+    monkeypatch.setattr(place_blocks, "_GRAIN_BYTES", 1)
+    blocks = torch.randint(0, 256, (11, 3 * 5 * 5), dtype=torch.uint8, generator=generator)
+    levels = torch.randn((3, 256), generator=generator).bfloat16()
+    got, want = (ek.place_blocks(blocks, levels, 1, 2, backend=backend) for backend in ("cpu", "ref"))
+    assert torch.equal(got, want)
 
 
 def test_threads_share_the_places_of_a_clip(monkeypatch, generator, threads):

@@ -17,6 +17,7 @@ from evs_kernels.resize_patches._weights import real_weights, weights_of
 from tests.reference import resize as spelled_out
 
 BACKENDS = ["ref", "cpu", "triton"]
+BITS = {"torch": None, "pillow": spelled_out.PILLOW_BITS}
 ROOT = str(Path(ek.__file__).parents[1])
 
 
@@ -45,7 +46,8 @@ def sizes(generator, size):
     return source[number(generator, 0, 3)], target
 
 
-def test_equals_arithmetic_in_fractions(backend, generator):
+@pytest.mark.parametrize("arithmetic", list(BITS))
+def test_equals_arithmetic_in_fractions(backend, arithmetic, generator):
     for _ in range(4):
         merge, side = number(generator, 1, 2), number(generator, 1, 4)
         height, width = (merge * side * number(generator, 1, 3) for _ in "hw")
@@ -53,15 +55,18 @@ def test_equals_arithmetic_in_fractions(backend, generator):
         unit_frames = number(generator, 1, 3)
         total = -(-len(frames) // unit_frames) * (height // (merge * side)) * (width // (merge * side))
         tokens = (torch.rand(total, generator=generator) < 0.6).nonzero().flatten()
-        got = ek.resize_patches(frames, height, width, tokens, merge, side, unit_frames, backend=backend)
-        want = spelled_out.token_rows(frames.numpy(), height, width, tokens.tolist(), merge, side, unit_frames)
+        sizes = (height, width), (merge, side, unit_frames)
+        got = ek.resize_patches(frames, *sizes[0], tokens, *sizes[1], arithmetic=arithmetic, backend=backend)
+        want = spelled_out.token_rows(frames.numpy(), *sizes[0], tokens.tolist(), *sizes[1], BITS[arithmetic])
         assert got.tolist() == want
 
 
-def test_weights_equal_fractions(generator):
+@pytest.mark.parametrize("arithmetic", list(BITS))
+def test_weights_equal_fractions(arithmetic, generator):
     for _ in range(25):
         source, target = number(generator, 1, 300), number(generator, 1, 200)
-        table, (want, bits) = weights_of(source, target), spelled_out.weights(source, target)
+        table = weights_of(source, target, arithmetic)
+        want, bits = spelled_out.weights(source, target, BITS[arithmetic])
         got = [dict(enumerate(w.tolist(), f)) for f, w in zip(table.first.tolist(), table.weights, strict=True)]
         assert table.bits == bits
         assert [{j: w for j, w in places.items() if w} for places in got] == [
@@ -90,6 +95,33 @@ def test_equals_interpolate(generator, channels, layout):
         want = torch.nn.functional.interpolate(pictures, (height, width), mode="bicubic", antialias=True)
         got = ek.resize_patches(frames, height, width, None, 1, 1, 1)
         assert torch.equal(got.view(len(frames), height, width, channels), want.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_equals_pillow(generator, mode):
+    image = pytest.importorskip("PIL.Image")
+    channels = len(mode)
+    for _ in range(12):
+        size = number(generator, 1, 33)
+        (high, height), (wide, width) = sizes(generator, size), sizes(generator, size)
+        wide = min(wide, 600)
+        frames = noise(generator, 2, high, wide, channels)
+        pictures = [image.fromarray(frame.squeeze(2).numpy() if mode == "L" else frame.numpy()) for frame in frames]
+        got = ek.resize_patches(frames, height, width, None, 1, 1, 1, arithmetic="pillow").view(2, height, width, -1)
+        # At once where that begins with the columns; from version 13 on it does not where height shrinks much more.
+        steps = [(width, high), (width, height)] if high * width > height * wide else [(width, height)]
+        for step in steps:
+            pictures = [picture.resize(step, image.BICUBIC) for picture in pictures]
+        want = np.stack([np.asarray(picture) for picture in pictures])
+        assert np.array_equal(got.numpy(), want.reshape(got.shape))
+
+
+def test_arithmetics_differ(generator):
+    frames = noise(generator, 1, 90, 130, 3)
+    one, other = (ek.resize_patches(frames, 56, 56, None, 1, 28, 1, arithmetic=name).int() for name in BITS)
+    assert (one - other).abs().max() == 1
+    with pytest.raises(ValueError, match="arithmetic: got 'PIL'; allowed: torch, pillow"):
+        ek.resize_patches(frames, 56, 56, None, 1, 28, 1, arithmetic="PIL")
 
 
 def test_torch_that_is_installed_resizes_the_same():
@@ -147,8 +179,11 @@ def test_every_number_of_values_read_at_once(generator):
     """From as many source pixels to fewer and fewer, so that a place sees 1, 4, 5 ... 40 of them."""
     frames = noise(generator, 1, 3, 340, 3)
     for width in [340, 360, *range(335, 30, -9)]:
-        got, want = (ek.resize_patches(frames, 4, width, None, 1, 1, 1, backend=b) for b in ("cpu", "ref"))
-        assert torch.equal(got, want)
+        for name in BITS:
+            got, want = (
+                ek.resize_patches(frames, 4, width, None, 1, 1, 1, arithmetic=name, backend=b) for b in ("cpu", "ref")
+            )
+            assert torch.equal(got, want)
 
 
 def test_threads_share_the_tokens(monkeypatch, generator):

@@ -77,7 +77,8 @@ def test_reading_frames_never_waits(monkeypatch):
             patch.setattr(torch.Tensor, name, wait)
         pooled = ek.pool_frames(frames, 2, 3, backend="triton")
         rows = ek.resize_patches(frames, 8, 8, None, 2, 2, backend="triton")
-    assert pooled.shape == (2, 2, 3, 3) and rows.shape == (8, 96)
+        placed = ek.place_blocks(rows, torch.ones((6, 256), device=DEVICE), 2, 3, backend="triton")
+    assert pooled.shape == (2, 2, 3, 3) and rows.shape == (8, 96) and placed.shape == (2, 6, 8, 12)
 
 
 def test_resize_patches_reuses_scratch(monkeypatch, generator):

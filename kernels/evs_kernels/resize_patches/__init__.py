@@ -7,6 +7,7 @@ import torch
 
 from .. import _validate
 from .._dispatch import implementation
+from ._weights import ARITHMETICS
 
 
 def resize_patches(
@@ -18,6 +19,7 @@ def resize_patches(
     side: int,
     unit_frames: int = 2,
     *,
+    arithmetic: str = "torch",
     backend: str = "auto",
 ) -> torch.Tensor:
     """Resizes frames and lays out the pixels of tokens, and of those only that are asked for.
@@ -25,9 +27,12 @@ def resize_patches(
     The picture of ``height`` x ``width`` pixels is what ``torch.nn.functional.interpolate(mode="bicubic",
     antialias=True)`` makes on a CPU of a uint8 tensor (F, C, H, W), as the video processors of the Qwen-VL models do it
     through torchvision: per axis in integers, columns first, rounded to uint8 between; a picture of that size already
-    is taken as it is. Tokens are squares of ``S = merge * side`` pixels, P of them in a temporal unit, row after row;
-    where F is not a multiple of ``unit_frames``, the last frame stands for those that the last unit lacks. The values
-    of a token are laid out as (patch row, patch column, channel, frame, pixel row, pixel column).
+    is taken as it is. Or it is what Pillow's ``Image.resize`` makes with its bicubic filter: the same with finer
+    weights, so that here and there a value differs by one. (From version 13 on, Pillow begins with the rows where a
+    picture shrinks much more in height than in width; that is not followed.) Tokens are squares of ``S = merge * side``
+    pixels, P of them in a temporal unit, row after row; where F is not a multiple of ``unit_frames``, the last frame
+    stands for those that the last unit lacks. The values of a token are laid out as (patch row, patch column, channel,
+    frame, pixel row, pixel column).
 
     Args:
         frames: (F, H, W, C) uint8, contiguous, every dimension >= 1; any device.
@@ -38,6 +43,7 @@ def resize_patches(
         merge: patches along the side of a token; >= 1.
         side: pixels along the side of a patch; >= 1.
         unit_frames: frames in a temporal unit; >= 1.
+        arithmetic: ``"torch"`` or ``"pillow"``, whose integers.
         backend: one of ``evs_kernels.BACKENDS``. cpu is fast for three channels, and many times slower for other
             numbers of them.
 
@@ -63,8 +69,9 @@ def resize_patches(
         tokens = torch.arange(total)
     else:
         _validate.token_indices("tokens", tokens, total)
+    _validate.choice("arithmetic", arithmetic, ARITHMETICS)
     run = implementation("resize_patches", backend, frames.device)
-    return run(frames, height, width, tokens, merge, side, unit_frames)
+    return run(frames, height, width, tokens, merge, side, unit_frames, arithmetic)
 
 
 @functools.cache

@@ -111,8 +111,8 @@ class _Tables(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def _tables(source: int, target: int, size: int) -> _Tables:
-    table = weights_of(source, target)
+def _tables(source: int, target: int, size: int, arithmetic: str) -> _Tables:
+    table = weights_of(source, target, arithmetic)
     tops = table.first.reshape(-1, size).min(axis=1)
     bottoms = (table.first + table.counts).reshape(-1, size).max(axis=1)
     parts = [torch.from_numpy(part.astype("int32")).flatten() for part in (table.first, table.weights, tops, bottoms)]
@@ -121,7 +121,14 @@ def _tables(source: int, target: int, size: int) -> _Tables:
 
 
 def run(
-    frames: torch.Tensor, height: int, width: int, tokens: torch.Tensor, merge: int, side: int, unit_frames: int
+    frames: torch.Tensor,
+    height: int,
+    width: int,
+    tokens: torch.Tensor,
+    merge: int,
+    side: int,
+    unit_frames: int,
+    arithmetic: str,
 ) -> torch.Tensor:
     """See evs_kernels.resize_patches."""
     (count, high, wide, channels), device, size = frames.shape, frames.device, merge * side
@@ -130,7 +137,7 @@ def run(
     if not len(tokens):
         return rows
     down, across = height // size, width // size
-    x, y = _tables(wide, width, size), _tables(high, height, size)
+    x, y = _tables(wide, width, size, arithmetic), _tables(high, height, size, arithmetic)
     x_first, x_weights, _, _ = x.to(device)
     y_first, y_weights, tops, bottoms = y.to(device)
     of_one = unit_frames * y.room * channels * size
