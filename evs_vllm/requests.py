@@ -40,8 +40,8 @@ def admit(server: EVSConfig, overrides: Mapping[str, Any]) -> EVSConfig:
         return settings
     if not isinstance(after, str) or not 1 <= len(after) <= MOST_CHARACTERS:
         raise RequestError(
-            f"Bad mm_processor_kwargs: {AFTER_KEY} got {shown(after)}; allowed: the cache identity of a video, a string "
-            f'of 1 to {MOST_CHARACTERS} characters (of a rendered prompt, prompt["mm_hashes"]["video"][-1]).'
+            f"Bad mm_processor_kwargs: {AFTER_KEY} got {shown(after)}; allowed: the cache identity of a video, a "
+            f'string of 1 to {MOST_CHARACTERS} characters (of a rendered prompt, prompt["mm_hashes"]["video"][-1]).'
         )
     if not settings.stream or not settings.active:
         raise RequestError(

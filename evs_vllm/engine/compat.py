@@ -153,8 +153,9 @@ def widen_rotary_caches() -> None:
 
 
 def wrap_add_request(check: Callable[[Any, Any], None]) -> None:
-    """Calls `check(model_config, request)` on each new request of an engine core whose model config has our settings, and
-    on the request of a session whenever an input was added to it.
+    """Calls `check(model_config, request)` on each new request of an engine core whose model config has our settings.
+
+    Of a session it is called again whenever an input was added to its request.
 
     Imports the scheduler, so call it where that will be needed anyway or EVS is on.
     """
@@ -187,10 +188,10 @@ def wrap_session_input(admit: Callable[[Any, Any, Any], Awaitable[None]]) -> Non
     """
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        async def add_request(self: Any, request: Any, prompt: Any, parent: Any, index: int, queue: Any) -> None:
+        async def add_request(self: Any, request: Any, prompt: Any, parent_req: Any, index: int, queue: Any) -> None:
             if request.resumable and settings_of(self.model_config) is not None:
                 await admit(self, request, queue)
-            await original(self, request, prompt, parent, index, queue)
+            await original(self, request, prompt, parent_req, index, queue)
 
         return add_request
 

@@ -97,8 +97,8 @@ def why_no_more(model_config: Any, tokens: int, extra_positions: int) -> str:
     if _left(length, extra_positions, limit) >= 1:
         return ""
     return (
-        f"its {tokens} tokens take up {length + extra_positions} position IDs then, because the videos count as they were "
-        f"before pruning, and the model has {limit}; evs_positions 'sequential' counts kept tokens alone"
+        f"its {tokens} tokens take up {length + extra_positions} position IDs then, because the videos count as they "
+        f"were before pruning, and the model has {limit}; evs_positions 'sequential' counts kept tokens alone"
     )
 
 
@@ -128,8 +128,10 @@ def _stream_too_long(
 
 
 def cap_answer_length(model_config: Any, request: Any) -> None:
-    """Shortens the answer to a scheduled request, or to the latest input of a session, whose position IDs would otherwise
-    leave the rotary cache."""
+    """Shortens the answer to a scheduled request whose position IDs would otherwise leave the rotary cache.
+
+    Of a session, the request holds all inputs, and the answer is that to the latest.
+    """
     plans = [plan for feature in request.mm_features or () if (plan := plan_of(feature.data)) is not None]
     family = family_of(model_config.architecture)
     if family is None or all(plan.positions != "keep" for plan in plans):

@@ -25,8 +25,8 @@ def plan_of(item: Mapping[str, Any] | None) -> RetentionPlan | None:
 class PrunedRange(PlaceholderRange):
     """Where a pruned clip stands in a prompt.
 
-    The fields of a clip that the engine core has cached stay there, and its plan with them. This number is what a process
-    that has no plans needs to know. It does not travel: to the engine core the range is one of vLLM's.
+    The fields of a clip that the engine core has cached stay there, and its plan with them. This number is what a
+    process that has no plans needs to know. It does not travel: to the engine core the range is one of vLLM's.
 
     Attributes:
         extra_positions: `RetentionPlan.extra_positions` of the clip.

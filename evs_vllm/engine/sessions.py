@@ -75,9 +75,9 @@ async def admit_input(engine: Any, request: Any, collector: Any) -> None:
         while collector.output is not None:
             await asyncio.sleep(_LOOK_AGAIN_S)
         raise RequestError(
-            f"This session cannot take in more: {why}. It took in {session.inputs} input(s) with {session.tokens} tokens "
-            f"and {session.answers} of answers. Begin a new session (its first video without evs_after: to the new "
-            "session nothing was shown yet)."
+            f"This session cannot take in more: {why}. It took in {session.inputs} input(s) with {session.tokens} "
+            f"tokens and {session.answers} of answers. Begin a new session (its first video without evs_after: to the "
+            "new session nothing was shown yet)."
         )
     session.inputs, session.tokens, session.extra_positions = session.inputs + 1, tokens, extra
     session.answers += request.sampling_params.max_tokens

@@ -42,7 +42,7 @@ def chain(hashes: Sequence[str], identity: str, after: str | None = None) -> lis
 
 
 def cache_identity(own: str, mark: str) -> str:
-    """The cache identity of a video that is pruned: its own hash, and a digest of what else decides what stays of it."""
+    """The cache identity of a video that is pruned: its own hash, and a digest of what else decides what it keeps."""
     return f"{own}-evs{mark}"
 
 

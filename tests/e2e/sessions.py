@@ -81,7 +81,7 @@ class Session:
         )
         request.external_req_id = self.name
         inside.output_processor.add_request(request, None, None, 0, None)
-        # As between two processes: what vLLM's engine core adds to a session's lists must not be in those of its client.
+        # As between two processes: the engine core adds to the lists of a session, and so does its client.
         sent = MsgpackDecoder(EngineCoreRequest).decode(MsgpackEncoder().encode(request))
         inside.engine_core.add_request(sent)
         return sent
