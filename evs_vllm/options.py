@@ -80,7 +80,7 @@ def _parse_scalar(text: str) -> object:
         return text
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value for an error text, which it may not fill."""
     try:
         text = repr(value)
@@ -157,7 +157,7 @@ class Option:
             ConfigError: The value is not allowed; the text names it as `shown_as`.
         """
         if not self.is_allowed(value):
-            raise ConfigError(f"{shown_as or self.name} got {_shown(value)}; allowed: {self.allowed}.")
+            raise ConfigError(f"{shown_as or self.name} got {shown(value)}; allowed: {self.allowed}.")
         return value
 
     def add_to(self, group: Any, flag: str | None = None) -> None:

@@ -10,9 +10,16 @@ from typing import Any
 
 from evs_vllm.config import EVSConfig
 from evs_vllm.errors import ConfigError, RequestError
-from evs_vllm.options import OPTIONS, REQUEST_PREFIX
+from evs_vllm.options import OPTIONS, REQUEST_PREFIX, shown
 
 _REQUEST_KEYS = {option.request_key: option for option in OPTIONS if option.per_request}
+
+AFTER_KEY = REQUEST_PREFIX + "after"
+"""Key of a request whose first video goes on from one of an earlier request: that one's cache identity. No option: it
+says what the request is about, and a server that takes no options per request takes it."""
+
+MOST_CHARACTERS = 1024
+"""Longest cache identity that a request may give."""
 
 
 def admit(server: EVSConfig, overrides: Mapping[str, Any]) -> EVSConfig:
@@ -22,18 +29,36 @@ def admit(server: EVSConfig, overrides: Mapping[str, Any]) -> EVSConfig:
         server: The server's settings.
         overrides: The request's ``evs_*`` keys (see `split_request_kwargs`). ``evs_rate=0`` turns EVS off for the
             request, but for what it sets beside it; a rate replaces the server's threshold and the other way round.
+            `AFTER_KEY` is checked and changes no setting.
 
     Raises:
         RequestError: A key is unknown, a value is not allowed, two keys contradict each other, or the server's
             `request_overrides` does not admit them.
     """
+    settings = _admit(server, {key: value for key, value in overrides.items() if key != AFTER_KEY})
+    if (after := overrides.get(AFTER_KEY)) is None:
+        return settings
+    if not isinstance(after, str) or not 1 <= len(after) <= MOST_CHARACTERS:
+        raise RequestError(
+            f"Bad mm_processor_kwargs: {AFTER_KEY} got {shown(after)}; allowed: the cache identity of a video, a "
+            f'string of 1 to {MOST_CHARACTERS} characters (of a rendered prompt, prompt["mm_hashes"]["video"][-1]).'
+        )
+    if not settings.stream or not settings.active:
+        raise RequestError(
+            f"{AFTER_KEY} says which video this request's first one goes on from, and that is so in a stream alone. "
+            "Set evs_stream to true and a rate or threshold that drops something, or leave it out."
+        )
+    return settings
+
+
+def _admit(server: EVSConfig, overrides: Mapping[str, Any]) -> EVSConfig:
     if not overrides:
         return server
     unknown = sorted(key for key in overrides if key not in _REQUEST_KEYS)
     if unknown:
         raise RequestError(
             f"Unknown key(s) in mm_processor_kwargs: {', '.join(unknown)}; "
-            f"evs keys that a request may set: {', '.join(_REQUEST_KEYS)}."
+            f"evs keys that a request may set: {', '.join((*_REQUEST_KEYS, AFTER_KEY))}."
         )
     if server.request_overrides == "none":
         raise RequestError(

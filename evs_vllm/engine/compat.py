@@ -10,7 +10,7 @@ import argparse
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import vllm
@@ -30,6 +30,7 @@ _REQUEST_CHECK = "validate_request_mm_kwargs"
 _REQUEST_CHECK_HOME = "vllm.entrypoints.generate.base.protocol"
 _SCHEDULER_HOME = "vllm.v1.core.sched.scheduler"
 _ENGINE_CORE_HOME = "vllm.v1.engine.core"
+_SESSION_HOME = "vllm.v1.engine.async_llm"
 # They import it by name: those already loaded need the wrapped function, those loaded later get it from its home.
 _REQUEST_CHECK_USERS = ("vllm.renderers.online_renderer", "vllm.entrypoints.pooling.base.serving")
 
@@ -154,6 +155,8 @@ def widen_rotary_caches() -> None:
 def wrap_add_request(check: Callable[[Any, Any], None]) -> None:
     """Calls `check(model_config, request)` on each new request of an engine core whose model config has our settings.
 
+    Of a session it is called again whenever an input was added to its request.
+
     Imports the scheduler, so call it where that will be needed anyway or EVS is on.
     """
 
@@ -165,7 +168,34 @@ def wrap_add_request(check: Callable[[Any, Any], None]) -> None:
 
         return add_request
 
-    _wrap(importlib.import_module(_SCHEDULER_HOME).Scheduler, "add_request", make)
+    def make_update(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_request_as_session(self: Any, session: Any, update: Any) -> None:
+            original(self, session, update)
+            if settings_of(self.vllm_config.model_config) is not None:
+                check(self.vllm_config.model_config, session)
+
+        return update_request_as_session
+
+    scheduler = importlib.import_module(_SCHEDULER_HOME).Scheduler
+    _wrap(scheduler, "add_request", make)
+    _wrap(scheduler, "_update_request_as_session", make_update)
+
+
+def wrap_session_input(admit: Callable[[Any, Any, Any], Awaitable[None]]) -> None:
+    """Awaits `admit(engine, request, collector)` before each input of a session of an `AsyncLLM` with our settings.
+
+    `request` is what the input was made into, and `collector` is the session's own, as long as it lasts.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def add_request(self: Any, request: Any, prompt: Any, parent_req: Any, index: int, queue: Any) -> None:
+            if request.resumable and settings_of(self.model_config) is not None:
+                await admit(self, request, queue)
+            await original(self, request, prompt, parent_req, index, queue)
+
+        return add_request
+
+    _wrap(importlib.import_module(_SESSION_HOME).AsyncLLM, "_add_request", make)
 
 
 def may_run_engine_core() -> bool:

@@ -2,7 +2,8 @@
 """Kept positions run as far as the unpruned prompt did: they must end where the model's rotary cache ends.
 
 vLLM ends prompts and answers at the context length, counted in tokens. `check_positions` refuses a prompt that is too
-far along in positions already, `cap_answer_length` ends an answer in time.
+far along in positions already, `cap_answer_length` ends an answer in time. `evs_vllm.engine.sessions` refuses the input
+with which a session would be too far along.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,11 @@ def positions_left(prompt_tokens: int, plans: Sequence[RetentionPlan], limit: in
         plans: Those of its clips.
         limit: Number of position IDs that the model has.
     """
-    return limit - RESERVE - prompt_tokens - sum(plan.extra_positions for plan in plans)
+    return _left(prompt_tokens, sum(plan.extra_positions for plan in plans), limit)
+
+
+def _left(prompt_tokens: int, extra_positions: int, limit: int) -> int:
+    return limit - RESERVE - prompt_tokens - extra_positions
 
 
 def check_positions(
@@ -52,8 +57,7 @@ def check_positions(
         return
     if why := why_keep_is_forbidden(model_config):
         raise RequestError(f"evs_positions 'keep' is not possible here: {why} Leave it out or set 'sequential'.")
-    # Where the scheduler cannot see the plan it cannot end the answer in time, so the whole context has to fit.
-    whole_context = model_config.multimodal_config.mm_processor_cache_type == "shm"
+    whole_context = _must_fit_whole(model_config)
     length = max(prompt_tokens, model_config.max_model_len) if whole_context else prompt_tokens
     limit = adapter.max_position(model_config.max_model_len)
     if positions_left(length, plans, limit) < 1:
@@ -66,6 +70,36 @@ def check_positions(
             f"{needed}; the model has {limit}. Send fewer frames or a shorter video, set evs_positions to "
             f"'sequential'{way_out}."
         )
+
+
+def _must_fit_whole(model_config: Any) -> bool:
+    """Whether a prompt must leave position IDs for the whole context, however long the answer to it is."""
+    # Where the scheduler cannot see the plan it cannot end the answer in time.
+    return bool(model_config.multimodal_config.mm_processor_cache_type == "shm")
+
+
+def why_no_more(model_config: Any, tokens: int, extra_positions: int) -> str:
+    """Why a session cannot go on, or "".
+
+    Args:
+        model_config: That of the model.
+        tokens: Length of the session with all that it would take in next.
+        extra_positions: Sum of `RetentionPlan.extra_positions` over its clips.
+    """
+    context = model_config.max_model_len
+    if tokens >= context:
+        return f"it has {tokens} tokens then, and the context ends at {context} with at least one for an answer"
+    family = family_of(model_config.architecture)
+    if family is None or not extra_positions:
+        return ""
+    length = context if _must_fit_whole(model_config) else tokens
+    limit = family.bind(model_config.hf_config).max_position(context)
+    if _left(length, extra_positions, limit) >= 1:
+        return ""
+    return (
+        f"its {tokens} tokens take up {length + extra_positions} position IDs then, because the videos count as they "
+        f"were before pruning, and the model has {limit}; evs_positions 'sequential' counts kept tokens alone"
+    )
 
 
 def _stream_too_long(
@@ -94,7 +128,10 @@ def _stream_too_long(
 
 
 def cap_answer_length(model_config: Any, request: Any) -> None:
-    """Shortens the answer to a scheduled request whose position IDs would otherwise leave the rotary cache."""
+    """Shortens the answer to a scheduled request whose position IDs would otherwise leave the rotary cache.
+
+    Of a session, the request holds all inputs, and the answer is that to the latest.
+    """
     plans = [plan for feature in request.mm_features or () if (plan := plan_of(feature.data)) is not None]
     family = family_of(model_config.architecture)
     if family is None or all(plan.positions != "keep" for plan in plans):

@@ -97,6 +97,7 @@ def _start(engine_args: Any, model_config: Any) -> None:
     compat.attach_settings(model_config, config)
     compat.force_position_ids(model_config)
     compat.wrap_add_request(_cap_answer_length)
+    compat.wrap_session_input(_admit_session_input)
     _server_config = config
     _compile_kernels(on_gpu=compat.clips_arrive_on_gpu(engine_args, model_config))
     logger.info(
@@ -129,6 +130,12 @@ def _cap_answer_length(model_config: Any, request: Any) -> None:
     from evs_vllm.engine.limits import cap_answer_length
 
     cap_answer_length(model_config, request)
+
+
+async def _admit_session_input(engine: Any, request: Any, collector: Any) -> None:
+    from evs_vllm.engine.sessions import admit_input
+
+    await admit_input(engine, request, collector)
 
 
 def _compile_kernels(on_gpu: bool) -> None:

@@ -3,7 +3,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.parse import ImageProcessorItems
-from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PromptUpdateDetails
+from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PlaceholderFeaturesInfo, PromptUpdateDetails
 from vllm.utils.torch_utils import set_default_torch_num_threads
 
 from evs_vllm.config import EVSConfig
@@ -27,8 +27,8 @@ from evs_vllm.core.selection import make_plan
 from evs_vllm.engine.compat import settings_of
 from evs_vllm.engine.limits import check_positions
 from evs_vllm.engine.metrics import PATHS, metrics, news_of
-from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD
-from evs_vllm.engine.streams import Stream, StreamStore, chain
+from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD, PrunedRange
+from evs_vllm.engine.streams import Stream, StreamStore, cache_identity, chain
 from evs_vllm.engine.times import metadata_of, seconds_of, unit_starts
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
 from evs_vllm.families import Family
@@ -36,7 +36,7 @@ from evs_vllm.families.base import FamilyAdapter
 from evs_vllm.families.front_end import watch_processor, why_not
 from evs_vllm.families.seen import Seen
 from evs_vllm.families.watched import Watch, watching
-from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
+from evs_vllm.requests import AFTER_KEY, admit, refuse_keys, split_request_kwargs
 
 logger = init_logger("vllm.evs_vllm")
 
@@ -88,6 +88,22 @@ def look_like_frames(images: Any) -> bool:
     sizes = [None if images.get(i) is None else images.get_image_size(i) for i in range(images.get_count())]
     runs = ((size, len(list(run))) for size, run in groupby(sizes))
     return any(size is not None and length >= FRAMES_IN_A_ROW for size, length in runs)
+
+
+@dataclass
+class _PrunedFeatures(PlaceholderFeaturesInfo):
+    """Where a pruned clip stands, before vLLM makes a range of it."""
+
+    plan: RetentionPlan = field(kw_only=True)
+
+    def to_range(self) -> PrunedRange:
+        stock = super().to_range()
+        return PrunedRange(stock.offset, stock.length, stock.is_embed, self.plan.extra_positions)
+
+
+def _placed(info: PlaceholderFeaturesInfo, contents: Sequence[Any]) -> PlaceholderFeaturesInfo:
+    content = contents[info.item_idx]
+    return _PrunedFeatures(**vars(info), plan=content.plan) if isinstance(content, PrunedUpdateDetails) else info
 
 
 class _FixedMask:
@@ -156,7 +172,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         with ExitStack() as within:
             within.enter_context(_set(_settings, settings))
             streams = settings.active and settings.stream
-            within.enter_context(_set(_stream, Stream(self._evs_store) if streams else None))
+            within.enter_context(_set(_stream, Stream(self._evs_store, ours.get(AFTER_KEY)) if streams else None))
             if settings.active and self._evs_watches:
                 watch = within.enter_context(watching(not self._evs_why_stock, self._evs.squares))
                 within.enter_context(_set(_watched, watch))
@@ -176,11 +192,11 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             return hashes
         own = hashes[MODALITY]
         if stream is not None:
-            stream.links = chain(own, settings.identity)
-            marks = [link[:32] for link in stream.links[:-1]]
+            stream.links = chain(own, settings.identity, stream.after)
+            marks = stream.links[:-1]
         else:
             marks = [hashlib.sha256(settings.identity.encode()).hexdigest()[:16]] * len(own)
-        return {**hashes, MODALITY: [f"{item}-evs{mark}" for item, mark in zip(own, marks, strict=True)]}
+        return {**hashes, MODALITY: [cache_identity(*pair) for pair in zip(own, marks, strict=True)]}
 
     def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
         stream = _stream.get()
@@ -250,7 +266,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                 plan = make_plan(clip, settings)
             else:
                 number = stream.number_of(place)
-                clip = clip.after(stream.before[number])
+                clip = clip.after(stream.anchors_before(number))
                 plan = make_plan(clip, settings)
                 stream.leave(number, selection.anchors(torch.from_numpy(plan.kept), clip, settings))
                 rebuilt = number in stream.rebuilt
@@ -298,6 +314,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             count.clips.labels(selection).inc(len(plans))
             count.tokens.labels(selection).inc(sum(plan.num_tokens for plan in plans))
             count.tokens_kept.labels(selection).inc(sum(plan.num_kept for plan in plans))
+            result = result[0], {**result[1], MODALITY: [_placed(info, contents) for info in result[1][MODALITY]]}
         return result
 
 

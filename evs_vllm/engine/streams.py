@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The videos of a request as parts of one stream: which came before each, and what those left behind.
 
-What a video of a stream keeps depends on the pixels of all videos before it in the request, on the settings, and on
-nothing else. So its cache identity holds the chain of theirs (`chain`), and what they left (`Anchors`) can be kept
-(`StreamStore`) or made again from the request's own videos, with the same result.
+What a video of a stream keeps depends on the pixels of all videos before it, on the settings, and on nothing else. So
+its cache identity holds the chain of theirs (`chain`), and what they left (`Anchors`) can be kept (`StreamStore`) or
+made again from the request's own videos, with the same result.
+
+In an engine session each input is a prompt of its own, with its own videos alone. Its first one goes on from the video
+whose cache identity the request gives (``evs_after``): a name of all that came before, so the plans are those that one
+request with all the videos would get. What that video left has to be kept still; otherwise the input is refused.
 """
 
 import hashlib
@@ -20,21 +24,31 @@ _OVERHEAD = 512
 """Bytes of an entry beside its anchors: keys, objects and the table's share."""
 
 
-def chain(hashes: Sequence[str], identity: str) -> list[str]:
+def chain(hashes: Sequence[str], identity: str, after: str | None = None) -> list[str]:
     """What stands before each video of a stream, and after the last.
 
     Args:
         hashes: The n videos' own, in order.
         identity: Of the settings.
+        after: The cache identity of the video that the first one goes on from; None for a stream that begins here.
 
     Returns:
-        n + 1 digests; number k is one of the settings and of videos 0 to k - 1.
+        n + 1 digests; number k is one of the settings and of all videos before number k.
     """
-    links = [hashlib.sha256(identity.encode()).hexdigest()]
+    links = [_link(identity, after or "")]
     for each in hashes:
-        # Digests have one length, so no two chains are spelled alike.
-        links.append(hashlib.sha256(f"{links[-1]}{each}".encode()).hexdigest())
+        links.append(_link(identity, cache_identity(each, links[-1])))
     return links
+
+
+def cache_identity(own: str, mark: str) -> str:
+    """The cache identity of a video that is pruned: its own hash, and a digest of what else decides what it keeps."""
+    return f"{own}-evs{mark}"
+
+
+def _link(identity: str, after: str) -> str:
+    # Digests have one length, so no two chains are spelled alike.
+    return hashlib.sha256(f"{hashlib.sha256(identity.encode()).hexdigest()}{after}".encode()).hexdigest()[:32]
 
 
 class StreamStore:
@@ -83,6 +97,7 @@ class Stream:
 
     Attributes:
         store: Where anchors are kept.
+        after: The cache identity of the video that the first one goes on from, or None.
         links: As from `chain`; empty before the videos' hashes are known.
         missing: Which videos are being processed, in order; None for all.
         rebuilt: Those of them that the processor cache has.
@@ -90,10 +105,33 @@ class Stream:
     """
 
     store: StreamStore
+    after: str | None = None
     links: list[str] = field(default_factory=list)
     missing: list[int] | None = None
     rebuilt: frozenset[int] = frozenset()
-    before: dict[int, Anchors | None] = field(default_factory=lambda: {0: None})
+    before: dict[int, Anchors | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.after is None:
+            self.before[0] = None
+
+    def anchors_before(self, number: int) -> Anchors | None:
+        """What was left before a video that is being processed.
+
+        Raises:
+            RequestError: The video that the first one goes on from is not known here, or what it left is gone.
+        """
+        if number not in self.before:
+            self.before[number] = self.store.get(self.links[number])
+            if self.before[number] is None:
+                raise RequestError(
+                    f"evs_after names the video {self.after!r}, and what it left for the videos after it is not at "
+                    "hand: no such video was planned here as part of a stream with these evs_* settings, or other "
+                    "streams took its place (--evs-stream-cache-gb), or the engine was restarted. Give the identity "
+                    "of the session's last video, with the settings that it had, or begin a new stream: leave "
+                    "evs_after out, and the video is kept as the first one of a stream."
+                )
+        return self.before[number]
 
     def without(self, cache: Any, items: Any, hashes: Sequence[str]) -> Any:
         """The processor cache to be asked which videos are missing.
@@ -125,6 +163,8 @@ class Stream:
                     "place: --evs-stream-cache-gb). Send the data of all videos again, or begin a new stream with "
                     "fewer of them."
                 )
+        if 0 in needed:
+            self.anchors_before(0)
         self.missing = sorted(needed)
         self.rebuilt = frozenset(number for number in needed if cached[number])
         return _Without(cache, frozenset(hashes[number] for number in self.rebuilt))

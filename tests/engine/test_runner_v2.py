@@ -16,6 +16,7 @@ import torch
 from evs_vllm.engine.plan_field import plan_of
 from evs_vllm.testing import synthetic_clip
 from tests.e2e.harness import IMAGE, TOLERANCE, VIDEO, Request, chat, expected, sized
+from tests.e2e.sessions import CLOSE, Session, answer, answered
 from tests.reference.frames import FramesReference
 from tests.reference.hf import Clip, Picture, Settings
 
@@ -71,12 +72,17 @@ class RunnerV2:
         self.buffers = InputBuffers(8, 4096, device)
 
     def add(self, sent, generated=(), computed=0):
-        """As `GPUModelRunner.add_requests`, with what the scheduler makes of a new or resumed request."""
-        from vllm.v1.core.sched.output import NewRequestData
+        """A new or resumed request, as the engine core was sent it."""
         from vllm.v1.request import Request as Scheduled
 
         request = Scheduled.from_engine_core_request(sent, None)
         request.append_output_token_ids(list(generated))
+        return self.add_scheduled(request, computed)
+
+    def add_scheduled(self, request, computed):
+        """As `GPUModelRunner.add_requests`, with what the scheduler makes of its request."""
+        from vllm.v1.core.sched.output import NewRequestData
+
         request.num_computed_tokens = computed
         uses_mrope = self.config.model_config.uses_mrope
         new = NewRequestData.from_request(request, ([],), request._all_token_ids, uses_mrope=uses_mrope)
@@ -244,6 +250,36 @@ def test_decoding_and_resumption(engine, runner, ref, family, facts):
         assert is_clip.sum() == sum(feature.mm_position.get_num_embeds() for feature in sent.mm_features)
         ((positions, _, _),) = runner.step({name: (count + 4, 1)}).values()
         assert positions[:, 0].tolist() == [following[4]] * 3
+
+
+def test_an_input_of_a_session(engine, runner, ref, family, facts):
+    """The request comes again with all that it took in and answered; what it had computed stays computed."""
+    clip, size = ("<video>\n", facts.frame_size) if facts.whole_frames else (VIDEO, sized(family, (84, 112)))
+    for seed in range(220, 260):
+        settings = Settings(0.75)
+        clips = [Clip(synthetic_clip(10, size, noise=2, seed=seed + i), settings=settings) for i in range(2)]
+        said = [(chat(clip, "What?"), clips[:1]), (CLOSE + chat(clip, "And now?"), clips[1:])]
+        if turns := answered(ref, said, 4):
+            break
+    session = Session(engine, "a session", chained=False)
+    for turn in turns:
+        session.add(turn)
+        answer(engine, [session])
+        session.check(turn)
+    scheduled = engine.llm.llm_engine.engine_core.engine_core.scheduler.requests["a session"]
+    first, second = (turn.answer for turn in turns)
+    del scheduled._all_token_ids[scheduled.num_prompt_tokens :]  # the answer to the second input
+    computed = len(first.prompt_ids) + 3
+    name = runner.add_scheduled(scheduled, computed)
+    whole = np.broadcast_to(second.positions, (3, len(second.prompt_ids)))
+    np.testing.assert_array_equal(runner.positions_of(name), whole)
+    ((positions, embeds, _),) = runner.step({name: (computed, len(second.prompt_ids) - computed)}).values()
+    np.testing.assert_array_equal(positions, whole[:, computed:])
+    rows = rows_of(ref, Request("", clips), second)[computed:]
+    assert float((embeds - rows).abs().max()) <= TOLERANCE * float(rows.abs().max())
+    ((positions, _, _),) = runner.step({name: (len(second.prompt_ids), 1)}).values()
+    assert positions[:, 0].tolist() == [second.following] * 3
+    engine.llm.llm_engine.abort_request(["a session"])
 
 
 def test_cached_prefix(engine, runner, ref, family, facts):

@@ -265,6 +265,23 @@ def test_who_may_have_a_stream(server: EVSConfig, request_kwargs: dict[str, obje
             admit(server, request_kwargs)
 
 
+@pytest.mark.parametrize("overrides", ["none", "stricter", "any"])
+def test_who_may_go_on_from_an_earlier_request(overrides: str) -> None:
+    """It changes no setting, so every server takes it where the request is a stream."""
+    server = EVSConfig(rate=0.5, stream=True, request_overrides=overrides)
+    assert admit(server, {"evs_after": "a video"}) is server
+    assert admit(server, {"evs_after": None}) is server
+    assert admit(EVSConfig(rate=0.5), STREAM | {"evs_after": "x" * 1024}).stream
+    for bad in ("", "x" * 1025, 7, True, ["a video"], {"a": "video"}):
+        with pytest.raises(RequestError, match="evs_after got .* a string of 1 to 1024 characters"):
+            admit(server, {"evs_after": bad})
+    for alone in (EVSConfig(rate=0.5), EVSConfig(stream=True)):
+        with pytest.raises(RequestError, match="evs_after .* in a stream alone"):
+            admit(alone, {"evs_after": "a video"})
+    with pytest.raises(RequestError, match="keys that a request may set: .*, evs_after"):
+        admit(server, {"evs_afterwards": 1})
+
+
 def test_rate_zero_turns_everything_off() -> None:
     server = EVSConfig(threshold=3, max_tokens=100, min_tokens_per_unit=2, request_overrides="any")
     assert not admit(server, {"evs_rate": 0}).active

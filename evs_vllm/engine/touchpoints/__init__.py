@@ -6,9 +6,11 @@ there: what a red row says in `why` is what has to be looked at, before any engi
 the ledger can be read where vLLM cannot be imported.
 """
 
-from evs_vllm.engine.touchpoints import families, models, processors, server, towers
+from evs_vllm.engine.touchpoints import families, models, processors, server, sessions, towers
 from evs_vllm.engine.touchpoints.row import Touchpoint, missing
 
 __all__ = ["TOUCHPOINTS", "Touchpoint", "missing"]
 
-TOUCHPOINTS: tuple[Touchpoint, ...] = server.ROWS + models.ROWS + processors.ROWS + towers.ROWS + families.ROWS
+TOUCHPOINTS: tuple[Touchpoint, ...] = (
+    server.ROWS + sessions.ROWS + models.ROWS + processors.ROWS + towers.ROWS + families.ROWS
+)
