@@ -25,7 +25,7 @@ PROCESSOR = ("hf", "cells", "describe", "choose", "rows")
 DECODE = (60.0, 120.0)
 """Milliseconds on a CPU. An estimate; EVS does not shorten it."""
 STOCK_PROCESSOR = 150.0
-"""Milliseconds of vLLM's hash and Hugging Face's processor, of such a clip: measured on one CPU, without a result file."""
+"""Milliseconds of vLLM's hash and Hugging Face's processor, of such a clip: measured on one CPU, no result file."""
 PLANNING_0_1_0 = 5.0
 """Milliseconds that version 0.1.0 added to that. An estimate."""
 TOWER = {"vanilla": 85.0, "0.1.0": 31.0}

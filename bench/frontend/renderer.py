@@ -2,7 +2,7 @@
 """How many clips a second one API server can render: vLLM's renderer, 8 requests at a time, stock and EVS in turns.
 
 No engine is started. What is measured is what ``vllm serve`` does before it hands a request to its engine: the renderer
-of the engine's config, with vLLM's threads, its cache of processed clips off. See ``python -m bench.frontend --renderer``.
+of the engine's config, with vLLM's threads, its cache of processed clips off. ``python -m bench.frontend --renderer``
 """
 
 import asyncio
@@ -52,8 +52,8 @@ def measure(family: str, most_tokens: int, frames: int, size: tuple[int, int], c
         repeats: Timed runs; one goes before them.
 
     Returns:
-        For each source and row: ``source``, ``row``, ``clips`` of a run, the runs' ``seconds`` on the clock and of ``cpu``
-        time, and the ``bytes`` of a clip's pixels.
+        For each source and row: ``source``, ``row``, ``clips`` of a run, the ``seconds`` of the runs on the clock and
+        their ``cpu`` time, and the ``bytes`` of a clip's pixels.
     """
     import torch
 
