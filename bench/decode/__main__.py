@@ -8,7 +8,6 @@ vLLM's ``opencv``. Example: ``python -m bench.decode --out bench/results/decode/
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-import numpy as np
-
 from bench.common import harness, tables
 from bench.common.workers import on_cpus
 from bench.decode.clips import FPS, FileSpec, video_file
-from bench.decode.ways import BASELINE, SAMPLINGS, WAYS, applies
+from bench.decode.measure import measure
+from bench.decode.ways import BASELINE, WAYS
 
 SIZES = ((720, 1280), (1080, 1920))
 SECONDS = (10, 60)
@@ -68,51 +66,6 @@ def main() -> None:
             print(f"{cpus} CPUs: {spec.name}", flush=True)
     print(report(content))
     print(f"written to {out}")
-
-
-def measure(path: Path, repeats: int) -> list[dict[str, Any]]:
-    """All ways in turns, by sampling: seconds on the clock, of CPU time of all threads, and how far frames are apart.
-
-    Args:
-        path: The file.
-        repeats: Timed runs of each, after one of the baseline.
-    """
-    data = path.read_bytes()
-    cells = []
-    for name, sampling in SAMPLINGS.items():
-        ways = {way: load for way, load in WAYS.items() if applies(way, sampling)}
-        cell: dict[str, Any] = {"sampling": name, "ways": {way: {"wall": [], "cpu": []} for way in ways}}
-        reference, numbers = WAYS[BASELINE](data, sampling)
-        cell["frames"] = len(reference)
-        for number in range(repeats):
-            for way, load in [*ways.items()]:
-                found = cell["ways"][way]
-                try:
-                    wall, cpu = time.perf_counter(), time.process_time()
-                    loaded = load(data, sampling)
-                    found["cpu"].append(time.process_time() - cpu)
-                    found["wall"].append(time.perf_counter() - wall)
-                except Exception as error:  # a library that is not there must not hide the others
-                    found["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                    del ways[way]
-                    continue
-                if number == 0:
-                    found |= compared(loaded, reference, numbers)
-                del loaded
-        cells.append(cell)
-    return cells
-
-
-def compared(loaded: tuple[np.ndarray, list[int]], reference: np.ndarray, numbers: list[int]) -> dict[str, Any]:
-    """How far frames are from those of the baseline: whether they have the same numbers, and grey levels if so."""
-    frames, own = loaded
-    if own != numbers:
-        return {"same_numbers": False}
-    most, total = 0, 0
-    for left, right in zip(frames, reference, strict=True):
-        apart = np.abs(left.astype(np.int16) - right)
-        most, total = max(most, int(apart.max())), total + int(apart.sum())
-    return {"same_numbers": True, "most_apart": most, "mean_apart": total / reference.size}
 
 
 def report(content: dict[str, Any]) -> str:

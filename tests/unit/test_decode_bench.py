@@ -107,10 +107,11 @@ def test_frames_that_nothing_leans_on_are_left_out(tmp_path, monkeypatch) -> Non
 def test_all_ways_on_a_small_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
     from bench.common import harness
     from bench.decode import __main__ as bench
+    from bench.decode.measure import measure
 
     path = tmp_path / "clip.mp4"
     made(tmp_path, FileSpec(40, 64, 96, 12), 0)
-    cells = bench.measure(path, 1)
+    cells = measure(path, 1)
     assert [cell["frames"] for cell in cells] == [32, 40, 2]
     for cell in cells:
         for way in ("opencv", "only what is needed"):
@@ -130,7 +131,7 @@ def test_all_ways_on_a_small_file(tmp_path) -> None:  # type: ignore[no-untyped-
 
 
 def test_frames_that_differ_are_told_apart() -> None:
-    from bench.decode.__main__ import compared
+    from bench.decode.measure import compared
 
     frames = np.zeros((2, 4, 4, 3), np.uint8)
     other = frames.copy()
