@@ -4,6 +4,26 @@
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_cpus(cpus: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Calls a function in a new process that is pinned to so many CPUs, the last ones that this process may use.
+
+    Libraries count CPUs once, and threads keep what they were started with, so each number takes a process of its own.
+    """
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[-cpus:])
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *args, **kwargs).result()
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def start_worker(threads: int) -> None:

@@ -2,7 +2,8 @@
 """From decoded frames to what vLLM sends its engine, part by part: stock vLLM and EVS in turns, on one thread.
 
 No engine is started. Every row is checked first: all fields are stock vLLM's, pixels those of the tokens that are
-computed. Example: ``python -m bench.frontend --out bench/results/frontend/frontend.json``
+computed. ``--renderer`` measures something else instead: how many clips a second vLLM's renderer manages, on one CPU
+and on two. Example: ``python -m bench.frontend --out bench/results/frontend/frontend.json``
 """
 
 import argparse
@@ -22,7 +23,9 @@ import numpy as np
 import torch
 
 from bench.common import clips, harness, tables
-from bench.frontend.stages import STAGES, Spent, copied, peak_bytes, timed_request
+from bench.common.workers import on_cpus
+from bench.frontend import renderer
+from bench.frontend.stages import STAGES, Spent, copied, metadata_of, peak_bytes, timed_request
 
 CLIPS = (
     clips.ClipSpec(0, 32, 720, 1280),
@@ -57,11 +60,12 @@ PROCESSOR = ("hf", "cells", "describe", "choose", "rows")
 
 @dataclass
 class Cell:
-    """What was measured of a clip: by row and stage the samples, and sizes in bytes."""
+    """What was measured of a clip: by row and stage the samples, by row copies of the pixels, and sizes in bytes."""
 
     clip: str
     tokens: int
     samples: dict[str, dict[str, list[Spent]]]
+    copies: dict[str, list[Spent]]
     sizes: dict[str, int]
     peaks: dict[str, int]
 
@@ -71,15 +75,21 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one small clip, two repeats: seconds; says nothing")
     parser.add_argument("--family", default="qwen2_5_vl", choices=["qwen2_5_vl", "qwen2_vl", "qwen3_vl", *FRAMES_OF])
     parser.add_argument("--clips", type=int, nargs="+", metavar="N", help="which of the five clips; default: all")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, help="default: 9, with --renderer 3")
+    parser.add_argument(
+        "--renderer", action="store_true", help="measure vLLM's renderer with 8 clips at a time instead"
+    )
     parser.add_argument("--out", type=Path, help="default: bench/results/frontend/<date>-<commit>-frontend.json")
     args = parser.parse_args()
+    if args.renderer:
+        measure_renderer(args)
+        return
     torch.set_num_threads(1)
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if cpus:
         os.sched_setaffinity(0, cpus[-1:])
     environment = harness.environment()
-    repeats = 2 if args.smoke else args.repeats
+    repeats = 2 if args.smoke else args.repeats or 9
     with tempfile.TemporaryDirectory() as folder:
         processors = make_processors(Path(folder), args.family)
         measured = []
@@ -94,8 +104,32 @@ def main() -> None:
         "environment": environment,
         "cells": [vars(cell) for cell in measured],
     }
-    out = args.out or harness.default_path(harness.RESULTS, "frontend", "frontend")
-    text = report(measured)
+    write(content, report(measured), args.out or harness.default_path(harness.RESULTS, "frontend", "frontend"))
+
+
+def measure_renderer(args: argparse.Namespace) -> None:
+    """The other measurement, in processes pinned to one CPU and to two."""
+    environment = harness.environment()
+    frames, size, count, repeats = (8, (96, 160), 4, 1) if args.smoke else (64, (720, 1280), 16, args.repeats or 3)
+    runs = {
+        cpus: on_cpus(cpus, renderer.measure, args.family, MOST_TOKENS, frames, size, count, repeats)
+        for cpus in renderer.CPUS
+        if cpus <= len(os.sched_getaffinity(0))
+    }
+    content = {
+        "schema": harness.SCHEMA_VERSION,
+        "bench": "frontend-renderer",
+        "config": {"family": args.family, "repeats": repeats, "smoke": args.smoke, "most_tokens": MOST_TOKENS},
+        "environment": environment,
+        "warnings": harness.warnings(environment),
+        "runs": runs,
+    }
+    text = "\n".join([*content["warnings"], renderer.report(runs)])
+    write(content, text, args.out or harness.default_path(harness.RESULTS, "frontend", "renderer"))
+
+
+def write(content: dict[str, Any], text: str, out: Path) -> None:
+    """Writes the result file and its tables beside it."""
     harness.write(content, out)
     out.with_suffix(".md").write_text(text)
     print(text)
@@ -132,14 +166,9 @@ def make_processors(folder: Path, family: str) -> dict[str, Any]:
 def request_of(processor: Any, frames: np.ndarray) -> Any:
     from vllm.multimodal.processing import ProcessorInputs
 
-    count = len(frames)
-    metadata = {
-        "fps": 2.0, "duration": count / 2, "total_num_frames": count, "frames_indices": list(range(count)),
-        "video_backend": "opencv", "do_sample_frames": False,
-    }  # fmt: skip
     text = processor.dummy_inputs.get_dummy_text({"video": 1})
     prompt = processor.info.get_tokenizer().encode(text, add_special_tokens=False)
-    return ProcessorInputs(prompt, processor.info.parse_mm_data({"video": [(frames, metadata)]}))
+    return ProcessorInputs(prompt, processor.info.parse_mm_data({"video": [(frames, metadata_of(len(frames)))]}))
 
 
 def fields_of(processor: Any, frames: np.ndarray) -> dict[str, Any]:
@@ -153,6 +182,11 @@ def pixels_of(fields: dict[str, Any]) -> str:
     """The name of the field of pixels."""
     (name,) = (name for name in fields if name.startswith("pixel_values"))
     return name
+
+
+def raw(fields: dict[str, Any]) -> np.ndarray:
+    """The bytes of the pixels; numpy has no bfloat16."""
+    return fields[pixels_of(fields)].view(torch.uint8).numpy()
 
 
 def plan_of(fields: dict[str, Any]) -> Any:
@@ -187,26 +221,28 @@ def measure(processors: dict[str, Any], spec: clips.ClipSpec, repeats: int) -> C
     """All rows in turns, one clip."""
     clip = np.ascontiguousarray(np.stack(list(clips.frames_of(spec)))[..., ::-1])
     stock = fields_of(processors["stock"], clip)
-    sizes, tokens = {"source": clip.nbytes, "stock": stock[pixels_of(stock)].nbytes}, 0
+    rows, tokens = {"stock": raw(stock)}, 0
     for row, processor in processors.items():
         if row != "stock":
             fields = fields_of(processor, clip)
             check(stock, fields)
-            sizes[row], tokens = fields[pixels_of(fields)].nbytes, plan_of(fields).num_tokens
-    samples: dict[str, dict[str, list[Spent]]] = {row: {} for row in [*processors, "copy of the source"]}
+            rows[row], tokens = raw(fields), plan_of(fields).num_tokens
+    sizes = {"source": clip.nbytes} | {row: pixels.nbytes for row, pixels in rows.items()}
+    samples: dict[str, dict[str, list[Spent]]] = {row: {} for row in processors}
+    copies: dict[str, list[Spent]] = {name: [] for name in ("source", *rows)}
     for number in range(repeats + 1):
         for row, processor in processors.items():
             times = timed_request(processor, request_of(processor, clip))
             if number:  # the first one only warms up
                 for stage, spent in times.items():
                     samples[row].setdefault(stage, []).append(spent)
-        if number:
-            samples["copy of the source"].setdefault("total", []).append(copied(clip))
+        for name, pixels in {"source": clip, **rows}.items():
+            copies[name].append(copied(pixels))
     peaks = {
         row: peak_bytes(lambda processor=processor: fields_of(processor, clip))  # type: ignore[misc]
         for row, processor in processors.items()
     }
-    return Cell(described(spec), tokens, samples, sizes, peaks)
+    return Cell(described(spec), tokens, samples, copies, sizes, peaks)
 
 
 def report(cells: Sequence[Cell]) -> str:
@@ -223,10 +259,11 @@ def report(cells: Sequence[Cell]) -> str:
             body.append([f"{words}: faster than stock", *(f"{sums[0] / own:.1f}x" for own in sums)])
         body.append(["total, wall", *(_spread(cell.samples[row]["total"]) for row in rows)])
         body.append(["pixels, MB", *(f"{cell.sizes[row] / 1e6:.1f}" for row in rows)])
+        body.append(["a copy of the pixels", *(f"{_median(cell.copies[row], 1):.1f}" for row in rows)])
         body.append(["memory at most, MB", *(f"{cell.peaks[row] / 1e6:.0f}" for row in rows)])
         lines += tables.markdown(["CPU time, medians", *rows], body, "lr")
-        copy = cell.samples["copy of the source"]["total"]
-        lines += ["", f"A copy of the source ({cell.sizes['source'] / 1e6:.0f} MB): {_median(copy, 1):.1f} ms."]
+        copy = _median(cell.copies["source"], 1)
+        lines += ["", f"A copy of the source ({cell.sizes['source'] / 1e6:.0f} MB): {copy:.1f} ms."]
     return "\n".join([*lines[1:], ""])
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of the front end: what it times, what it checks, what it writes."""
 
+import json
 import time
 
 import pytest
@@ -34,6 +35,7 @@ def test_a_small_clip(tmp_path) -> None:  # type: ignore[no-untyped-def]
         made_here = row != "stock"
         assert (times["cells"][0].wall > 0) == (times["rows"][0].wall > 0) == made_here, row
         assert f" {row} |" in text
+    assert cell.copies.keys() == {"source", *bench.ROWS} and "| a copy of the pixels |" in text
     assert cell.sizes["0.5"] < cell.sizes["all, full"] == cell.sizes["stock"]
 
     clip = torch.randint(256, (6, 100, 150, 3), dtype=torch.uint8).numpy()
@@ -42,3 +44,29 @@ def test_a_small_clip(tmp_path) -> None:  # type: ignore[no-untyped-def]
     fields["pixel_values_videos"][3, 5] += 1
     with pytest.raises(ValueError, match="pixel_values_videos"):
         bench.check(stock, fields)
+
+
+def test_the_renderer_takes_clips_of_every_source() -> None:
+    from bench.frontend import renderer
+
+    cells = renderer.measure("qwen2_5_vl", 64, frames=6, size=(100, 150), count=2, repeats=1)
+    assert [(cell["source"], cell["row"]) for cell in cells] == [
+        (source, row) for source in renderer.SOURCES for row in renderer.ROWS
+    ]
+    for stock, own in zip(cells[::2], cells[1::2], strict=True):
+        assert own["bytes"] <= stock["bytes"] and len(stock["seconds"]) == len(own["cpu"]) == 1
+    assert cells[1]["bytes"] < cells[0]["bytes"]
+    text = renderer.report({1: cells})
+    assert text.count("| 1 |") == len(renderer.SOURCES)
+
+
+def test_the_estimate_is_what_the_documentation_says() -> None:
+    from bench.common.harness import ROOT
+    from bench.frontend import estimate
+
+    content = json.loads((ROOT / "bench/results/frontend/frontend.json").read_text())
+    table = [line for line in estimate.report(content).splitlines() if line.startswith("|")]
+    text = (ROOT / "docs/measured.md").read_text()
+    assert "\n".join(table) in text
+    vanilla, _, now = estimate.estimates(2.0)
+    assert now.processor == vanilla.processor / 2 and now.total(60) < vanilla.total(60)
