@@ -252,7 +252,7 @@ class Scorer(Selection):
 
         Returns:
             (T, P) int32 or float32 on the same device; the higher stays. Unit 0 has nothing to be compared with and
-            scores 0.
+            scores 0. For the causal budget, the scores of a unit depend on no later one.
         """
 
     @abstractmethod
