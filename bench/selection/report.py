@@ -145,8 +145,8 @@ def _causal(rows: Rows, rates: Sequence[float], conditions: Sequence[str]) -> li
             )
             cells[-1].append(f"{kept:.1%}: {', '.join(pairs)}")
     note = (
-        "`learned` with `budget=causal`: share of the tokens that it keeps: hold of it / of the budget of the clip with "
-        "as many tokens, coverage of it / of that."
+        "`learned` with `budget=causal`: share of the tokens that it keeps: hold of it / of the budget of the clip "
+        "with as many tokens, coverage of it / of that."
     )
     return [note, "", *tables.markdown(["condition", *(f"q={rate:g}" for rate in rates)], cells, "lr")]
 

@@ -96,7 +96,8 @@ def block_key(request: Any, number: int, end: int) -> str | None:
     memo = request.__dict__.setdefault(_MEMO, {})
     if number not in memo:
         plan = plan_of(feature.data)
-        memo[number] = None if plan is None or not len(plan.beginnings) else (plan.prompt_units, plan.beginnings)
+        named = plan is not None and len(plan.beginnings) and len(plan.prompt_index) == feature.mm_position.length
+        memo[number] = (plan.prompt_units, plan.beginnings) if plan is not None and named else None
     if memo[number] is None:
         return None
     units, names = memo[number]
