@@ -73,7 +73,8 @@ def _add_value(digest: Any, value: Any) -> None:
         _add(digest, repr(value).encode())
         return
     _add(digest, f"{value.dtype} {tuple(value.shape)}".encode())
-    _add(digest, value.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    # Of a unit that keeps nothing there are no numbers, and torch has no bytes of those.
+    _add(digest, value.contiguous().cpu().flatten().view(torch.uint8).numpy().data if value.numel() else b"")
 
 
 def block_key(request: Any, number: int, end: int) -> str | None:
