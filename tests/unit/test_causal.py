@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evs_vllm.config import EVSConfig
-from evs_vllm.core.causal import DEBT_UNITS
+from evs_vllm.core.causal import DEBT_UNITS, FixedScores, spend
 from evs_vllm.core.clip import Anchors, Clip
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.scorers import SELECTIONS, named_selection
@@ -89,6 +89,22 @@ def test_what_the_tower_computes_is_that_of_the_reference(seed: int, options: di
         )
     else:
         assert len(plan.kept) == plan.num_tokens or computed_tokens(looks, plan.kept, asked).all()
+
+
+@settings(max_examples=150)
+@given(seed=seeds, alone=st.booleans())
+def test_long_clips_with_still_parts_are_those_of_the_reference(seed: int, alone: bool) -> None:
+    """Scores by themselves: long enough to save up all that can be saved, and to owe all that can be owed."""
+    rng = np.random.default_rng(seed)
+    units, places = int(rng.integers(20, 70)), int(rng.integers(1, 7))
+    still = np.repeat(rng.random(10) < 0.6, 7)[:units, None]
+    scores = np.where(still, rng.integers(0, 4, (units, places)), rng.integers(0, 60, (units, places)))
+    asked = Settings(rate=float(rng.choice([0.25, 0.5, 0.75, 0.9])), selection="learned")
+    allowed = [plain.tokens_allowed(t + 1, places, asked, None if alone else 2) for t in range(units)]
+    noise = int(rng.integers(1, 5))
+    kept = spend(FixedScores(scores), places, allowed, whole_first=alone, noise=noise)
+    found = plain.purse(allowed, places, asked, lambda t, p: scores[t, p], lambda t, p: None, noise, 0, alone)
+    assert kept.tolist() == found.tolist()
 
 
 def drawn_clip(seed: int) -> Clip:
