@@ -113,3 +113,51 @@ def test_it_is_refused_where_it_is_not_known_to_hold(model: Path, facts: Facts) 
     with pytest.raises(RequestError, match="evs_budget 'causal' is not possible here"):
         process(processor, frames, evs_budget="causal")
     assert type(adapter_for(processor)).unit_pixels is FamilyAdapter.unit_pixels
+
+
+def block_hashes(result: Any, size: int) -> list[bytes]:
+    """What vLLM's prefix cache would name the full blocks of a prompt."""
+    from vllm import SamplingParams
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    init_none_hash(sha256)
+    (item,), (place,) = result["mm_kwargs"]["video"], result["mm_placeholders"]["video"]
+    (identity,) = result["mm_hashes"]["video"]
+    feature = MultiModalFeatureSpec(item, "video", identity, place, identity)
+    request = Request(
+        "one",
+        list(result["prompt_token_ids"]),
+        SamplingParams(max_tokens=1),
+        None,
+        mm_features=[feature],
+        block_hasher=get_request_block_hasher(size, sha256),
+    )
+    return list(request.block_hashes)
+
+
+@with_growing
+def test_the_prefix_cache_finds_all_blocks_before_the_one_in_which_the_clip_ended(model: Path, facts: Facts) -> None:
+    processor = processor_for(model, CAUSAL)
+    from evs_vllm.engine import compat, plugin
+
+    compat.wrap_block_keys(plugin._block_key)
+    frames = synthetic_clip(8 * facts.unit_frames, facts.frame_size, moving=0.4, noise=3, seed=8)
+    shorter, longer = (process(processor, frames[: units * facts.unit_frames]) for units in (5, 8))
+    (place,) = shorter["mm_placeholders"]["video"]
+    end, size = place.offset + place.length, 4
+    plan = plan_in(shorter)
+    assert plan is not None
+    # What stands after the last token of the grid is compared as text: a clip of GLM ends with text of its own.
+    end -= int((plan.prompt_index > plan.visual_index[-1]).sum())
+    one, other = block_hashes(shorter, size), block_hashes(longer, size)
+    equal = [a == b for a, b in zip(one, other, strict=False)]
+    assert equal.index(False) == (end - 1) // size > place.offset // size + 2
+    assert block_hashes(shorter, size) == one, "names depend on chance"
+    clipwise = [
+        block_hashes(process(processor, frames[: units * facts.unit_frames], evs_budget="clip"), size)
+        for units in (5, 8)
+    ]
+    assert sum(a == b for a, b in zip(*clipwise, strict=False)) <= place.offset // size
