@@ -14,7 +14,7 @@ from evs_vllm.options import OPTIONS, SELECTION_NAMES, Option, exact
 IDENTITY_VERSION = "evs7"
 """Bump it when what a plan holds or how tokens are counted changes: no cache may serve what an older version made."""
 
-_KEPT_BY = ("rate", "threshold", "selection", "min_tokens_per_unit", "max_tokens")
+_KEPT_BY = ("rate", "threshold", "selection", "budget", "min_tokens_per_unit", "max_tokens")
 
 _BY_NAME = {option.name: option for option in OPTIONS}
 
@@ -30,6 +30,7 @@ class EVSConfig:
     rate: float | None = None
     threshold: float | None = None
     selection: str = SELECTION_NAMES[0]
+    budget: str = "clip"
     focus: tuple[tuple[float, float, float], ...] | None = None
     positions: str = "keep"
     min_tokens_per_unit: int = 0
@@ -55,6 +56,11 @@ class EVSConfig:
             raise ConfigError(
                 f"focus and threshold={self.threshold} contradict each other: a focus moves a fixed number of tokens "
                 "to where it looks, and a threshold fixes none. Set rate or max_tokens instead of the threshold."
+            )
+        if self.budget == "causal" and self.max_tokens and not self.rate and not self.threshold:
+            raise ConfigError(
+                f"budget=causal and max_tokens={self.max_tokens} alone contradict each other: the first units would "
+                "have all of the tokens, and what came later none. Set a rate or a threshold beside them."
             )
         if self.focus and self.stream:
             raise ConfigError(
@@ -114,6 +120,8 @@ class EVSConfig:
 
     def _counts(self, option: Option) -> bool:
         """Whether an option changes anything beside the others."""
+        if option.name == "budget":
+            return self.budget != "clip"  # spelled as before there were two
         return option.affects != "reuse" or self.encoder == "reuse"
 
     def describe(self) -> str:
@@ -127,6 +135,8 @@ class EVSConfig:
             what.append(f"video tokens that changed by less than {self.threshold:g}")
         if self.max_tokens:
             what.append(f"what exceeds {self.max_tokens} tokens per clip")
+        if self.budget == "causal":
+            what[-1] += " by what it showed so far"
         if self.stream:
             what[-1] += ", the videos of a request being one stream"
         kept = f", at least {self.min_tokens_per_unit} per unit kept" if self.min_tokens_per_unit else ""
@@ -143,10 +153,14 @@ class EVSConfig:
             # Compared with the last kept token, not every clip keeps fewer at a higher threshold: 0 4 6 1 6 1 keeps one
             # more at 4, four more at 5.
             return False
+        if self.budget != other.budget:
+            return False  # the causal one may owe a unit, and may lack later what it spent
         if other.threshold and self.stream != other.stream and self.selection != "paper":
             return False  # for the same reason
-        if other.stream and any(getattr(self, name) != getattr(other, name) for name in _KEPT_BY):
-            # What a clip of a stream keeps depends on what those before it kept: who kept less then may lack more now.
+        if (other.stream or other.budget == "causal") and any(
+            getattr(self, name) != getattr(other, name) for name in _KEPT_BY
+        ):
+            # What is kept depends on what was kept before: who kept less then may lack more now.
             return False
         return all(
             option.no_more(getattr(self, option.name), getattr(other, option.name))

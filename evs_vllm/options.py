@@ -27,6 +27,7 @@ POSITIONS = ("keep", "sequential")
 SELECTION_NAMES = ("learned", "contrast", "paper")
 """The names of `evs_vllm.core.scorers.SELECTIONS`, the default first."""
 
+BUDGETS = ("clip", "causal")
 ENCODERS = ("auto", "reuse", "full")
 MOST_TOKENS = 10**9
 """Largest number of tokens that an option takes: more than any clip has."""
@@ -221,6 +222,14 @@ OPTIONS: tuple[Option, ...] = (
         affects="prompt",
         # 'paper' keeps the same number of long clips and fewer of short ones.
         no_more=lambda own, other: own == "paper" or other != "paper",
+    ),
+    _choice(
+        "budget",
+        BUDGETS,
+        "What the rate is counted over: the whole 'clip', or 'causal'ly what was there so far, so that what is kept of "
+        "a unit does not depend on later ones and a video that has grown finds its beginning in the prefix cache.",
+        affects="prompt",
+        no_more=operator.eq,
     ),
     Option(
         name="focus",

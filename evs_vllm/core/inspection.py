@@ -85,7 +85,7 @@ class Inspection:
         def kept(stock_count: bool) -> int:
             return token_budget(self.plan.num_units, self.plan.tokens_per_unit, self.config, stock_count=stock_count)
 
-        return kept(self.selection.stock_count) > kept(True)
+        return self.config.budget == "clip" and kept(self.selection.stock_count) > kept(True)
 
     def to_mapping(self) -> dict[str, Any]:
         """Everything but the pixels, ready for JSON."""

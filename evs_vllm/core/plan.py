@@ -15,11 +15,14 @@ import numpy.typing as npt
 from evs_vllm.errors import PlanError
 from evs_vllm.options import POSITIONS
 
-FORMAT = 4
+FORMAT = 5
 """Version of the tensor format; a plan of another version is refused."""
 
-_HEADER = 13
+_HEADER = 14
 _PLAN_ENCODERS = ("full", "reuse")
+
+_NAME = 4
+"""int64 numbers of a name in `RetentionPlan.beginnings`: 32 bytes."""
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -84,10 +87,13 @@ class RetentionPlan:
             prompt is known.
         unchanged: Whether the clip goes on from others of its stream and shows nothing new: what stays is there only
             because a prompt needs a token of each clip, or a minimum per unit was asked for.
+        beginnings: (T, 4) int64, for each unit 32 bytes that name everything on which the prompt and the embeddings up
+            to its last token depend: clips that begin alike have equal names as far as they do. (0, 4) without the
+            causal budget.
 
     Raises:
-        PlanError: Indices unsorted, repeated, out of range or both kept and refreshed, or a layout for another number
-            of tokens.
+        PlanError: Indices unsorted, repeated, out of range or both kept and refreshed, or a layout or names for another
+            number of tokens or units.
     """
 
     grid: tuple[int, int, int]
@@ -98,6 +104,7 @@ class RetentionPlan:
     refreshed: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     position_span: int = 0
     unchanged: bool = False
+    beginnings: IntArray = field(default_factory=lambda: np.empty((0, _NAME), dtype=np.int64))
 
     def __post_init__(self) -> None:
         if min(self.grid) < 1 or self.positions not in POSITIONS or self.encoder not in _PLAN_ENCODERS:
@@ -112,6 +119,8 @@ class RetentionPlan:
             or len(self.computed) < len(self.kept) + len(self.refreshed)  # one of them is kept
         ):
             raise PlanError("Refreshed indices must be sorted, distinct, dropped, and of a plan that reuses.")
+        if self.beginnings.shape not in ((0, _NAME), (self.num_units, _NAME)):
+            raise PlanError(f"Names of beginnings have shape {self.beginnings.shape} for {self.num_units} units.")
         if self.layout is not None and self.layout.is_visual.sum() != self.num_tokens:
             raise PlanError(
                 f"The prompt has {int(self.layout.is_visual.sum())} video tokens for a grid of {self.num_tokens}."
@@ -187,6 +196,19 @@ class RetentionPlan:
         stays[np.flatnonzero(layout.is_embed)[self.embed_index]] = True
         return np.flatnonzero(stays)
 
+    @cached_property
+    def visual_index(self) -> IntArray:
+        """(N,) where in the unpruned clip prompt each token of the grid is."""
+        layout = self._layout()
+        return np.flatnonzero(layout.is_embed)[layout.is_visual]
+
+    @cached_property
+    def prompt_units(self) -> IntArray:
+        """For each index of the pruned clip prompt the unit that it belongs to: that of the last token of the grid,
+        kept or not, at or before it in the unpruned prompt; 0 for what stands before all of them."""
+        firsts = self.visual_index[:: self.tokens_per_unit]
+        return np.maximum(np.searchsorted(firsts, self.prompt_index, side="right") - 1, 0)
+
     def with_layout(self, layout: Layout, position_span: int) -> "RetentionPlan":
         """The plan of a clip whose prompt is known.
 
@@ -207,7 +229,7 @@ class RetentionPlan:
         layout = self._layout()
         runs = [_runs(a) for a in (layout.token_ids, layout.is_embed, layout.is_visual)]
         header = [FORMAT, *self.grid, POSITIONS.index(self.positions), self.position_span, int(self.unchanged)]
-        parts = [self.kept, self.refreshed, *runs]
+        parts = [self.kept, self.refreshed, self.beginnings.ravel(), *runs]
         header += [_PLAN_ENCODERS.index(self.encoder), *(len(part) for part in parts)]
         return np.concatenate([np.array(header, dtype=np.int64), *parts])
 
@@ -223,11 +245,14 @@ class RetentionPlan:
         form, t, h, w, positions, span, unchanged, encoder, *lengths = (int(x) for x in array[:_HEADER])
         if len(array) != _HEADER + sum(lengths) or min(lengths) < 0 or {positions, unchanged, encoder} - {0, 1}:
             raise PlanError(f"A retention plan of format {form} is cut short or damaged.")
-        kept, refreshed, *runs = np.split(array[_HEADER:], np.cumsum(lengths)[:-1])
+        kept, refreshed, names, *runs = np.split(array[_HEADER:], np.cumsum(lengths)[:-1])
+        if len(names) % _NAME:
+            raise PlanError(f"A retention plan of format {form} is cut short or damaged.")
         token_ids, is_embed, is_visual = (_unrun(r) for r in runs)
         layout = Layout(token_ids, is_embed.astype(np.bool_), is_visual.astype(np.bool_))
         positions_name, encoder_name = POSITIONS[positions], _PLAN_ENCODERS[encoder]
-        return cls((t, h, w), kept, positions_name, layout, encoder_name, refreshed, span, bool(unchanged))
+        beginnings = names.reshape(-1, _NAME)
+        return cls((t, h, w), kept, positions_name, layout, encoder_name, refreshed, span, bool(unchanged), beginnings)
 
 
 def _runs(values: npt.NDArray[np.generic]) -> IntArray:

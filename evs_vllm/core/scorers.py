@@ -9,12 +9,15 @@ the vision tower runs, so scores from the tower's features do not fit here.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 import evs_kernels
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.budget import token_budget, tokens_saved
+from evs_vllm.core.causal import NOISE_PARTS, Distances, FixedScores, Judge, spend
 from evs_vllm.core.clip import Anchors, Clip
 from evs_vllm.core.descriptors import Contrast, Descriptor
 from evs_vllm.core.focus import SIXTEENTHS, unit_weights
@@ -91,6 +94,32 @@ class Selection(ABC):
         if clip.previous is None:
             return token_budget(*size, config, stock_count=self.stock_count)
         return token_budget(*size, config, True, self.stock_count, clip.previous.saved)
+
+    def allowance(self, clip: Clip, config: EVSConfig) -> list[int]:
+        """(T,) for each unit what `budget` would be if the clip ended with it."""
+        return [self.budget(replace(clip, grid=(t + 1, *clip.grid[1:])), config) for t in range(clip.num_units)]
+
+    def spend(self, judge: Judge, clip: Clip, config: EVSConfig, level: Callable[[float], float]) -> torch.Tensor:
+        """What `select` returns with the causal budget (`evs_vllm.core.causal`), on the CPU.
+
+        Args:
+            judge: Scores the clip's units, higher being better, and of unit t by no later ones.
+            clip, config: As for `select`.
+            level: The score that a number of the option ``threshold`` means.
+        """
+        weights = unit_weights(clip, config)
+        kept = spend(
+            judge,
+            clip.tokens_per_unit,
+            self.allowance(clip, config),
+            whole_first=clip.previous is None,
+            noise=level(self.noise / NOISE_PARTS),
+            level=level(config.threshold) if config.threshold else None,
+            most=config.max_tokens,
+            least=config.min_tokens_per_unit,
+            weights=None if weights is None else weights.tolist(),
+        )
+        return torch.from_numpy(kept)
 
     def looks(self, clip: Clip) -> torch.Tensor:
         """(T, P, F) uint8 on the clip's device: what each token looks like to later clips of a stream (`Anchors`).
@@ -184,6 +213,10 @@ class Anchored(Selection):
         return max(1, math.ceil(exact(threshold) * exact(self.descriptor.unit)))
 
     def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
+        if config.budget == "causal":
+            shown = None if clip.previous is None else clip.previous.looks.numpy()
+            looks = self.looks(clip)
+            return self.spend(Distances(looks.cpu().numpy(), shown), clip, config, self._level).to(looks.device)
         descriptors = self.evidence(clip)
         before = clip.tokens_per_unit if clip.previous is not None else 0
         budget = before + self.budget(clip, config)
@@ -219,7 +252,7 @@ class Scorer(Selection):
 
         Returns:
             (T, P) int32 or float32 on the same device; the higher stays. Unit 0 has nothing to be compared with and
-            scores 0.
+            scores 0. For the causal budget, the scores of a unit depend on no later one.
         """
 
     @abstractmethod
@@ -248,6 +281,10 @@ class Scorer(Selection):
         return evs_kernels.select_topk(self.score(tokens), budget, min_per_unit=min_per_unit).indices
 
     def select(self, clip: Clip, config: EVSConfig) -> torch.Tensor:
+        if config.budget == "causal":
+            size, scores = clip.tokens.shape[-1], self.evidence(clip)
+            judge = FixedScores(scores[len(scores) - clip.num_units :].cpu().numpy())
+            return self.spend(judge, clip, config, lambda threshold: self.level(threshold, size)).to(scores.device)
         # What was there before stands as one more unit in front, which is then taken off again.
         tokens, before = self.looks_and_before(clip), 0 if clip.previous is None else clip.tokens_per_unit
         least, budget = config.min_tokens_per_unit, before + self.budget(clip, config)

@@ -9,6 +9,7 @@ import torch
 
 import evs_kernels
 from evs_vllm.config import EVSConfig
+from evs_vllm.core.causal import refresh
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.scorers import LEARNED, Selection, named_selection
@@ -71,6 +72,9 @@ def stale(kept: torch.Tensor, clip: Clip, config: EVSConfig) -> torch.Tensor:
     cut makes nearly all tokens of its unit that are not kept. After unit 0 they are at most one in `REFRESHED_AT_MOST`
     of the dropped tokens; where that bites, the difference that counts is raised.
 
+    With the causal budget they are at most one in so many of the dropped tokens after unit 0 up to each unit, and of a
+    unit those that differ most (`evs_vllm.core.causal.refresh`).
+
     Args:
         kept: (K,) int64, sorted indices of the tokens that stay.
         clip, config: As for `make_plan`.
@@ -83,12 +87,18 @@ def stale(kept: torch.Tensor, clip: Clip, config: EVSConfig) -> torch.Tensor:
     forced[kept] = True
     dropped = ~forced
     forced[: clip.tokens_per_unit] = True
-    least = int(forced.sum())
     descriptor = LEARNED.descriptor
+    level = max(1, math.ceil(exact(config.encoder_refresh) * exact(descriptor.unit)))
+    if config.budget == "causal":
+        stays = forced.view(clip.num_units, -1).cpu().numpy()
+        later = refresh(descriptor.describe(clip).cpu().numpy(), stays, level, REFRESHED_AT_MOST)
+        of_first = dropped[: clip.tokens_per_unit].nonzero().flatten()
+        return torch.cat([of_first, torch.from_numpy(later).to(kept.device)])
+    least = int(forced.sum())
     computed = evs_kernels.select_anchored(
         descriptor.describe(clip),
         least + (tokens - least) // REFRESHED_AT_MOST,
-        threshold=max(1, math.ceil(exact(config.encoder_refresh) * exact(descriptor.unit))),
+        threshold=level,
         forced=forced.view(clip.num_units, -1),
     ).indices
     refreshed: torch.Tensor = computed[dropped[computed]]

@@ -29,6 +29,8 @@ _WRAPPED = "__evs_wrapped__"
 _REQUEST_CHECK = "validate_request_mm_kwargs"
 _REQUEST_CHECK_HOME = "vllm.entrypoints.generate.base.protocol"
 _SCHEDULER_HOME = "vllm.v1.core.sched.scheduler"
+_BLOCK_KEYS = "_gen_mm_extra_hash_keys"
+_BLOCK_KEYS_HOME = "vllm.v1.core.kv_cache_utils"
 _ENGINE_CORE_HOME = "vllm.v1.engine.core"
 _SESSION_HOME = "vllm.v1.engine.async_llm"
 # They import it by name: those already loaded need the wrapped function, those loaded later get it from its home.
@@ -196,6 +198,28 @@ def wrap_session_input(admit: Callable[[Any, Any, Any], Awaitable[None]]) -> Non
         return add_request
 
     _wrap(importlib.import_module(_SESSION_HOME).AsyncLLM, "_add_request", make)
+
+
+def wrap_block_keys(name: Callable[[Any, int, int], str | None]) -> None:
+    """Has vLLM's prefix cache name a block that ends within a multimodal item by ``name(request, item's number, end)``.
+
+    Where that is None, and for every other block, vLLM's own names stand. Imports the module, so call it where that
+    will be needed anyway or EVS is on.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> tuple[list[Any], int]:
+            found, number = original(request, start_token_idx, end_token_idx, start_mm_idx)
+            # The item that it would look at next is the one in which the block ends, if it ends in one.
+            within = found and 0 <= number < len(request.mm_features)
+            if within and (instead := name(request, number, end_token_idx)) is not None:
+                tag, _, offset = found[-1]
+                found[-1] = (tag, instead, offset)
+            return found, number
+
+        return keys
+
+    _wrap(importlib.import_module(_BLOCK_KEYS_HOME), _BLOCK_KEYS, make)
 
 
 def may_run_engine_core() -> bool:

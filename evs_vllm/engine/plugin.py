@@ -13,7 +13,7 @@ from typing import Any
 from evs_vllm import envs
 from evs_vllm.config import EVSConfig
 from evs_vllm.errors import ConfigError, UnsupportedError
-from evs_vllm.families import family_of, supported_architectures
+from evs_vllm.families import WHY_NOT_CAUSAL, family_of, supported_architectures
 from evs_vllm.families.refused import refusal_of
 from evs_vllm.options import CONFIG_KEY, OPTIONS
 from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
@@ -36,6 +36,7 @@ def register() -> None:
     compat.wrap_create_engine_config(_check_engine)
     if compat.may_run_engine_core():
         compat.wrap_add_request(_cap_answer_length)
+        compat.wrap_block_keys(_block_key)
     for architecture in supported_architectures():
         compat.replace_model_class(architecture, "evs_vllm.engine.model")
 
@@ -86,6 +87,8 @@ def _start(engine_args: Any, model_config: Any) -> None:
             f"EVS does not support {architecture} ({model_config.model}){why}. Supported: "
             f"{', '.join(supported_architectures())}. Drop the --evs-* options to serve it unpruned."
         )
+    if config.budget == "causal" and not family.grows:
+        raise UnsupportedError(f"--evs-budget causal is not possible here: {WHY_NOT_CAUSAL} Leave it out.")
     compat.refuse_conflicts(engine_args, model_config)
     adapter = family.bind(model_config.hf_config)
     if why := adapter.unsupported_kwargs(model_config.multimodal_config.mm_processor_kwargs or {}):
@@ -98,6 +101,7 @@ def _start(engine_args: Any, model_config: Any) -> None:
     compat.force_position_ids(model_config)
     compat.wrap_add_request(_cap_answer_length)
     compat.wrap_session_input(_admit_session_input)
+    compat.wrap_block_keys(_block_key)
     _server_config = config
     _compile_kernels(on_gpu=compat.clips_arrive_on_gpu(engine_args, model_config))
     logger.info(
@@ -136,6 +140,12 @@ async def _admit_session_input(engine: Any, request: Any, collector: Any) -> Non
     from evs_vllm.engine.sessions import admit_input
 
     await admit_input(engine, request, collector)
+
+
+def _block_key(request: Any, number: int, end: int) -> str | None:
+    from evs_vllm.engine.beginnings import block_key
+
+    return block_key(request, number, end)
 
 
 def _compile_kernels(on_gpu: bool) -> None:

@@ -24,6 +24,7 @@ from evs_vllm.core.plan import BoolArray, RetentionPlan
 from evs_vllm.core.prompt import pruned_clip
 from evs_vllm.core.scorers import named_selection
 from evs_vllm.core.selection import make_plan
+from evs_vllm.engine.beginnings import name_beginnings
 from evs_vllm.engine.compat import settings_of
 from evs_vllm.engine.limits import check_positions
 from evs_vllm.engine.metrics import PATHS, metrics, news_of
@@ -31,7 +32,7 @@ from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD, PrunedRange
 from evs_vllm.engine.streams import Stream, StreamStore, cache_identity, chain
 from evs_vllm.engine.times import metadata_of, seconds_of, unit_starts
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
-from evs_vllm.families import Family
+from evs_vllm.families import WHY_NOT_CAUSAL, Family
 from evs_vllm.families.base import FamilyAdapter
 from evs_vllm.families.front_end import watch_processor, why_not
 from evs_vllm.families.seen import Seen
@@ -162,6 +163,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                 f"EVS cannot prune this request's video: {why}. Leave that out, or set evs_rate to 0 where the server "
                 "admits it."
             )
+        if settings.active and settings.budget == "causal" and not self._evs_family.grows:
+            raise RequestError(f"evs_budget 'causal' is not possible here: {WHY_NOT_CAUSAL} Leave it out.")
         if settings.active and look_like_frames(inputs.mm_data_items.get("image")):
             metrics().frames_as_images.inc()
             logger.warning_once(
@@ -275,10 +278,10 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             raise RequestError(str(error)) from None
         span = self._evs.position_span(fields, clip.grid)
         pruned = [replace(u, content=self._pruned_details(u.content, clip, plan, span)) for u in updates]
-        array = pruned[0].content.plan.to_array()
-        if any((update.content.plan.to_array() != array).any() for update in pruned[1:]):
+        plan, *others = (update.content.plan for update in pruned)
+        array = plan.to_array()
+        if any((other.to_array() != array).any() for other in others):
             raise UnsupportedError("A clip has several ways to be laid out in the prompt; EVS needs exactly one.")
-        item[PLAN_FIELD] = MultiModalFieldElem(torch.from_numpy(array), MultiModalBatchedField(keep_on_cpu=True))
         metrics().planning_time.labels(settings.selection).observe(time.perf_counter() - started)
         metrics().frontend_clips.labels(PATHS[to_make is None]).inc()
         # Pixels that nobody computes need not be made, cached, serialised or copied to the device.
@@ -291,6 +294,12 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             pixels = {} if to_make is None else {of_pixels: fields[of_pixels]}
         for key, data in pixels.items():
             item[key] = replace(item[key], data=data)
+        if settings.budget == "causal":
+            before = settings.identity if stream is None else stream.links[stream.number_of(place)]
+            plan = replace(plan, beginnings=name_beginnings(self._evs, fields | pixels, plan, before))
+            pruned = [replace(u, content=replace(u.content, plan=plan)) for u in pruned]
+            array = plan.to_array()
+        item[PLAN_FIELD] = MultiModalFieldElem(torch.from_numpy(array), MultiModalBatchedField(keep_on_cpu=True))
         return pruned
 
     def _pruned_details(

@@ -25,6 +25,9 @@ class Family:
         layout: How the clip lies in the prompt.
         reuse: Whether its vision tower can reuse keys and values (``--evs-encoder reuse``).
         proof: What its end-to-end tests compare with.
+        grows: Why keys and values of a clip's beginning do not depend on what comes later, so that vLLM's prefix cache
+            may use them again for a clip that has grown; "" where that is not known, and ``--evs-budget causal`` is
+            refused.
         limits: What does not work, or "".
     """
 
@@ -35,6 +38,7 @@ class Family:
     layout: str
     reuse: bool
     proof: str
+    grows: str = ""
     limits: str = ""
 
     def bind(self, hf_config: Any, *, processor: Any = None, stats: "PixelStats | None" = None) -> "FamilyAdapter":
@@ -44,6 +48,9 @@ class Family:
         return adapter
 
 
+_UNITS_ALONE = "its tower attends within a unit and reuses what came before; positions count from the clip's start"
+_UNITS_BETWEEN_TEXT = _UNITS_ALONE + "; each unit has its text before it"
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="Qwen2.5-VL",
@@ -52,6 +59,7 @@ FAMILIES: tuple[Family, ...] = (
         positions="M-RoPE (t, h, w), t in real time",
         layout="contiguous",
         reuse=True,
+        grows=_UNITS_ALONE,
         proof="Hugging Face reference",
     ),
     Family(
@@ -61,6 +69,7 @@ FAMILIES: tuple[Family, ...] = (
         positions="M-RoPE (t, h, w)",
         layout="contiguous",
         reuse=True,
+        grows=_UNITS_ALONE,
         proof="Hugging Face reference",
     ),
     Family(
@@ -70,6 +79,7 @@ FAMILIES: tuple[Family, ...] = (
         positions="interleaved M-RoPE (t, h, w)",
         layout="per unit, between timestamps",
         reuse=True,
+        grows=_UNITS_BETWEEN_TEXT,
         proof="Hugging Face reference",
     ),
     Family(
@@ -79,6 +89,7 @@ FAMILIES: tuple[Family, ...] = (
         positions="interleaved M-RoPE (t, h, w)",
         layout="per unit, between timestamps",
         reuse=True,
+        grows=_UNITS_BETWEEN_TEXT,
         proof="Hugging Face reference",
         limits="linear attention was run in fp32 by the tests, not by a kernel of vLLM's",
     ),
@@ -89,6 +100,7 @@ FAMILIES: tuple[Family, ...] = (
         positions="M-RoPE (t, h, w)",
         layout="per unit, between timestamps",
         reuse=True,
+        grows=_UNITS_BETWEEN_TEXT,
         proof="Hugging Face reference",
         limits=(
             "one video per request, which is vLLM's limit; 4.6V-Flash, this model with GLM-4.6V's processor, was "
@@ -102,6 +114,7 @@ FAMILIES: tuple[Family, ...] = (
         positions="M-RoPE (t, h, w)",
         layout="per unit, between timestamps",
         reuse=True,
+        grows=_UNITS_BETWEEN_TEXT,
         proof="Hugging Face reference",
         limits="one video per request, which is vLLM's limit",
     ),
@@ -151,6 +164,7 @@ FAMILIES: tuple[Family, ...] = (
         positions="M-RoPE (t, h, w), t in real time",
         layout="contiguous",
         reuse=True,
+        grows=_UNITS_ALONE,
         proof="Hugging Face reference",
         limits="the thinker; `use_audio_in_video` is refused for a video that is pruned",
     ),
@@ -161,6 +175,7 @@ FAMILIES: tuple[Family, ...] = (
         positions="interleaved M-RoPE (t, h, w), t in real time",
         layout="contiguous",
         reuse=True,
+        grows=_UNITS_ALONE,
         proof="Hugging Face reference",
         limits="the thinker; `use_audio_in_video` is refused for a video that is pruned",
     ),
@@ -187,6 +202,12 @@ FAMILIES: tuple[Family, ...] = (
         proof="Hugging Face language model, tower written down in the tests",
         limits="one video a prompt (vLLM's); no encoder reuse yet",
     ),
+)
+
+
+WHY_NOT_CAUSAL = (
+    "it is not worked out for this model family what the beginning of a clip that grows depends on (docs/families.md "
+    "has those of which it is)."
 )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import BoolArray, Layout, RetentionPlan
+from evs_vllm.errors import UnsupportedError
 from evs_vllm.families.rotary import rotary_length
 from evs_vllm.families.seen import Squares
 
@@ -48,9 +49,12 @@ class FamilyAdapter(ABC):
     Attributes:
         config: The part of the model's config that vLLM's processor of the model works with.
         pixels: The name of the field of a clip's pixels.
+        growing_fields: Fields of a clip that get longer with it, in families that have `unit_pixels`: its pixels, its
+            grid, and what the prompt spells out. Of clips that begin alike all other fields are equal.
     """
 
     pixels = "pixel_values_videos"
+    growing_fields: tuple[str, ...] = ()
 
     def __init__(self, hf_config: Any, processor: Any = None, stats: PixelStats | None = None) -> None:
         self.config = self.media_config(hf_config)
@@ -99,6 +103,14 @@ class FamilyAdapter(ABC):
         By default none: a family without a `reuse_tower` computes every token.
         """
         return {}
+
+    def unit_pixels(self, item: Mapping[str, Any], plan: RetentionPlan) -> Sequence[torch.Tensor]:
+        """The pixels of `item`, reduced to the tokens that the tower computes, of each unit by itself.
+
+        Raises:
+            UnsupportedError: The family does not know (see `Family.grows`).
+        """
+        raise UnsupportedError("This model family has no pixels of a unit.")
 
     def flat_rows(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> dict[str, Sequence[int]]:
         """The fields of a batch in which all clips' rows lie one after the other, and how many rows each clip has.

@@ -25,6 +25,8 @@ GRID = "video_grid_thw"
 class Qwen2VL(FamilyAdapter):
     """Adapter of the Qwen2-VL row order."""
 
+    growing_fields = (PIXELS, GRID, "timestamps")
+
     @property
     def judges_source(self) -> bool:
         return True
@@ -56,6 +58,11 @@ class Qwen2VL(FamilyAdapter):
         rows = item[PIXELS]
         tokens = rows.view(plan.num_tokens, -1, rows.shape[-1])
         return {PIXELS: tokens[torch.from_numpy(plan.computed).to(rows.device)].flatten(0, 1)}
+
+    def unit_pixels(self, item: Mapping[str, Any], plan: RetentionPlan) -> Sequence[torch.Tensor]:
+        rows = item[PIXELS]
+        computed = np.bincount(plan.computed // plan.tokens_per_unit, minlength=plan.num_units)
+        return rows.split((computed * (len(rows) // len(plan.computed))).tolist())
 
     def flat_rows(self, batch: Mapping[str, Any], plans: Sequence[RetentionPlan]) -> dict[str, Sequence[int]]:
         patches = [int(grid.prod()) // plan.num_tokens for grid, plan in zip(batch[GRID], plans, strict=True)]

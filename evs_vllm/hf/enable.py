@@ -58,8 +58,8 @@ def enable(
             for comparisons, an object, which calls cannot replace.
         encode: What runs the tower under encoder "reuse", by default `evs_vllm.hf.tower.encode`. For comparisons.
         **options: Further fields of `EVSConfig`: threshold, positions, min_tokens_per_unit, max_tokens, encoder,
-            encoder_refresh, stream (the clips of a call, which is then one conversation, are parts of one stream). The
-            encoder is "full" by default; "reuse" has no backward pass.
+            encoder_refresh, budget, stream (the clips of a call, which is then one conversation, are parts of one
+            stream). The encoder is "full" by default; "reuse" has no backward pass.
 
     Returns:
         `model`.

@@ -72,7 +72,8 @@ def test_a_transformers_without_the_argument_is_refused(reference, family, monke
 def test_the_plan_is_the_one_that_vllm_makes(model_dir, reference, family, facts, name) -> None:
     """From the rows of transformers' own processor as from vLLM's, and by default the same selection."""
     chosen = {} if name == SELECTION_NAMES[0] else {"selection": name}
-    processor, ref = processor_for(model_dir(family), {"rate": 0.8, **chosen}), reference(family)
+    server = {"rate": 0.8, "request_overrides": "any", **chosen}
+    processor, ref = processor_for(model_dir(family), server), reference(family)
     model = hf.enable(copy.deepcopy(ref.model), 0.8, processor=ref.processor, **chosen)
     for size in facts.frame_size, (75, 213):  # the second is resized
         frames = synthetic_clip(11, size, moving=0.3, noise=3)
@@ -81,6 +82,10 @@ def test_the_plan_is_the_one_that_vllm_makes(model_dir, reference, family, facts
             model(**inputs(ref, frames))
         (plan,) = hf.last_plans(model)
         assert served is not None and plan.kept.tolist() == served.kept.tolist()
+    causal = plan_in(process(processor, frames, evs_budget="causal"))
+    with torch.no_grad():
+        model(**inputs(ref, frames), evs_budget="causal")
+    assert causal is not None and hf.last_plans(model)[0].kept.tolist() == causal.kept.tolist()
     # Mixed precision, as in a training step, is for the model and not for what chooses its tokens.
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         model(**inputs(ref, frames))

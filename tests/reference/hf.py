@@ -38,6 +38,7 @@ class Settings:
     min_tokens_per_unit: int = 0
     max_tokens: int | None = None
     selection: str = "paper"
+    budget: str = "clip"
 
     @property
     def off(self) -> bool:
@@ -108,6 +109,8 @@ def select(pixels: np.ndarray, settings: Settings) -> np.ndarray:
     units, per_unit, size = pixels.shape
     if settings.off:
         return np.arange(units * per_unit)
+    if settings.budget == "causal":
+        return selection.purse_of_changes(pixels, settings)
     score = {}
     for t in range(1, units):
         for p in range(per_unit):

@@ -337,6 +337,8 @@ def choose(looks: np.ndarray, settings: Any, saved: int | None = None) -> np.nda
     Returns:
         Sorted flat indices, not counting what was there before.
     """
+    if settings.budget == "causal":
+        return purse_of_looks(looks, settings, saved)
     units, per_unit, _ = looks.shape
     goes_on = saved is not None
     before = per_unit if goes_on else 0
@@ -354,6 +356,123 @@ def choose(looks: np.ndarray, settings: Any, saved: int | None = None) -> np.nda
         return kept
     kept = hold(looks, before + 1, 0)  # the one token that a prompt needs
     return kept[kept >= before] - before
+
+
+def purse(
+    allowances: list[int], per_unit: int, settings: Any, value: Any, shown: Any, noise: int, level: int, alone: bool
+) -> np.ndarray:
+    """What the causal budget keeps.
+
+    Args:
+        allowances: For each unit how many tokens the budget of the clip would keep if the clip ended with it.
+        per_unit: Tokens of a unit.
+        settings: As for `choose`.
+        value: Of a unit and a place, how much the token is worth now.
+        shown: Called with a unit and a place that later values are to be compared with.
+        noise: What is worth less is not kept with a rate.
+        level: What is worth as much is kept with a threshold.
+        alone: Whether the clip goes on from no other one.
+    """
+    kept: list[int] = []
+    had, earnings, worths = 0, [], []
+    least = min(settings.min_tokens_per_unit, per_unit)
+    for t, allowed in enumerate(allowances):
+        earned = allowed - (allowances[t - 1] if t else 0)
+        had += earned
+        if t == 0 and alone:
+            kept += range(per_unit)
+            had -= per_unit
+            continue
+        had = min(had, 2 * per_unit)
+        worth = [int(value(t, p)) for p in range(per_unit)]
+        ranked = sorted(range(per_unit), key=lambda p: (-worth[p], p))
+        if settings.threshold:
+            good, purse = [p for p in ranked if worth[p] >= level], per_unit
+        else:
+            good, purse = [p for p in ranked if worth[p] >= noise and worth[p] > 0], had
+            if worths:
+                purse += per_unit if alone else 0
+                before = sorted((w for each in worths[-8:] for w in each), reverse=True)
+                number = max(sum(earnings[-8:]) + math.floor(Fraction(had, 2)), 1)
+                good = [p for p in good if worth[p] >= before[min(number, len(before)) - 1]]
+            worths.append(worth)
+            earnings.append(earned)
+        if settings.max_tokens is not None:
+            purse = min(purse, settings.max_tokens - len(kept))
+        good = good[: max(purse, 0)]
+        for p in good:
+            shown(t, p)
+        needed = least if t else max(least, 1)
+        others = [p for p in ranked if p not in good]
+        good += others[: max(needed - len(good), 0)]
+        kept += sorted(t * per_unit + p for p in good)
+        had -= len(good)
+    return np.array(kept)
+
+
+def purse_of_looks(looks: np.ndarray, settings: Any, saved: int | None = None) -> np.ndarray:
+    """The causal budget for descriptors; the arguments are those of `choose`."""
+    goes_on = saved is not None
+    anchors = [looks[0, p] for p in range(looks.shape[1])]
+    looks = looks[1:] if goes_on else looks
+    unit = UNIT[settings.selection]
+
+    def show(t: int, p: int) -> None:
+        anchors[p] = looks[t, p]
+
+    units, per_unit, _ = looks.shape
+    return purse(
+        [tokens_allowed(t + 1, per_unit, settings, saved) for t in range(units)],
+        per_unit,
+        settings,
+        lambda t, p: distance(looks[t, p], anchors[p]),
+        show,
+        max(1, math.ceil(Fraction(NOISE[settings.selection], 4) * unit)),
+        max(1, math.ceil(Fraction(str(settings.threshold or 0)) * unit)),
+        not goes_on,
+    )
+
+
+def purse_of_changes(pixels: np.ndarray, settings: Any) -> np.ndarray:
+    """The causal budget for the paper's score, of (T, P, D) pixels; 10 grey levels are its noise."""
+    units, per_unit, size = pixels.shape
+    values = pixels.astype(np.int64)
+    floors = [per_unit + t * min(settings.min_tokens_per_unit, per_unit) for t in range(units)]
+    shares = [min(share_of(t + 1, per_unit, settings), settings.max_tokens or size * units) for t in range(units)]
+    return purse(
+        [max(pair) for pair in zip(shares, floors, strict=True)],
+        per_unit,
+        settings,
+        lambda t, p: distance(values[t, p], values[t - 1, p]),
+        lambda t, p: None,
+        math.ceil(Fraction(10, 4) * size),
+        math.ceil(Fraction(str(settings.threshold or 0)) * size),
+        True,
+    )
+
+
+def refreshed_in_order(looks: np.ndarray, kept: set[int], level: int) -> np.ndarray:
+    """(T*P,) bool, what a tower that reuses computes with the causal budget: `kept` and, of each unit, what differs.
+
+    Args:
+        looks: (T, P, F) descriptors.
+        kept: Tokens that are computed anyway, all of unit 0 among them.
+        level: The distance from what was computed last of a place that counts.
+    """
+    units, per_unit, _ = looks.shape
+    last, computed, others, extra = list(looks[0]), set(kept), 0, 0
+    for t in range(1, units):
+        free = [p for p in range(per_unit) if t * per_unit + p not in kept]
+        others += len(free)
+        far = [p for p in free if distance(looks[t, p], last[p]) >= level]
+        far.sort(key=lambda p: (-distance(looks[t, p], last[p]), p))
+        chosen = far[: max(others // 2 - extra, 0)]
+        extra += len(chosen)
+        computed |= {t * per_unit + p for p in chosen}
+        for p in range(per_unit):
+            if t * per_unit + p in computed:
+                last[p] = looks[t, p]
+    return np.array([i in computed for i in range(units * per_unit)])
 
 
 def news(looks: np.ndarray, settings: Any) -> int:

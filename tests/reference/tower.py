@@ -43,7 +43,8 @@ def computed_tokens(looks: np.ndarray, kept: np.ndarray, settings: TowerSettings
 
     Returns:
         (T*P,) bool: the kept tokens, all of unit 0, and those that differ by `refresh` hundredths or more from what was
-        computed last at their place; where that is more than half of the other tokens, those that differ most.
+        computed last at their place; where that is more than half of the other tokens, those that differ most. With
+        the causal budget, more than half of those so far.
     """
     units, per_unit, _ = looks.shape
     total = units * per_unit
@@ -51,6 +52,8 @@ def computed_tokens(looks: np.ndarray, kept: np.ndarray, settings: TowerSettings
     wanted = kept
     if settings.refresh:
         level = max(1, math.ceil(Fraction(str(settings.refresh)) * selection.UNIT["learned"]))
+        if settings.budget == "causal":
+            return selection.refreshed_in_order(looks, set(kept.tolist()), level)
         most = len(kept) + (total - len(kept)) // 2
         wanted = selection.anchored(looks, level, 0, most, frozenset(kept.tolist()))
     return np.isin(np.arange(total), wanted)

@@ -21,6 +21,7 @@ GOOD = {
     "rate": [0, 0.0, 0.5, 0.999],
     "threshold": [0, 5, 7.5, 255],
     "selection": ["learned", "contrast", "paper"],
+    "budget": ["clip", "causal"],
     "focus": [((0, 2, 4),), ((1.5, 2.5, 0), (0, 10**6, 0.25))],
     "positions": ["keep", "sequential"],
     "min_tokens_per_unit": [0, 1, 100],
@@ -36,6 +37,7 @@ BAD = {
     "rate": [1, -0.1, 1.5, math.nan, math.inf, True, "0.5", [0.5], {}],
     "threshold": [-1, 255.5, math.nan, -math.inf, False, "6"],
     "selection": ["", "Paper", "embedding", 0, True, None, ["paper"]],
+    "budget": ["", "Causal", "stream", 1, True, None, ["clip"]],
     "focus": [
         [],
         [[0, 1]],
@@ -89,6 +91,9 @@ def test_unknown_and_contradicting_options() -> None:
     with pytest.raises(ConfigError, match="contradict"):
         EVSConfig(rate=0.5, threshold=6)
     assert EVSConfig(rate=0, threshold=6).active
+    with pytest.raises(ConfigError, match="budget=causal and max_tokens=9 alone"):
+        EVSConfig(budget="causal", max_tokens=9)
+    assert EVSConfig(budget="causal", max_tokens=9, threshold=6).active and not EVSConfig(budget="causal").active
 
 
 def test_command_line_words() -> None:
@@ -124,6 +129,7 @@ def test_identity_tells_settings_apart_and_spellings_not() -> None:
         EVSConfig(threshold=0.5, selection="contrast"),
         EVSConfig(rate=0.5, selection="contrast"),
         EVSConfig(rate=0.5, selection="paper"),
+        EVSConfig(rate=0.5, budget="causal"),
         EVSConfig(rate=0.5, positions="sequential"),
         EVSConfig(rate=0.5, min_tokens_per_unit=1),
         EVSConfig(rate=0.5, max_tokens=1),
@@ -141,7 +147,7 @@ def test_identity_tells_settings_apart_and_spellings_not() -> None:
 OTHER = {
     "rate": 0.75, "threshold": 9, "selection": "paper", "positions": "sequential", "min_tokens_per_unit": 3,
     "max_tokens": 77, "encoder": "full", "encoder_refresh": 3, "request_overrides": "any",
-    "focus": ((0, 1, 4),), "stream": True, "stream_cache_gb": 1, "processor_threads": 3,
+    "focus": ((0, 1, 4),), "budget": "causal", "stream": True, "stream_cache_gb": 1, "processor_threads": 3,
 }  # fmt: skip
 """For each option a value that differs from that of `_BASE`."""
 _BASE = EVSConfig(threshold=6, encoder="reuse", selection="paper")
@@ -162,7 +168,10 @@ def test_a_request_may_have_what_the_server_has(option: Option) -> None:
     base = _BASES.get(option.name, _BASE)
     other = replace(base, **{option.name: OTHER[option.name]})
     assert base.is_at_most(base) and other.is_at_most(other)
-    if option.no_more is None:
+    if option.name == "budget":
+        # The causal one may owe a unit, and may lack later what it spent: neither is bounded by the other.
+        assert not base.is_at_most(other) and not other.is_at_most(base)
+    elif option.no_more is None:
         assert base.is_at_most(other) and other.is_at_most(base)
     else:
         assert base.is_at_most(other) != other.is_at_most(base), "the two values cost the same"

@@ -231,6 +231,38 @@ ROWS: tuple[Touchpoint, ...] = (
         gone_when="A model can bound the positions of a request.",
     ),
     Touchpoint(
+        what="blocks of a clip are named by its beginning (compat.wrap_block_keys)",
+        where="vllm.v1.core.kv_cache_utils:_gen_mm_extra_hash_keys",
+        parameters=("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+        results=2,
+        source=(
+            "while mm_features and curr_mm_idx < len(mm_features):",
+            'extra_keys.append(("mm", mm_feature.identifier, offset - start_token_idx))',
+            "if end_token_idx >= offset + length:",
+            "return extra_keys, curr_mm_idx",
+        ),
+        why=(
+            "With the causal budget a clip that has grown must find its beginning in the prefix cache, and vLLM names "
+            "all blocks of a clip by the whole clip. The last key, and the item that is returned, are those of the "
+            "item in which a block ends."
+        ),
+        gone_when="vLLM lets an item name its beginning, or lets a plugin name blocks.",
+    ),
+    Touchpoint(
+        what="blocks of a clip are named by its beginning (compat.wrap_block_keys)",
+        where="vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        source=("_gen_mm_extra_hash_keys(",),
+        why="All that names blocks calls it, and it finds the function in its module.",
+        gone_when="vLLM lets an item name its beginning, or lets a plugin name blocks.",
+    ),
+    Touchpoint(
+        what="blocks of a clip are named by its beginning (beginnings.block_key)",
+        where="vllm.v1.engine.core:EngineCore.preprocess_add_request",
+        source=("get_and_update_features(", "Request.from_engine_core_request("),
+        why="An item's fields, with the plan, must be there before a request names its blocks.",
+        gone_when="vLLM lets an item name its beginning, or lets a plugin name blocks.",
+    ),
+    Touchpoint(
         what="answers end in time (limits.cap_answer_length)",
         where="vllm.v1.core.sched.utils:check_stop",
         source=("request.max_tokens",),
