@@ -5,16 +5,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint format types demo bench clean
+.PHONY: help env test test-deploy lint format types demo bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 env: ## create or update .venv (EVS_BACKEND=cpu|gpu overrides the detected one)
 	@$(PYTHON) .ci/bootstrap.py
 
 test: lint types ## lint, types and the test suite (ARGS="-k name" goes to pytest)
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-deploy: env ## start every deployment of docs/deployment.md on the CPU and write what came of it (an hour)
+	@$(BIN)/python -m pytest tests/deploy -m "deploy or vllm" --deploy-report bench/results/deploy/topologies.md $(ARGS)
 
 lint: env ## check style and formatting
 	@$(BIN)/ruff check .
