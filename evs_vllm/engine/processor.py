@@ -294,9 +294,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         for update in updates:
             stock = update.content
             mask = None if stock.is_embed is None else stock.is_embed(stock.full).numpy()
-            plan = given_plan(
-                fields[PLAN_FIELD], stock.full, mask, lambda grid: self._evs.position_span(fields, grid)
-            )
+            plan = given_plan(fields[PLAN_FIELD], stock.full, mask, lambda grid: self._evs.position_span(fields, grid))
             ids, embeds = pruned_clip(plan)
             content = PrunedUpdateDetails(ids, None if mask is None else _FixedMask(embeds), plan=plan)
             pruned.append(replace(update, content=content))

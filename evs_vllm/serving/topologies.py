@@ -94,16 +94,17 @@ TOPOLOGIES: tuple[Topology, ...] = (
         title="an encoder apart (EPD)",
         how="`--ec-transfer-config`, roles `ec_producer` and `ec_consumer`; both get the request with its media",
         state="run",
-        notes="Both plan the clip and come to the same identifier, under which the rows are stored. Send the videos of "
-        "a stream to the encoder in one request: alone, a later one is another clip, and the consumer encodes it itself.",
+        notes="Both plan the clip and come to the same identifier, under which the rows are stored. Send the videos "
+        "of a stream to the encoder in one request: alone, a later one is another clip, which the consumer encodes "
+        "itself.",
     ),
     Topology(
         name="encoder_metadata",
         title="an encoder apart, consumers without pixels",
         how="as above; the consumer gets what the encoder answered (`ec_transfer_params`) in place of media",
         state="run",
-        notes="The plan (`evs_plan`) is among what the encoder answers; without it the consumer refuses the request with "
-        "HTTP 400.",
+        notes="The plan (`evs_plan`) is among what the encoder answers; without it the consumer refuses the request "
+        "with HTTP 400.",
     ),
     Topology(
         name="prefill_decode",
@@ -132,9 +133,9 @@ TOPOLOGIES: tuple[Topology, ...] = (
         title="sleep and wake",
         how="`--enable-sleep-mode`",
         state="interface",
-        notes="vLLM's sleep mode needs a GPU, and its CPU worker ignores the call. Run here: the engine core's part (it "
-        "pauses, drops its caches and goes on). Level 2 gives up buffers, so a test checks that the wrapped model holds "
-        "no tensors beside vLLM's.",
+        notes="vLLM's sleep mode needs a GPU, and its CPU worker ignores the call. Run here: the engine core's part "
+        "(it pauses, drops its caches and goes on). Level 2 gives up buffers, so a test checks that the wrapped model "
+        "holds no tensors beside vLLM's.",
     ),
     Topology(
         name="ray",
@@ -148,8 +149,8 @@ TOPOLOGIES: tuple[Topology, ...] = (
         title="pipeline parallelism",
         how="`--pipeline-parallel-size 2`",
         state="interface",
-        notes="vLLM 0.32's CPU engine ends at the start with two stages, with and without EVS. Tested: every stage computes "
-        "the same positions from the plan, and one without a tower is built.",
+        notes="vLLM 0.32's CPU engine ends at the start with two stages, with and without EVS. Tested: a stage without "
+        "a tower is built, and computes the positions from the plan.",
     ),
     Topology(
         name="rust_frontend",

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--deploy-report", metavar="FILE", help="write what came of the deployments to a Markdown file (make test-deploy)"
+        "--deploy-report",
+        metavar="FILE",
+        help="write what came of the deployments to this Markdown file",
     )
 
 
@@ -67,11 +69,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         rows[name] = f"| `{name}` | {titles[name]} | {outcome} | {about} | {seconds:.0f} | {commit} | {today} |"
     text = f"""# Deployments compared with one process
 
-Written by `make test-deploy` with vLLM {vllm.__version__}, Python {platform.python_version()}, {os.cpu_count()} CPU cores, no GPU,
-and a tiny Qwen2.5-VL in fp32. Each deployment is started, asked the same requests as one process (rates, selections,
-positions, a threshold, pictures, a conversation about a stream; in the order of the reference and in another one), and has
-to give the same prompts, the same greedy tokens, and every reported logprob within 1e-4. A plus after a commit says that
-its code was changed.
+Written by `make test-deploy` with vLLM {vllm.__version__}, Python {platform.python_version()},
+{os.cpu_count()} CPU cores, no GPU, and a tiny Qwen2.5-VL in fp32. Each deployment is started, asked the same requests
+as one process (rates, selections, positions, a threshold, pictures, a conversation about a stream; in the order of the
+reference and in another one), and has to give the same prompts, the same greedy tokens, and every reported logprob
+within 1e-4. A plus after a commit says that its code was changed.
 
 | name | topology | outcome | compared, or what failed | seconds | commit | date |
 | --- | --- | --- | --- | ---: | --- | --- |

@@ -288,5 +288,3 @@ DEPLOYMENTS: dict[str, Callable[[Path, Path], Any]] = {
 }
 """Those that answer as one process does, by the names of their rows. LoRA and new weights are compared with another
 server, in `test_weights.py`."""
-
-
