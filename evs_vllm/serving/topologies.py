@@ -140,9 +140,11 @@ TOPOLOGIES: tuple[Topology, ...] = (
     Topology(
         name="ray",
         title="Ray executor",
-        how="`--distributed-executor-backend ray`, one node",
-        state="run",
-        notes="The plugin has to be installed on every node.",
+        how="`--distributed-executor-backend ray`",
+        state="interface",
+        notes='vLLM refuses Ray on its CPU platform ("current platform cpu does not support ray", tried with ray 2.60). '
+        "Tested: the pickled configuration brings the settings to a process that has loaded the plugin and nothing "
+        "else. The plugin has to be installed on every node.",
     ),
     Topology(
         name="pipeline_parallel",

@@ -264,16 +264,6 @@ def prefill_decode(model: Path, folder: Path) -> Context:
         yield Deployment(ask, evidence)
 
 
-@contextmanager
-def ray(model: Path, folder: Path) -> Context:
-    with one_process(model, folder, "--distributed-executor-backend", "ray") as server:
-
-        def evidence() -> None:
-            assert "ray" in server.log.lower()
-
-        yield Deployment(server.post, evidence)
-
-
 DEPLOYMENTS: dict[str, Callable[[Path, Path], Any]] = {
     made.__name__: made
     for made in (
@@ -287,7 +277,6 @@ DEPLOYMENTS: dict[str, Callable[[Path, Path], Any]] = {
         encoder,
         encoder_metadata,
         prefill_decode,
-        ray,
     )
 }
 """Those that answer as one process does, by the names of their rows. LoRA and new weights are compared with another

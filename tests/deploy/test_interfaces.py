@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +89,32 @@ def test_a_stage_with_its_tower_reuses(model: Path) -> None:
     assert not tower_is_elsewhere(whole)
     whole.visual = StageMissingLayer("vision_tower", torch.nn.Identity())
     assert tower_is_elsewhere(whole)
+
+
+def test_ray(model: Path, tmp_path: Path) -> None:
+    """Ray's workers get the configuration pickled, and load plugins before they look at it."""
+    import cloudpickle
+    from vllm.engine.arg_utils import EngineArgs
+
+    from evs_vllm.engine.plugin import register
+
+    register()
+    config = EngineArgs(model=str(model), additional_config={"evs": EVS}).create_engine_config()
+    (tmp_path / "config").write_bytes(cloudpickle.dumps(config))
+    code = """
+import pickle, sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+config = pickle.load(open(sys.argv[1], "rb")).model_config
+from vllm import ModelRegistry
+from evs_vllm.engine.compat import settings_of
+from evs_vllm.engine.model import EVSModelMixin
+cls, _ = ModelRegistry.resolve_model_cls(config.architectures, config)
+print("found:", settings_of(config).rate, issubclass(cls, EVSModelMixin))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "config")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.stdout.splitlines()[-1:] == ["found: 0.75 True"], run.stderr[-2000:]
 
 
 def test_rust_frontend(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

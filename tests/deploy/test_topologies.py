@@ -19,8 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench/results/deploy/topologies.md"
 CHEAP = ("api_servers",)
 FAMILY = "qwen2_5_vl"
-NEEDS = {"ray": "ray"}
-"""What a deployment needs that is not in the environment of the tests."""
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +45,6 @@ def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_answers_are_those_of_one_process(
     name: str, model: Path, reference: dict[str, Said], tmp_path: Path, record_property: Any
 ) -> None:
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name], reason=f"needs pip install {NEEDS[name]}")
     record_property("topology", name)
     count, worst = 0, 0.0
     with DEPLOYMENTS[name](model, tmp_path) as deployment:
