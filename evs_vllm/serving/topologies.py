@@ -142,7 +142,7 @@ TOPOLOGIES: tuple[Topology, ...] = (
         title="Ray executor",
         how="`--distributed-executor-backend ray`",
         state="interface",
-        notes='vLLM refuses Ray on its CPU platform ("current platform cpu does not support ray", tried with ray 2.60). '
+        notes='vLLM refuses Ray on its CPU platform: "current platform cpu does not support ray" (tried with 2.60). '
         "Tested: the pickled configuration brings the settings to a process that has loaded the plugin and nothing "
         "else. The plugin has to be installed on every node.",
     ),
