@@ -6,10 +6,10 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint format types demo bench clean
+.PHONY: help env test test-deploy lint format types demo bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 env: ## create or update .venv (EVS_BACKEND=cpu|gpu overrides the detected one)
 	@$(PYTHON) .ci/bootstrap.py
@@ -17,6 +17,9 @@ env: ## create or update .venv (EVS_BACKEND=cpu|gpu overrides the detected one)
 # Files are shared out whole, so that the tests of one share their engines; each process has up to 4 GB.
 test: lint types ## lint, types and the test suite (ARGS="-k name" goes to pytest, JOBS=2 processes)
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+test-deploy: env ## start every deployment of docs/deployment.md on the CPU and write what came of it (an hour)
+	@$(BIN)/python -m pytest tests/deploy -m "deploy or vllm" --deploy-report bench/results/deploy/topologies.md $(ARGS)
 
 lint: env ## check style and formatting
 	@$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from evs_vllm.config import EVSConfig
 from evs_vllm.families import FAMILIES
 from evs_vllm.families.refused import REFUSED
 from evs_vllm.options import OPTIONS
+from evs_vllm.serving.topologies import STATES, TOPOLOGIES
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -95,7 +96,19 @@ def refused() -> str:
     return markdown(*refused_rows("`{}`"))
 
 
-TABLES = {"options": options, "family_names": family_names, "families": families, "refused": refused}
+def topologies() -> str:
+    """Every way to deploy, and what was done with it."""
+    rows = [(row.title, row.how, STATES[row.state], row.notes) for row in TOPOLOGIES]
+    return markdown(("topology", "how", "state", "what to know"), rows)
+
+
+TABLES = {
+    "options": options,
+    "family_names": family_names,
+    "families": families,
+    "refused": refused,
+    "topologies": topologies,
+}
 """What stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``."""
 
 

@@ -111,6 +111,11 @@ class RetentionPlan:
             raise PlanError(
                 f"Bad grid {self.grid}, positions {self.positions!r} or encoder {self.encoder!r} in a plan."
             )
+        # First of all checks of length: arrays below are as long as the grid says, and a plan may come from outside.
+        if self.layout is not None and self.layout.is_visual.sum() != self.num_tokens:
+            raise PlanError(
+                f"The prompt has {int(self.layout.is_visual.sum())} video tokens for a grid of {self.num_tokens}."
+            )
         if not len(self.kept) or not self._is_selection(self.kept):
             raise PlanError(f"Kept indices must be sorted, distinct and within 0..{self.num_tokens - 1}.")
         if len(self.refreshed) and (
@@ -121,10 +126,6 @@ class RetentionPlan:
             raise PlanError("Refreshed indices must be sorted, distinct, dropped, and of a plan that reuses.")
         if self.beginnings.shape not in ((0, _NAME), (self.num_units, _NAME)):
             raise PlanError(f"Names of beginnings have shape {self.beginnings.shape} for {self.num_units} units.")
-        if self.layout is not None and self.layout.is_visual.sum() != self.num_tokens:
-            raise PlanError(
-                f"The prompt has {int(self.layout.is_visual.sum())} video tokens for a grid of {self.num_tokens}."
-            )
 
     def _is_selection(self, indices: IntArray) -> bool:
         inside = indices[0] >= 0 and indices[-1] < self.num_tokens
@@ -234,11 +235,16 @@ class RetentionPlan:
         return np.concatenate([np.array(header, dtype=np.int64), *parts])
 
     @classmethod
-    def from_array(cls, array: IntArray) -> "RetentionPlan":
+    def from_array(cls, array: IntArray, longest: int | None = None) -> "RetentionPlan":
         """Reads what `to_array` wrote.
 
+        Args:
+            array: One (L,) int64 array.
+            longest: How many tokens the unpruned prompt of the clip may have. An array from outside needs it, as the
+                runs of a few numbers can stand for any length.
+
         Raises:
-            PlanError: `array` is not a plan, or one of another format version.
+            PlanError: `array` is not a plan, one of another format version, or one of a longer prompt.
         """
         if array.ndim != 1 or len(array) < _HEADER or array[0] != FORMAT:
             raise PlanError("Not a retention plan of this evs-vllm version: do all processes run the same version?")
@@ -246,8 +252,10 @@ class RetentionPlan:
         if len(array) != _HEADER + sum(lengths) or min(lengths) < 0 or {positions, unchanged, encoder} - {0, 1}:
             raise PlanError(f"A retention plan of format {form} is cut short or damaged.")
         kept, refreshed, names, *runs = np.split(array[_HEADER:], np.cumsum(lengths)[:-1])
-        if len(names) % _NAME:
+        if len(names) % _NAME or any(len(r) % 2 or (r[1::2] < 0).any() for r in runs):
             raise PlanError(f"A retention plan of format {form} is cut short or damaged.")
+        if longest is not None and any(sum(r[1::2].tolist()) > longest for r in runs):
+            raise PlanError(f"A retention plan is for a prompt of more than {longest} tokens.")
         token_ids, is_embed, is_visual = (_unrun(r) for r in runs)
         layout = Layout(token_ids, is_embed.astype(np.bool_), is_visual.astype(np.bool_))
         positions_name, encoder_name = POSITIONS[positions], _PLAN_ENCODERS[encoder]

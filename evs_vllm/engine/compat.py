@@ -355,24 +355,6 @@ def why_not_reuse(engine_args: Any, model_config: Any) -> str:
     return ""
 
 
-def refuse_consumers(vllm_config: Any) -> None:
-    """Refuses an engine that takes its clips from another one's encoder or KV cache.
-
-    Raises:
-        UnsupportedError: It is such a consumer and no producer at the same time.
-    """
-    for flag, config, consumes, produces in (
-        ("--ec-transfer-config", vllm_config.ec_transfer_config, "is_ec_consumer", "is_ec_producer"),
-        ("--kv-transfer-config", vllm_config.kv_transfer_config, "is_kv_consumer", "is_kv_producer"),
-    ):
-        if config is not None and getattr(config, consumes) and not getattr(config, produces):
-            raise UnsupportedError(
-                f"This engine is a consumer ({flag}): it is sent videos without their pixels, and which tokens the "
-                "producer kept is not known here, so its prompts would not fit the producer's rows. Drop the --evs-* "
-                "options on both sides."
-            )
-
-
 def why_not_keep(vllm_config: Any) -> str:
     """Why this engine cannot work with kept positions, or ""."""
     speculative = vllm_config.speculative_config

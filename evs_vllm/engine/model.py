@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from vllm.model_executor.models.interfaces import supports_mrope
+from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.multimodal.inputs import PlaceholderRange
 
 from evs_vllm.config import EVSConfig
@@ -24,6 +25,13 @@ from evs_vllm.engine.processor import ProcessorFactory
 from evs_vllm.errors import PlanError, UnsupportedError
 from evs_vllm.families import Family, family_of
 from evs_vllm.options import CONFIG_KEY
+
+
+def tower_is_elsewhere(model: torch.nn.Module) -> bool:
+    """Whether a part of the model that is not its language model is missing in this process: on later pipeline stages,
+    and where no media are served."""
+    language = getattr(model, "_language_model_names", ())
+    return any(isinstance(each, StageMissingLayer) for name, each in model.named_children() if name not in language)
 
 
 class EVSModelMixin:
@@ -50,7 +58,7 @@ class EVSModelMixin:
         self._evs_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         config: EVSConfig = settings_of(vllm_config.model_config) or EVSConfig()
         self._evs = self._evs_family.bind(vllm_config.model_config.hf_config)
-        self._evs_tower = None if config.why_not_reuse else self._evs.reuse_tower(self)
+        self._evs_tower = None if config.why_not_reuse or tower_is_elsewhere(self) else self._evs.reuse_tower(self)
         if self._evs_tower is not None:
             wrap_tower(self._evs_tower)
 

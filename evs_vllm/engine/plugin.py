@@ -120,7 +120,6 @@ def _check_engine(vllm_config: Any) -> None:
     config: EVSConfig | None = compat.settings_of(model_config)
     if config is None:
         return
-    compat.refuse_consumers(vllm_config)
     if why := compat.why_not_keep(vllm_config):
         if config.positions == "keep":
             raise UnsupportedError(

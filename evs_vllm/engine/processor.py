@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from vllm.logger import init_logger
-from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldConfig, MultiModalFieldElem
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PlaceholderFeaturesInfo, PromptUpdateDetails
 from vllm.utils.torch_utils import set_default_torch_num_threads
@@ -26,6 +26,7 @@ from evs_vllm.core.scorers import named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.engine.beginnings import name_beginnings
 from evs_vllm.engine.compat import settings_of
+from evs_vllm.engine.handover import brings_plans, carry_plans, check_identifiers, given_plan
 from evs_vllm.engine.limits import check_positions
 from evs_vllm.engine.metrics import PATHS, metrics, news_of
 from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD, PrunedRange
@@ -126,6 +127,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
     def __init__(self, info: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(info, *args, **kwargs)
+        for parser in (info.data_parser, self.data_parser):
+            carry_plans(parser)
         self._evs_store = StreamStore(int(self._evs_config.stream_cache_gb * 2**30))
         self._evs_why_stock = "this family's does more than to resize frames and cut them into patches"
         if self._evs_watches:
@@ -183,6 +186,12 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                 within.enter_context(set_default_torch_num_threads(threads))
             return super().apply(inputs, timing_ctx)
 
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
+        config = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        if PLAN_FIELD not in hf_inputs:
+            return config
+        return {**config, PLAN_FIELD: MultiModalFieldConfig.batched(MODALITY, keep_on_cpu=True)}
+
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
         # Memory is profiled as without EVS: what the tower computes does not shrink, and dummy clips are all ties.
         with _set(_profiling, True):
@@ -190,6 +199,10 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         hashes = super()._get_mm_hashes(inputs)
+        if brings_plans(inputs.mm_data_items.get(MODALITY)):
+            # The encoder's identifiers have the settings in them.
+            check_identifiers((inputs.mm_uuid_items or {}).get(MODALITY))
+            return hashes
         settings, stream = _settings.get(), _stream.get()
         if not settings.active or MODALITY not in hashes:
             return hashes
@@ -210,9 +223,14 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
     def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         settings = _settings.get()
-        if not settings.active or not updates.get(MODALITY):  # empty when the processor cache has every clip
+        if not updates.get(MODALITY):  # empty when the processor cache has every clip
             return updates
         items, watch = out_mm_kwargs[MODALITY], _watched.get()
+        if PLAN_FIELD in items[0]:  # vLLM wants the same fields of all
+            planned = [self._as_planned(item, each) for item, each in zip(items, updates[MODALITY], strict=True)]
+            return {**updates, MODALITY: planned}
+        if not settings.active:
+            return updates
         # Embeddings go through no processor.
         seen = watch.seen if watch is not None and watch.seen else [None] * len(items)
         try:
@@ -253,8 +271,9 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             if not any("embeds" in name for name in fields):
                 raise RequestError(
                     "EVS is on, and this request describes a video without its pixels, as encoder-cache and KV "
-                    "consumers take it: which tokens the producer kept is not known here. Send the pixels, or set "
-                    "evs_rate to 0 on both sides where the servers admit it."
+                    "consumers take it: which tokens the producer kept is not known here. Send the evs_plan of its "
+                    "answer with the other fields, or the pixels, or set evs_rate to 0 on both sides where the "
+                    "servers admit it."
                 )
             logger.warning_once("EVS: precomputed video embeddings have no pixels to compare; they are not pruned.")
             if stream is not None:
@@ -300,6 +319,19 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             pruned = [replace(u, content=replace(u.content, plan=plan)) for u in pruned]
             array = plan.to_array()
         item[PLAN_FIELD] = MultiModalFieldElem(torch.from_numpy(array), MultiModalBatchedField(keep_on_cpu=True))
+        return pruned
+
+    def _as_planned(self, item: Any, updates: Any) -> Any:
+        """The prompt updates of a clip that another engine encodes, shortened by the plan that came with it."""
+        fields = {key: elem.data for key, elem in item.items()}
+        pruned = []
+        for update in updates:
+            stock = update.content
+            mask = None if stock.is_embed is None else stock.is_embed(stock.full).numpy()
+            plan = given_plan(fields[PLAN_FIELD], stock.full, mask, lambda grid: self._evs.position_span(fields, grid))
+            ids, embeds = pruned_clip(plan)
+            content = PrunedUpdateDetails(ids, None if mask is None else _FixedMask(embeds), plan=plan)
+            pruned.append(replace(update, content=content))
         return pruned
 
     def _pruned_details(

@@ -7,6 +7,7 @@ ends with the block that started it.
 
 from evs_vllm.serving.processes import run_to_end, running, stoppable, tail
 from evs_vllm.serving.requests import Answer, ask, chat, data_url, event_of, video_part
+from evs_vllm.serving.routing import routing_key
 from evs_vllm.serving.server import free_port, serving, starting, vllm_serve, wait_until_healthy
 from evs_vllm.serving.status import healthy, is_local, metrics, parse_metrics, read_url
 
@@ -22,6 +23,7 @@ __all__ = [
     "metrics",
     "parse_metrics",
     "read_url",
+    "routing_key",
     "run_to_end",
     "running",
     "serving",

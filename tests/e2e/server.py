@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,16 @@ class Server:
         return httpx.post(self.url + path, content=content, headers=headers, timeout=120, trust_env=False)
 
 
-@contextlib.contextmanager
-def started(command: Sequence[str], log_file: Path) -> Iterator[Server]:
-    """Starts `command` on a free port, waits until it is healthy, and ends its whole process group."""
+def server_env() -> dict[str, str]:
+    """The environment of a server: that of the tests, but for what is only for engines inside the test's process."""
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    env["VLLM_LOGGING_LEVEL"] = "INFO"
+    return {**env, "VLLM_LOGGING_LEVEL": "INFO"}
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], log_file: Path, more_env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Starts `command` on a free port, waits until it is healthy, and ends its whole process group."""
+    env = {**server_env(), **(more_env or {})}
     with serving.serving(command, log_file, env, START_TIMEOUT_S) as url:
         yield Server(url, log_file)
 

@@ -265,24 +265,18 @@ def test_reuse_needs_the_stock_attention_path(qwen2_5_vl: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ec", "kv"])
-def test_consumers_are_refused(qwen2_5_vl: Path, kind: str) -> None:
-    from vllm.config import ECTransferConfig, KVTransferConfig
+@pytest.mark.parametrize("role", ["consumer", "producer", "both"])
+def test_parts_of_a_disaggregated_deployment_start(qwen2_5_vl: Path, kind: str, role: str) -> None:
+    """What a consumer is sent without pixels is judged request by request (tests/families/test_handover.py)."""
+    from vllm.engine.arg_utils import EngineArgs
 
-    from evs_vllm.engine.plugin import _check_engine
-
-    made = {"ec": ECTransferConfig, "kv": KVTransferConfig}[kind]
-    on, off = model_config(qwen2_5_vl, {"rate": 0.5}), SimpleNamespace(multimodal_config=None)
-    others = {"speculative_config": None, "ec_transfer_config": None, "kv_transfer_config": None}
-
-    def check(role: str, model: Any = on) -> None:
-        config = made(**{f"{kind}_connector": "Some", f"{kind}_role": f"{kind}_{role}"})
-        _check_engine(SimpleNamespace(model_config=model, **{**others, f"{kind}_transfer_config": config}))
-
-    with pytest.raises(UnsupportedError, match=rf"consumer \(--{kind}-transfer-config\).*without their pixels"):
-        check("consumer")
-    check("producer")
-    check("both")
-    check("consumer", model=off)
+    config = {f"{kind}_connector": f"{'EC' if kind == 'ec' else ''}ExampleConnector", f"{kind}_role": f"{kind}_{role}"}
+    arguments = EngineArgs(
+        model=str(qwen2_5_vl), additional_config={"evs": {"rate": 0.5}}, **{f"{kind}_transfer_config": config}
+    )
+    engine = arguments.create_engine_config()
+    mm_config = engine.model_config.multimodal_config
+    assert mm_config.allow_missing_mm_embeddings == (role != "producer")
 
 
 def test_drafts_of_the_first_runner_get_no_kept_positions(tmp_path: Path, qwen2_5_vl: Path) -> None:

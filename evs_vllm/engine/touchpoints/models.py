@@ -44,6 +44,20 @@ ROWS: tuple[Touchpoint, ...] = (
         gone_when="vLLM lets a plugin choose embedding rows.",
     ),
     Touchpoint(
+        what="towers of other processes are known (model.tower_is_elsewhere)",
+        where=MODELS + "utils:StageMissingLayer",
+        attributes=("stage_name",),
+        why="Where a stage of a pipeline, or a server without media, has no tower, there is nothing to wrap.",
+        gone_when=PUBLIC,
+    ),
+    Touchpoint(
+        what="towers of other processes are known (model.tower_is_elsewhere)",
+        where=MODELS + "interfaces:SupportsMultiModal",
+        attributes=("_language_model_names",),
+        why="An encoder apart has a tower, and no language model.",
+        gone_when=PUBLIC,
+    ),
+    Touchpoint(
         what="positions are gathered (model.EVSModelMixin.get_mrope_input_positions)",
         where=MODELS + "interfaces:SupportsMRoPE.get_mrope_input_positions",
         parameters=("self", "input_tokens", "mm_features"),
