@@ -63,7 +63,13 @@ def test_what_is_not_installed_is_not_compared(monkeypatch):
     assert differing([here, {**everything, "weights": "other"}, everything]) == ["weights"]
 
 
-def test_code_and_weights_count(tmp_path: Path, monkeypatch):
+@pytest.fixture
+def fresh():
+    yield fingerprint._digest_of_code.cache_clear()
+    fingerprint._digest_of_code.cache_clear()
+
+
+def test_code_and_weights_count(tmp_path: Path, monkeypatch, fresh):
     """On a copy of the package, of which one byte is changed at a time."""
     root = tmp_path / "evs_vllm"
     shutil.copytree(Path(evs_vllm.__file__).parent, root, ignore=shutil.ignore_patterns("__pycache__", "model"))
@@ -82,7 +88,6 @@ def test_code_and_weights_count(tmp_path: Path, monkeypatch):
     file = root / "core" / "plan.py"
     file.write_bytes(file.read_bytes() + b"\n")
     assert code() != before["code"]
-    fingerprint._digest_of_code.cache_clear()
 
     weights = tmp_path / "learned.npz"
     weights.write_bytes(fingerprint.WEIGHTS.read_bytes()[:-1] + b"x")

@@ -18,7 +18,18 @@ from aiohttp import web
 
 from evs_vllm import serving
 from evs_vllm.errors import EVSError, ServerError
-from evs_vllm.serving import ask, chat, data_url, free_port, metrics, parse_info, parse_metrics, run_to_end, running, video_part
+from evs_vllm.serving import (
+    ask,
+    chat,
+    data_url,
+    free_port,
+    metrics,
+    parse_info,
+    parse_metrics,
+    run_to_end,
+    running,
+    video_part,
+)
 from tests.unit.local_server import LocalServer
 
 METRICS = r"""

@@ -7,8 +7,8 @@ the ledger can be read where vLLM cannot be imported.
 """
 
 from evs_vllm.engine.touchpoints import families, models, processors, server, towers
-from evs_vllm.engine.touchpoints.row import Touchpoint, missing
+from evs_vllm.engine.touchpoints.row import Touchpoint, judge, missing
 
-__all__ = ["TOUCHPOINTS", "Touchpoint", "missing"]
+__all__ = ["TOUCHPOINTS", "Touchpoint", "judge", "missing"]
 
 TOUCHPOINTS: tuple[Touchpoint, ...] = server.ROWS + models.ROWS + processors.ROWS + towers.ROWS + families.ROWS
