@@ -199,7 +199,7 @@ def compare(run: Asked, label: str, names: Sequence[str], got: Sequence[Answer],
         if not worst <= LOGPROB_ERROR[run.device]:
             run.findings.problem(f"{label}, {name}: {same} tokens the same, then logprobs differ by {worst:.1e}")
         if run.device == "cpu" and same < len(own.tokens):
-            run.findings.problem(f"{label}, {name}: other tokens from the {same + 1}th on")
+            run.findings.problem(f"{label}, {name}: other tokens from number {same + 1} on")
 
 
 if __name__ == "__main__":

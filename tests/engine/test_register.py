@@ -192,6 +192,7 @@ def test_start_is_refused_where_evs_cannot_work(
     with pytest.raises(ConfigError, match="mapping"):
         model_config(qwen2_5_vl, 0.75)
     with monkeypatch.context() as patch:
+        patch.delenv("EVS_ALLOW_UNTESTED_VLLM", raising=False)  # `make next` sets it
         patch.setattr(compat.vllm, "__version__", "0.99.1")
         with pytest.raises(UnsupportedError, match=r"0\.99\.1.*EVS_ALLOW_UNTESTED_VLLM=1"):
             model_config(qwen2_5_vl, {"rate": 0.5})
