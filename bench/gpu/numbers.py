@@ -21,6 +21,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the tower's attention must
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+import numpy as np
 import torch
 
 from bench.gpu.step import Asked, asked
@@ -149,7 +150,7 @@ class Answer:
 
 def answers(run: Asked, folder: Path, family: str, how: str) -> tuple[list[Answer], list[Answer]]:
     """The engine's answers to the rows of a family, and the reference's."""
-    from tests.e2e.harness import Request, chat, start_engine, stop_engine
+    from tests.e2e.harness import VIDEO, Request, chat, start_engine, stop_engine
     from tests.families import registry
     from tests.reference.hf import Clip
     from tests.reference.tower import TowerReference
@@ -168,7 +169,7 @@ def answers(run: Asked, folder: Path, family: str, how: str) -> tuple[list[Answe
     try:
         got, wanted = [], []
         for row in rows(family in REUSES):
-            prompt = reference.spelled(chat("<|vision_start|><|video_pad|><|vision_end|>", QUESTION))
+            prompt = reference.spelled(chat(getattr(reference, "video", VIDEO), QUESTION))
             request = Request(prompt, [Clip(frames, settings=row.settings)], row.kwargs, TOKENS)
             (output,) = engine.generate([request])
             answer = output.outputs[0]
@@ -189,7 +190,7 @@ def compare(run: Asked, label: str, names: Sequence[str], got: Sequence[Answer],
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(own.tokens))
         # The first token that differs was chosen after the same ones, so its logprob can be compared, too.
         differences = [abs(a - b) for a, b in zip(own.logprobs[: same + 1], other.logprobs)]
-        worst = max(differences)
+        worst = float(np.max(differences))  # NaN where there is one
         cells = (len(own.prompt), len(other.prompt), f"{same} of {len(own.tokens)}", f"{worst:.1e}")
         run.findings.row(label, name, *cells)
         if own.prompt != other.prompt:

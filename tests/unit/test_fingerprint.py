@@ -2,7 +2,11 @@
 """The fingerprint: equal for what keeps the same tokens, another for whatever could keep others."""
 
 import importlib.metadata
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from evs_vllm import fingerprint
 from evs_vllm.config import EVSConfig
 from evs_vllm.fingerprint import ID, LOCAL_OPTIONS, differing
 from evs_vllm.options import OPTIONS
+from evs_vllm.serving import parse_info
 from tests.unit.test_config import OTHER
 
 BASE = EVSConfig(rate=0.5)
@@ -93,3 +98,31 @@ def test_code_and_weights_count(tmp_path: Path, monkeypatch, fresh):
     weights.write_bytes(fingerprint.WEIGHTS.read_bytes()[:-1] + b"x")
     monkeypatch.setattr(fingerprint, "WEIGHTS", weights)
     assert fingerprint.installed_parts()["weights"] != before["weights"]
+
+
+SHOW = """
+import json, sys
+from evs_vllm.engine.metrics import show_fingerprint
+for parts in json.loads(sys.argv[1]):
+    show_fingerprint(parts)
+"""
+
+
+@pytest.mark.parametrize(
+    ("engines_of_processes", "shown"),
+    [([["1/2"], ["1/2"]], ["1/2"]), ([["1/2"], ["3/4"]], ["1/2", "3/4"]), ([["1/2", "3/4"], ["3/4"]], ["3/4"])],
+    ids=["two that agree", "two that differ", "one had another engine before"],
+)
+def test_processes_of_one_server_share_the_metric(tmp_path, engines_of_processes, shown):
+    """As several API servers do: each writes its own file, and whoever is asked adds them up."""
+    from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+
+    for rates in engines_of_processes:
+        parts = json.dumps([{"fingerprint": rate, "rate": rate} for rate in rates])
+        env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+        # One after the other, as the most recent value counts.
+        subprocess.run([sys.executable, "-c", SHOW, parts], env=env, check=True, timeout=120)
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=str(tmp_path))
+    found = parse_info(generate_latest(registry).decode(), fingerprint.METRIC)
+    assert sorted(parts["rate"] for parts in found) == shown
