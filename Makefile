@@ -6,7 +6,7 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-deploy lint format types demo bench clean
+.PHONY: help env test test-deploy lint format types next demo bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ format: env ## mend style and formatting where that can be done by itself
 
 types: env ## check types
 	@$(BIN)/mypy
+
+next: env ## what breaks with a vLLM that has just come out (VLLM=0.34.0), without an engine
+	@$(BIN)/python .ci/next_vllm.py $(or $(VLLM),$(error say which: make next VLLM=0.34.0))
 
 demo: env ## show what is kept of a video, and what it saves (MODEL=, VIDEO=, RATE=)
 	@$(BIN)/evs-vllm demo $(if $(MODEL),--model "$(MODEL)") $(if $(VIDEO),--video "$(VIDEO)") $(if $(RATE),--rate "$(RATE)")

@@ -115,7 +115,7 @@ class EVSConfig:
         """
         if not self.active:
             return ""
-        shaping = (f"{o.name}={_spelled(getattr(self, o.name))}" for o in OPTIONS if o.affects and self._counts(o))
+        shaping = (f"{o.name}={spelled(getattr(self, o.name))}" for o in OPTIONS if o.affects and self._counts(o))
         return " ".join((IDENTITY_VERSION, *shaping))
 
     def _counts(self, option: Option) -> bool:
@@ -169,8 +169,8 @@ class EVSConfig:
         )
 
 
-def _spelled(value: object) -> str:
+def spelled(value: object) -> str:
     """One spelling for all values that mean the same: 0.50 and 0.5, 0 and not set."""
     if isinstance(value, tuple):
-        return f"[{','.join(map(_spelled, value))}]"
+        return f"[{','.join(map(spelled, value))}]"
     return str(exact(value) if isinstance(value, float) else value or 0)

@@ -2,7 +2,7 @@
 """The vLLM versions that this package was written for. Imports nothing, so that ``evs-vllm doctor`` can."""
 
 TESTED_VLLM = ((0, 32), (0, 33))
-"""(major, minor) pairs. The CPU tests run 0.32. 0.33 has no CPU wheel: tests/engine ran with its Python code, no engine
+"""(major, minor) pairs. The CPU tests run 0.32. 0.33 has no CPU wheel: `make next` ran its Python code, no engine
 did (CONTRIBUTING.md, "Add a vLLM version")."""
 
 

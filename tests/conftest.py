@@ -30,6 +30,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-engines", action="store_true", help="leave out what asks for a running engine (make next)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--no-engines"):
+        asking = [item for item in items if "engines" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=asking)
+        items[:] = [item for item in items if item not in asking]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`family`: with a mark of `tests.families.registry.families` those it says, else those that run every engine test.
 

@@ -2,6 +2,7 @@
 """``evs-vllm doctor``: what is installed here, and whether EVS can work with it. Never fails.
 
 Standard library only, so that it also answers in a broken environment; ``--full`` imports torch, Triton and vLLM too.
+With ``--server`` it compares running servers instead, and its exit code is 1 if they are not of one kind.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from evs_vllm import __version__
+from evs_vllm.cli import _fleet
 from evs_vllm.cli._options import summary
 from evs_vllm.families import supported_architectures
 from evs_vllm.text import table
@@ -33,10 +35,21 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--full", action="store_true", help="Import torch, Triton and vLLM, and ask them too (slow).")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
+    parser.add_argument(
+        "--server",
+        nargs="+",
+        action="extend",
+        metavar="URL",
+        help="Compare the fingerprints of these servers, and of this installation; exit code 1 if they differ.",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.server:
+        fleet = _fleet.examine(args.server)
+        print(_fleet.as_json(fleet) if args.json else "\n".join(_fleet.lines(fleet)))
+        return 1 if fleet.problems else 0
     report = examine(full=args.full)
     print(json.dumps(report, indent=2) if args.json else "\n".join(lines(report)))
     return 0

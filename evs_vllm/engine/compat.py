@@ -23,6 +23,7 @@ from evs_vllm.families.rotary import MROPE_CACHE_FACTOR
 from evs_vllm.options import REQUEST_PREFIX
 
 _SETTINGS = "_evs_config"
+_FINGERPRINT = "_evs_fingerprint"
 _WHY_NOT_KEEP = "_evs_why_not_keep"
 _WRAPPED = "__evs_wrapped__"
 
@@ -256,17 +257,30 @@ def guard_llvmlite_getattr() -> None:
     wrapper.__getattr__ = get
 
 
-def attach_settings(model_config: Any, config: object) -> None:
-    """Attaches our settings to a ``ModelConfig``. They survive copying and pickling, and are part of no vLLM hash."""
+def attach_settings(model_config: Any, config: object, fingerprint: dict[str, str]) -> None:
+    """Attaches our settings to a ``ModelConfig``, and the fingerprint of the process that checked them.
+
+    Both survive copying and pickling, and are part of no vLLM hash.
+    """
     for target in (model_config, model_config.multimodal_config):
         object.__setattr__(target, _SETTINGS, config)
+        object.__setattr__(target, _FINGERPRINT, fingerprint)
 
 
 def settings_of(model_config: Any) -> Any | None:
     """The settings that `attach_settings` attached, if any."""
+    return _attached(model_config, _SETTINGS)
+
+
+def fingerprint_of(model_config: Any) -> dict[str, str] | None:
+    """The fingerprint that `attach_settings` attached, if any."""
+    return _attached(model_config, _FINGERPRINT)
+
+
+def _attached(model_config: Any, name: str) -> Any | None:
     for target in (model_config, getattr(model_config, "multimodal_config", None)):
-        if (config := getattr(target, _SETTINGS, None)) is not None:
-            return config
+        if (value := getattr(target, name, None)) is not None:
+            return value
     return None
 
 

@@ -11,19 +11,22 @@
 | ``evs:stream_chunks_total`` | counter | clips of streams planned, by what is new in them (none on cache hits) |
 | ``evs:planning_time_seconds`` | histogram | score, select and lay out one clip (none on processor-cache hits) |
 | ``evs:rows_time_seconds`` | histogram | resize and cut one clip, where Hugging Face's processor does not |
+| ``evs:build_info`` | gauge | 1; the labels are the parts of the `evs_vllm.fingerprint`, there from the start |
 
 They are told apart by the label ``selection``, but for the clips of the front end, which have the label ``path``
 (`PATHS`), those of streams, which have the label ``news`` (`NEWS`), the time for rows and the requests with images. The
 prefix is ``evs:`` because vLLM unregisters every collector with "vllm" in its name when it starts its own.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
+from evs_vllm.fingerprint import METRIC
 from evs_vllm.options import SELECTION_NAMES
 
 PATHS = ("rows", "processor")
@@ -69,6 +72,29 @@ def metrics() -> Metrics:
     for news in NEWS:
         found.stream_chunks.labels(news)
     return found
+
+
+_shown: list[dict[str, str]] = []
+
+
+@cache
+def _build_info(names: tuple[str, ...]) -> Gauge:
+    # Several API server processes cannot share an Info. Of their gauges, those with the same labels become one series,
+    # and processes that disagree show two.
+    return Gauge(METRIC, "What has to agree between servers, as labels.", names, multiprocess_mode="mostrecent")
+
+
+def show_fingerprint(parts: Mapping[str, str]) -> None:
+    """Shows the fingerprint of the engine that this process serves as labels of a series that is 1.
+
+    A series cannot be taken back where several processes share them, so that of an engine before it is 0.
+    """
+    info = _build_info(tuple(parts))
+    for earlier in _shown:
+        info.labels(**earlier).set(0)
+    info.labels(**parts).set(1)
+    if dict(parts) not in _shown:
+        _shown.append(dict(parts))
 
 
 def news_of(clip: Clip, plan: RetentionPlan) -> str:

@@ -4,6 +4,7 @@
 ``getattr(this module, "<architecture>@<vLLM version>")`` makes the class; vLLM's registry holds such strings.
 """
 
+import socket
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar, Literal
@@ -19,11 +20,12 @@ from evs_vllm.core.positions import PositionRequest, pruned_positions
 from evs_vllm.core.prompt import ClipSpan
 from evs_vllm.core.rows import encoder_batches, keep_rows
 from evs_vllm.engine.attention import wrap_tower
-from evs_vllm.engine.compat import settings_of, stock_model_class, widen_rotary_caches
+from evs_vllm.engine.compat import fingerprint_of, settings_of, stock_model_class, widen_rotary_caches
 from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD, plan_of
 from evs_vllm.engine.processor import ProcessorFactory
 from evs_vllm.errors import PlanError, UnsupportedError
 from evs_vllm.families import Family, family_of
+from evs_vllm.fingerprint import ID, fingerprint
 from evs_vllm.options import CONFIG_KEY
 
 
@@ -47,6 +49,8 @@ class EVSModelMixin:
                 "EVS is on, but its settings did not reach the model config, so clips would be served unpruned. "
                 "Please report how this engine was started."
             )
+        if wanted:
+            _check_fingerprint(vllm_config.model_config)
         if not wanted and cls.__dict__.get("_evs_stock") is not None:
             # Built whole and not an instance of cls, so Python does not call __init__ again.
             return _refusing_plans(cls._evs_stock(*args, vllm_config=vllm_config, **kwargs))
@@ -118,6 +122,28 @@ class OneAxisMixin:
         if positions.ndim == 2:
             positions = positions[0]
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+
+
+def _check_fingerprint(model_config: Any) -> None:
+    """Refuses to start a worker in another installation than that of the process that took the settings.
+
+    Raises:
+        UnsupportedError: They differ; the text says in what.
+    """
+    theirs = fingerprint_of(model_config) or {}
+    ours = fingerprint(settings_of(model_config) or EVSConfig())
+    if theirs.get(ID) == ours[ID]:
+        return
+    named = [
+        f"{name} is {ours.get(name)!r} here and {theirs.get(name)!r} there"
+        for name in dict.fromkeys((*ours, *theirs))
+        if name != ID and ours.get(name) != theirs.get(name)
+    ]
+    raise UnsupportedError(
+        f"This worker ({socket.gethostname()}) is not of one kind with the process that started the engine: "
+        f"{'; '.join(named)}. Clips would be planned by one and encoded by the other. Install the same evs-vllm, vLLM, "
+        "transformers and torch on all machines of a deployment."
+    )
 
 
 def _refusing_plans(model: Any) -> Any:

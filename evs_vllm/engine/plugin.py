@@ -15,6 +15,7 @@ from evs_vllm.config import EVSConfig
 from evs_vllm.errors import ConfigError, UnsupportedError
 from evs_vllm.families import WHY_NOT_CAUSAL, family_of, supported_architectures
 from evs_vllm.families.refused import refusal_of
+from evs_vllm.fingerprint import ID, fingerprint
 from evs_vllm.options import CONFIG_KEY, OPTIONS
 from evs_vllm.requests import admit, refuse_keys, split_request_kwargs
 from evs_vllm.versions import tested_range, version_is_tested
@@ -97,18 +98,21 @@ def _start(engine_args: Any, model_config: Any) -> None:
             "--evs-* options."
         )
     config = config.resolve_encoder(adapter.why_not_reuse() or compat.why_not_reuse(engine_args, model_config))
-    compat.attach_settings(model_config, config)
+    parts = fingerprint(config)
+    compat.attach_settings(model_config, config, parts)
     compat.force_position_ids(model_config)
     compat.wrap_add_request(_cap_answer_length)
     compat.wrap_session_input(_admit_session_input)
     compat.wrap_block_keys(_block_key)
     _server_config = config
+    _show_fingerprint(parts)
     _compile_kernels(on_gpu=compat.clips_arrive_on_gpu(engine_args, model_config))
     logger.info(
-        "EVS (evs-vllm) for %s: drops %s; request overrides: %s.",
+        "EVS (evs-vllm) for %s: drops %s; request overrides: %s; fingerprint %s.",
         family.name,
         config.describe(),
         config.request_overrides,
+        parts[ID],
     )
 
 
@@ -127,6 +131,12 @@ def _check_engine(vllm_config: Any) -> None:
                 "use a method without a draft model, such as ngram."
             )
         compat.forbid_keep(model_config, why)
+
+
+def _show_fingerprint(parts: dict[str, str]) -> None:
+    from evs_vllm.engine.metrics import show_fingerprint
+
+    show_fingerprint(parts)
 
 
 def _cap_answer_length(model_config: Any, request: Any) -> None:

@@ -9,7 +9,7 @@ from evs_vllm.serving.processes import run_to_end, running, stoppable, tail
 from evs_vllm.serving.requests import Answer, ask, chat, data_url, event_of, video_part
 from evs_vllm.serving.routing import routing_key
 from evs_vllm.serving.server import free_port, serving, starting, vllm_serve, wait_until_healthy
-from evs_vllm.serving.status import healthy, is_local, metrics, parse_metrics, read_url
+from evs_vllm.serving.status import healthy, is_local, metrics, parse_info, parse_metrics, read_url
 
 __all__ = [
     "Answer",
@@ -21,6 +21,7 @@ __all__ = [
     "healthy",
     "is_local",
     "metrics",
+    "parse_info",
     "parse_metrics",
     "read_url",
     "routing_key",

@@ -10,9 +10,11 @@ from typing import Any
 
 # Of a metric: its name, labels in quotes that may hold anything, its value, a time.
 _SAMPLE = re.compile(
-    r'([A-Za-z_:][\w:]*)(?:\{(?:[^"}]|"(?:\\.|[^"\\])*")*\})?'
+    r'([A-Za-z_:][\w:]*)(?:\{((?:[^"}]|"(?:\\.|[^"\\])*")*)\})?'
     r"\s+([+-]?(?:[\d.]+(?:[eE][+-]?\d+)?|Inf|NaN))(?:\s+-?\d+)?"
 )
+_LABEL = re.compile(r'([A-Za-z_]\w*)\s*=\s*"((?:\\.|[^"\\])*)"')
+_ESCAPED = {"n": "\n"}
 
 
 def is_local(url: str) -> bool:
@@ -67,5 +69,15 @@ def parse_metrics(text: str) -> dict[str, float]:
     for line in text.splitlines():
         sample = _SAMPLE.fullmatch(line.strip())
         if sample is not None and not sample[1].endswith("_bucket"):
-            found[sample[1]] = found.get(sample[1], 0.0) + float(sample[2])
+            found[sample[1]] = found.get(sample[1], 0.0) + float(sample[3])
     return found
+
+
+def parse_info(text: str, name: str) -> list[dict[str, str]]:
+    """The labels of each series of the metric `name` that is not 0, in Prometheus' text format."""
+    samples = (_SAMPLE.fullmatch(line.strip()) for line in text.splitlines())
+    return [
+        {key: re.sub(r"\\(.)", lambda m: _ESCAPED.get(m[1], m[1]), value) for key, value in _LABEL.findall(s[2] or "")}
+        for s in samples
+        if s is not None and s[1] == name and float(s[3])
+    ]

@@ -26,6 +26,10 @@ _LAYOUTS = ((2, 3, 2, 14), (2, 3, 2, 16), (1, 3, 1, 28))
 _WIDTHS = (32, 18)
 
 
+# Places of a clip of 3 units that the GPU's selection takes for a large one (select_topk's SEARCHED).
+_MANY = 6000
+
+
 def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] = (torch.uint8,)) -> None:
     """Compiles every kernel that ``backend="auto"`` would use, so that the first request does not wait for it.
 
@@ -50,6 +54,7 @@ def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] 
                 prune_topk(tokens, 4, min_per_unit=reserved)
                 select_topk(scores, 4, min_per_unit=reserved)
                 select_threshold(scores, 1, min_per_unit=reserved)
+                select_topk(scores.new_ones((3, _MANY)), _MANY + 1, min_per_unit=reserved)
             if dtype.is_floating_point:
                 cosine_score(tokens)
     _warm_descriptors(device)

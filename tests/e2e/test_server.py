@@ -9,7 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evs_vllm.cli import main
+from evs_vllm.config import EVSConfig
 from evs_vllm.errors import EVSError
+from evs_vllm.fingerprint import fingerprint
 from evs_vllm.serving import metrics, video_part
 from evs_vllm.testing import real_clip_frames, real_clip_path, synthetic_clip
 from tests.e2e import evaluation
@@ -83,6 +86,14 @@ class TestServe:
     def test_start_up_says_what_evs_will_do(self, server):
         lines = [line for line in server.log.splitlines() if "EVS" in line]
         assert any("75 %" in line for line in lines), lines
+
+    def test_doctor_finds_the_server_and_this_installation_of_one_kind(self, server, capsys):
+        assert main(["doctor", "--server", server.url, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["problems"] == [] and set(report["parts"]) == {"here", server.url}
+        parts = report["parts"][server.url]
+        assert parts == fingerprint(EVSConfig(rate=0.75, encoder="full", request_overrides="any", selection="paper"))
+        assert f"fingerprint {parts['fingerprint']}." in server.log
 
     @pytest.mark.parametrize("name", ["bikes", "carphone_pristine"])
     def test_real_video_file(self, server, ref, name):
@@ -339,6 +350,7 @@ class TestOff:
         result = ref.generate(SYSTEM + chat(VIDEO, QUESTION), [Clip(FRAMES, fps=1)])
         check_response(server.post(body([PART, QUESTION])), result, ref.tokenizer)
         assert len(result.kept[0]) == 160
+        assert not [name for name in metrics(server.url) if name.startswith("evs:build_info")]
         assert metrics(server.url).get("evs:clips_total", 0) == 0
         assert not [line for line in server.log.splitlines() if "EVS" in line], "off should be silent"
 

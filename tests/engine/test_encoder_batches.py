@@ -15,6 +15,7 @@ from evs_vllm.core.plan import Layout
 from evs_vllm.core.selection import make_plan
 from evs_vllm.errors import PlanError
 from evs_vllm.families import FAMILIES
+from evs_vllm.fingerprint import fingerprint
 
 pytestmark = pytest.mark.vllm
 
@@ -55,7 +56,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
     cls = model.model_class(stock, FAMILIES[0])
     assert isinstance(cls._processor_factory.processor, ProcessorFactory)  # type: ignore[attr-defined]
     model_config = SimpleNamespace(multimodal_config=SimpleNamespace(), hf_config=SimpleNamespace())
-    attach_settings(model_config, EVSConfig(rate=0.5))
+    attach_settings(model_config, EVSConfig(rate=0.5), fingerprint(EVSConfig(rate=0.5)))
     scheduler = SimpleNamespace(max_num_encoder_input_tokens=30)
     config = SimpleNamespace(additional_config={"evs": {}}, model_config=model_config, scheduler_config=scheduler)
     return cls(vllm_config=config)

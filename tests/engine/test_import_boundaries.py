@@ -42,14 +42,22 @@ def test_kernels_know_nobody() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["evs_vllm", "evs_vllm.options", "evs_vllm.config", "evs_vllm.errors", "evs_vllm.serving", "evs_vllm.versions"],
+    [
+        "evs_vllm",
+        "evs_vllm.options",
+        "evs_vllm.config",
+        "evs_vllm.errors",
+        "evs_vllm.serving",
+        "evs_vllm.versions",
+        "evs_vllm.fingerprint",
+    ],
 )
 def test_light_modules_stay_light(name: str) -> None:
     assert not {"torch", "vllm", "numpy"} & imported([name])
 
 
 FLOORS = (
-    ("errors", "envs", "versions", "text"), ("options", "serving"), ("config",), ("requests",), ("core",),
+    ("errors", "envs", "versions", "text"), ("options", "serving"), ("config",), ("requests", "fingerprint"), ("core",),
     ("families",), ("engine", "hf"), ("train",), ("demo", "live"), ("cli",),
 )  # fmt: skip
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

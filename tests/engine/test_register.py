@@ -192,6 +192,7 @@ def test_start_is_refused_where_evs_cannot_work(
     with pytest.raises(ConfigError, match="mapping"):
         model_config(qwen2_5_vl, 0.75)
     with monkeypatch.context() as patch:
+        patch.delenv("EVS_ALLOW_UNTESTED_VLLM", raising=False)  # `make next` sets it
         patch.setattr(compat.vllm, "__version__", "0.99.1")
         with pytest.raises(UnsupportedError, match=r"0\.99\.1.*EVS_ALLOW_UNTESTED_VLLM=1"):
             model_config(qwen2_5_vl, {"rate": 0.5})
@@ -251,6 +252,44 @@ def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
     assert type(cls(vllm_config=config)) is cls
     with pytest.raises(UnsupportedError, match="did not reach the model config"):
         cls(vllm_config=SimpleNamespace(additional_config=extra, model_config=off, scheduler_config=scheduler))
+
+
+def test_a_worker_of_another_installation_does_not_start(qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fingerprint of who read the options travels with the model config; here it meets other weights and torch."""
+    import pickle
+
+    from vllm import ModelRegistry
+
+    from evs_vllm import fingerprint
+    from evs_vllm.engine import model
+    from evs_vllm.engine.compat import fingerprint_of
+
+    config = pickle.loads(pickle.dumps(model_config(qwen2_5_vl, {"rate": 0.5, "stream_cache_gb": 1})))
+    assert fingerprint_of(config)["rate"] == "1/2"
+    model._check_fingerprint(config)
+    others = {**fingerprint.installed_parts(), "weights": "0123456789ab", "torch": "1.13"}
+    monkeypatch.setattr(fingerprint, "installed_parts", lambda: others)
+    cls = ModelRegistry.models["Qwen2_5_VLForConditionalGeneration"].load_model_cls()
+    on = SimpleNamespace(additional_config={"evs": {"rate": 0.5}}, model_config=config)
+    with pytest.raises(UnsupportedError) as error:
+        cls(vllm_config=on)
+    text = str(error.value)
+    assert "weights is '0123456789ab' here and '" in text and "torch is '1.13' here and '" in text
+    assert "version" not in text.split("Clips")[0] and "Install the same" in text
+
+
+def test_the_fingerprint_is_a_metric(qwen2_5_vl: Path) -> None:
+    from prometheus_client import REGISTRY, generate_latest
+    from vllm.engine.arg_utils import EngineArgs
+
+    from evs_vllm.engine.compat import fingerprint_of
+    from evs_vllm.fingerprint import METRIC
+    from evs_vllm.serving import parse_info
+
+    for rate in (0.5, 0.25, 0.5):
+        parts = fingerprint_of(model_config(qwen2_5_vl, {"rate": rate}))
+        assert parse_info(generate_latest(REGISTRY).decode(), METRIC) == [parts], "one engine at a time"
+    assert fingerprint_of(EngineArgs(model=str(qwen2_5_vl)).create_model_config()) is None
 
 
 def test_reuse_needs_the_stock_attention_path(qwen2_5_vl: Path) -> None:

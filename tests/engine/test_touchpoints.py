@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import evs_vllm
-from evs_vllm.engine.touchpoints import TOUCHPOINTS, Touchpoint, missing
+from evs_vllm.engine.touchpoints import TOUCHPOINTS, Touchpoint, judge, missing
 from evs_vllm.engine.touchpoints.source import find
 
 pytestmark = pytest.mark.vllm
@@ -71,27 +71,37 @@ def test_whatever_we_import_has_a_row(folder: str) -> None:
     assert not any(lost.values()), f"no row of the ledger names { ({k: v for k, v in lost.items() if v}) }"
 
 
+CHANGED = "changed signature"
 ROW = next(row for row in TOUCHPOINTS if row.where.endswith("Scheduler.add_request"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "report"),
+    ("changes", "verdict", "report"),
     [
-        ({"where": "vllm.no_such_module"}, "is gone"),
-        ({"where": "no_such_package:name"}, "is gone"),
-        ({"where": "vllm.v1.core.sched.scheduler:Scheduler.no_such_method"}, "is gone"),
-        ({"parameters": ("self", "request", "more")}, r"takes \(self, request\), not \(self, request, more\)"),
-        ({"parameters": (), "accepts": ("request", "priority_of_ours")}, "does not take priority_of_ours"),
-        ({"parameters": (), "where": "vllm.v1.request:Request", "attributes": ("nothing",)}, "has no nothing"),
-        ({"source": ("words that it does not say",)}, "no longer says 'words that it does not say'"),
-        ({"results": 3}, "does not return 3 values"),
-        ({"where": "vllm.v1.core.sched.scheduler:Scheduler"}, r"takes \(\), not"),
+        ({"where": "vllm.no_such_module"}, "gone", "is gone"),
+        ({"where": "no_such_package:name"}, "gone", "is gone"),
+        ({"where": "vllm.v1.core.sched.scheduler:Scheduler.no_such_method"}, "gone", "is gone"),
+        (
+            {"parameters": ("self", "request", "more")},
+            CHANGED,
+            r"takes \(self, request\), not \(self, request, more\)",
+        ),
+        (
+            {"parameters": (), "accepts": ("request", "priority_of_ours")},
+            CHANGED,
+            "does not take priority_of_ours",
+        ),
+        ({"parameters": (), "where": "vllm.v1.request:Request", "attributes": ("nothing",)}, "gone", "has no nothing"),
+        ({"source": ("words that it does not say",)}, "changed source", "no longer says 'words that it does not say'"),
+        ({"results": 3}, CHANGED, "does not return 3 values"),
+        ({"where": "vllm.v1.core.sched.scheduler:Scheduler"}, CHANGED, r"takes \(\), not"),
     ],
     ids=str,
 )
-def test_made_up_rows_are_reported(changes: dict, report: str) -> None:  # type: ignore[type-arg]
-    assert missing(ROW) == ""
-    assert re.search(report, missing(replace(ROW, **changes)))
+def test_made_up_rows_are_reported(changes: dict, verdict: str, report: str) -> None:  # type: ignore[type-arg]
+    assert missing(ROW) == "" and judge(ROW).verdict == "ok"
+    row = replace(ROW, **changes)
+    assert judge(row).verdict == verdict and re.search(report, missing(row))
 
 
 def test_reading_agrees_with_importing() -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -39,13 +40,19 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
         for t in ("u8", *FLOATS):
             s, size = ("i32" if t == "u8" else "fp32"), score.slice_width(16 if wide else 17, SIZES[t])
             args = [f"*{t}", f"*{s}", "i32", "i32", "i32"]
-            yield f"score-{t}-{tag}", score.slice_kernel, args, {"INTEGER": t == "u8", "SLICE": size}, depth, 1
+            constants = {"KIND": (score.BYTES if t == "u8" else score.FLOATS).value, "SLICE": size}
+            yield f"score-{t}-{tag}", score.slice_kernel, args, constants, depth, 1
             if t != "u8":
                 args = [f"*{t}", "*fp32", "*fp32", "i32", "i32", "i32"]
                 yield f"cosine-{t}-{tag}", cosine.slice_kernel, args, {"SLICE": size}, depth, 1
+    # Words of four bytes; how many groups of them a token has may be anything.
+    words = {"WORDS": score.WORDS} | ({"INSTRUCTION": score.INSTRUCTION} if sys.argv[1] == "cuda" else {})
+    for name, kind in words.items():
+        constants = {"KIND": kind.value, "SLICE": score.SLICE_BYTES // 4}
+        yield f"score-{name}-wide", score.slice_kernel, ["*i32", "*i32", "i32", "i32", "i32"], constants, set(), 1
     # Triton turns an argument that is 1 into a constant.
     args, one = ["*u8", "*i32", "i32", "i32"], {"depth": 1}
-    yield "score-u8-one", score.slice_kernel, args, {**one, "INTEGER": True, "SLICE": 256}, set(), 1
+    yield "score-u8-one", score.slice_kernel, args, {**one, "KIND": score.BYTES.value, "SLICE": 256}, set(), 1
     args = ["*bf16", "*fp32", "*fp32", "i32", "i32"]
     yield "cosine-bf16-one", cosine.slice_kernel, args, {**one, "SLICE": 128}, set(), 1
     for width in (32, 256, 50, 250):
@@ -100,11 +107,19 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
             constants = {"FLOAT": floating, "STORE": store, "RESERVE": reserve, "BLOCK": select.UNIT_BLOCK}
             yield f"unit-{s}-{store:d}{reserve:d}", select.unit_kernel, args, constants, set(), 4
         for reserve in (True, False):
-            for search in (True, False):
-                args = [f"*{s}", "*u8" if reserve else f"*{s}", "*i64", "*i32", *["i32"] * 5]
-                constants = {"FLOAT": floating, "RESERVE": reserve, "SEARCH": search}
+            clip = [f"*{s}", "*u8" if reserve else f"*{s}"]
+            flags = {"FLOAT": floating, "RESERVE": reserve}
+            for search in (select.GIVEN, select.OWN_SEARCH, select.DIGITS):
+                args = [*clip, "*i32", "*i32", "*i64", "*i32", *["i32"] * 5]
+                constants = {**flags, "SEARCH": search.value}
                 constants |= {"BLOCK": select.SEARCH_BLOCK, "WRITE_BLOCK": select.WRITE_BLOCK}
-                yield f"select-{s}-{reserve:d}{search:d}", select.select_kernel, args, constants, set(), 16
+                yield f"select-{s}-{reserve:d}{search.value}", select.select_kernel, args, constants, set(), 16
+            for step in range(4):
+                constants = {**flags, "STEP": step, "BLOCK": select.DIGIT_BLOCK}
+                args = [*clip, "*i32", *["i32"] * 3]
+                yield f"digit-{s}-{reserve:d}{step}", select.digit_kernel, args, constants, set(), 8
+            args, constants = [*clip, "*i32", "*i32", *["i32"] * 3], {**flags, "BLOCK": select.UNIT_BLOCK}
+            yield f"tally-{s}-{reserve:d}", select.tally_kernel, args, constants, set(), 4
 
 
 def compile_one(target: GPUTarget, kernel: Any, args: list[str], constants: dict, aligned: set[str], warps: int) -> Any:
@@ -142,11 +157,24 @@ def resources(target: GPUTarget, asm: dict[str, Any]) -> dict[str, int]:
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\b", asm["ptx"])
+    machine_code = disassembled(asm["cubin"])
     return {
+        "instructions": len(machine_code),
+        "packed_differences": sum("VABSDIFF4" in line for line in machine_code),
         "spills": sum(int(a) + int(b) for a, b in spills),
         "reports": len(spills),
         "widest_load_bits": max([int(v or 1) * int(b) for v, b in loads], default=0),
     }
+
+
+def disassembled(cubin: bytes) -> list[str]:
+    """The machine instructions of a compiled kernel (NVIDIA), by the disassembler that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], check=True, capture_output=True, text=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*;)", text, re.M)
 
 
 def main() -> None:

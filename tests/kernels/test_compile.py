@@ -32,5 +32,10 @@ def test_compiles_without_spills(target, tmp_path):
     assert not [row for row in rows.values() if row["spills"]]
     narrow = [row for label, row in rows.items() if label.endswith("-wide") and row["widest_load_bits"] < 128]
     assert not narrow
+    if target.startswith("cuda"):
+        packed, by_bytes = rows["score-INSTRUCTION-wide"], rows["score-u8-wide"]
+        assert packed["packed_differences"] >= 32, "eight words of each of four units"
+        assert 2 * packed["instructions"] < by_bytes["instructions"]
+        assert not any(row["packed_differences"] for label, row in rows.items() if label != "score-INSTRUCTION-wide")
     # The largest share of shared memory that every target gives without being asked.
     assert max(row["shared_bytes"] for row in rows.values()) <= 48 * 1024

@@ -15,6 +15,10 @@ WAITING = ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__index
 """Methods of a tensor for which the host waits until the device is done."""
 
 
+KERNELS = ("slice_kernel", "sum_kernel", "unit_kernel", "digit_kernel", "tally_kernel", "select_kernel")
+"""What temporal_score and select_topk launch."""
+
+
 def wait(*_, **__):
     raise AssertionError("the host waits for the device")
 
@@ -41,9 +45,9 @@ def launches(monkeypatch, select):
             seen.append(self.name)
             return self.kernel[grid]
 
-    for module, name in ((score, "slice_kernel"), (score, "sum_kernel"), (select, "unit_kernel")):
+    for name in KERNELS:
+        module = score if hasattr(score, name) else select
         monkeypatch.setattr(module, name, Counting(name, getattr(module, name)))
-    monkeypatch.setattr(select, "select_kernel", Counting("select_kernel", select.select_kernel))
     return seen
 
 
@@ -117,7 +121,75 @@ def test_triton_many_blocks(name, select, monkeypatch, generator):
             assert_same(tuple(part.cpu() for part in got), tuple(want))
 
 
+@pytest.mark.parametrize("name", ["select_topk", "prune_topk", "select_anchored", "select_hold"])
+def test_triton_digits_counted_by_the_whole_grid(name, select, monkeypatch, generator):
+    """As clips of more than SEARCHED tokens are, here with few tokens and small blocks."""
+    for constant, value in (("SEARCHED", 0), ("DIGIT_BLOCK", 32), ("UNIT_BLOCK", 8), ("WRITE_BLOCK", 8)):
+        monkeypatch.setattr(select, constant, value)
+    monkeypatch.setattr(select, "SEARCH_BLOCK", 2)
+    spec = next(s for s in SPECS if s.name == name)
+    shape = {"select_topk": (5, 19), "prune_topk": (5, 19, 300)}.get(name, (4, 19, 12))
+    for dtype in spec.dtypes:
+        for call in spec.calls(generator, dtype, shape):
+            want = spec.op(*call.args, **call.kwargs, backend="ref")
+            kwargs = {k: v.to(DEVICE) if k == "forced" else v for k, v in call.kwargs.items()}
+            got = spec.op(call.args[0].to(DEVICE), *call.args[1:], **kwargs, backend="triton")
+            assert_same(tuple(part.cpu() for part in got), tuple(want))
+
+
+@pytest.mark.parametrize(
+    ("values", "budget", "reserved"),
+    [((-3, 4), 7777, 2), ((-(2**31), 2**31), 2001, 0), ((-(2**31), 2**31), 16999, 0), ((5, 6), 2500, 0)],
+    ids=["ties", "few of all bits", "most of all bits", "one value"],
+)
+def test_triton_large_clips(select, generator, values, budget, reserved):
+    """Of more tokens than one program searches, by the real constants."""
+    scores = torch.randint(*values, (9, 2000), generator=generator).to(torch.int32)
+    assert scores.numel() > select.SEARCHED
+    want = ek.select_topk(scores, budget, min_per_unit=reserved, backend="ref")
+    got = ek.select_topk(scores.to(DEVICE), budget, min_per_unit=reserved, backend="triton")
+    assert_same(tuple(part.cpu() for part in got), tuple(want))
+
+
+def test_triton_bytes_are_taken_as_words_where_a_token_has_whole_groups(generator):
+    from evs_kernels.temporal_score import _triton_kernels as score
+
+    words = score.WORDS if DEVICE == "cpu" else score.INSTRUCTION
+    memory = torch.randint(0, 256, (5 * 3 * 1184 + 4,), generator=generator).to(torch.uint8)
+    for depth, offset, kind in (
+        (1184, 0, words),
+        (16, 0, words),
+        (1184, 4, words),
+        (1184, 1, score.BYTES),
+        (24, 0, score.BYTES),
+    ):
+        host = memory[offset : offset + 15 * depth].view(5, 3, depth)
+        clip = memory.to(DEVICE)[offset : offset + 15 * depth].view(5, 3, depth)
+        assert score.kind_of(clip) is kind, (depth, offset)
+        assert torch.equal(ek.temporal_score(clip, backend="triton").cpu(), ek.temporal_score(host, backend="ref"))
+    assert score.kind_of(clip.float()) is score.FLOATS
+
+
+def test_triton_words_of_extremes():
+    """0 against 255 in every byte of a word, where a sum of signed words would be wrong."""
+    clip = torch.zeros((3, 1, 2048), dtype=torch.uint8, device=DEVICE)
+    clip[1] = 255
+    assert ek.temporal_score(clip, backend="triton").flatten().tolist() == [0, 255 * 2048, 255 * 2048]
+    clip[2, 0, 3::4] = 128
+    assert ek.temporal_score(clip, backend="triton").flatten().tolist() == [0, 255 * 2048, 255 * 1536 + 127 * 512]
+
+
+def test_triton_large_clips_never_wait(monkeypatch, select):
+    monkeypatch.setattr(select, "SEARCHED", 3)
+    scores = torch.ones((3, 2), dtype=torch.int32, device=DEVICE)
+    with monkeypatch.context() as patch:
+        for name in WAITING:
+            patch.setattr(torch.Tensor, name, wait)
+        selection = ek.select_topk(scores, 4, backend="triton")
+    assert len(selection.indices) == 4
+
+
 def test_triton_warmup_launches_every_kernel(launches, monkeypatch):
     monkeypatch.setenv("EVS_KERNELS_BACKEND", "triton")
     ek.warmup(device=DEVICE)
-    assert set(launches) == {"slice_kernel", "sum_kernel", "unit_kernel", "select_kernel"}
+    assert set(launches) == set(KERNELS)

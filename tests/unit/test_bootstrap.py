@@ -20,6 +20,7 @@ CI = ROOT / ".ci"
 def load(name):
     spec = importlib.util.spec_from_file_location(f"_ci_{name}", CI / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 

@@ -18,7 +18,18 @@ from aiohttp import web
 
 from evs_vllm import serving
 from evs_vllm.errors import EVSError, ServerError
-from evs_vllm.serving import ask, chat, data_url, free_port, metrics, parse_metrics, run_to_end, running, video_part
+from evs_vllm.serving import (
+    ask,
+    chat,
+    data_url,
+    free_port,
+    metrics,
+    parse_info,
+    parse_metrics,
+    run_to_end,
+    running,
+    video_part,
+)
 from tests.unit.local_server import LocalServer
 
 METRICS = r"""
@@ -94,6 +105,18 @@ def test_samples_are_summed_over_labels():
 
 def test_what_is_no_metrics_has_no_samples():
     assert parse_metrics("<html>\n404 not found 7\nhello world\n{} 1\n") == {}
+
+
+def test_labels_of_an_info_as_they_were_before_they_were_written():
+    text = r"""evs:other{a="1"} 1.0
+evs:info{a="x \" } , b=\"y\"",c_1="a\\b\nc",empty=""} 1.0
+evs:info{a="gone"} 0.0
+evs:info{ a = "two", } 2 1395066363000
+evs:info 1"""
+    assert parse_info(text, "evs:info") == [
+        {"a": 'x " } , b="y"', "c_1": "a\\b\nc", "empty": ""}, {"a": "two"}, {},
+    ]  # fmt: skip
+    assert parse_info("<html>evs:info</html>", "evs:info") == []
 
 
 def test_metrics_and_health_of_a_server():

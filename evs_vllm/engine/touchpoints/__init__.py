@@ -7,9 +7,9 @@ the ledger can be read where vLLM cannot be imported.
 """
 
 from evs_vllm.engine.touchpoints import families, models, processors, server, sessions, towers
-from evs_vllm.engine.touchpoints.row import Touchpoint, missing
+from evs_vllm.engine.touchpoints.row import Touchpoint, judge, missing
 
-__all__ = ["TOUCHPOINTS", "Touchpoint", "missing"]
+__all__ = ["TOUCHPOINTS", "Touchpoint", "judge", "missing"]
 
 TOUCHPOINTS: tuple[Touchpoint, ...] = (
     server.ROWS + sessions.ROWS + models.ROWS + processors.ROWS + towers.ROWS + families.ROWS

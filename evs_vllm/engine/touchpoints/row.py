@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from evs_vllm.engine.touchpoints.source import find
 
@@ -48,20 +49,39 @@ def parts(*, what: str, attributes: Mapping[str, tuple[str, ...]], why: str, gon
     )
 
 
-def missing(touchpoint: Touchpoint) -> str:
-    """What the installed packages lack of a touchpoint, or ""."""
+class Finding(NamedTuple):
+    """What the installed packages make of a touchpoint.
+
+    Attributes:
+        verdict: "ok"; "gone", of the function, class, module or a name in it; "changed signature", also of what a
+            function returns; or "changed source", of a fact that is in no signature.
+        text: What is not as it was, or "".
+    """
+
+    verdict: str
+    text: str = ""
+
+
+def judge(touchpoint: Touchpoint) -> Finding:
+    """Compares a touchpoint with the installed packages."""
     found, where = find(touchpoint.where), touchpoint.where
     if found is None:
-        return f"{where} is gone"
+        return Finding("gone", f"{where} is gone")
     parameters = found.parameters() or ()
     if touchpoint.parameters and touchpoint.parameters != parameters:
-        return f"{where} takes ({', '.join(parameters)}), not ({', '.join(touchpoint.parameters)})"
+        taken, expected = ", ".join(parameters), ", ".join(touchpoint.parameters)
+        return Finding("changed signature", f"{where} takes ({taken}), not ({expected})")
     if lost := [name for name in touchpoint.accepts if name not in parameters]:
-        return f"{where} does not take {', '.join(lost)}"
+        return Finding("changed signature", f"{where} does not take {', '.join(lost)}")
     if touchpoint.results and found.results() != {touchpoint.results}:
-        return f"{where} does not return {touchpoint.results} values"
+        return Finding("changed signature", f"{where} does not return {touchpoint.results} values")
     if touchpoint.attributes and (lost := sorted(set(touchpoint.attributes) - found.attributes())):
-        return f"{where} has no {', '.join(lost)}"
+        return Finding("gone", f"{where} has no {', '.join(lost)}")
     if touchpoint.source and (lost := [text for text in touchpoint.source if text not in found.source()]):
-        return f"{where} no longer says {', '.join(map(repr, lost))}"
-    return ""
+        return Finding("changed source", f"{where} no longer says {', '.join(map(repr, lost))}")
+    return Finding("ok")
+
+
+def missing(touchpoint: Touchpoint) -> str:
+    """What the installed packages lack of a touchpoint, or ""."""
+    return judge(touchpoint).text

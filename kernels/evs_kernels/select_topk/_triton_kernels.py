@@ -2,8 +2,9 @@
 """Triton selection: exact radix search over order-preserving keys, then ordered compaction; no host wait.
 
 ``unit_kernel`` (one program per temporal unit) adds partial scores and marks the reserved tokens. ``select_kernel``
-finds the key of the last token to keep and writes the kept indices. Its programs all search the whole clip for
-themselves: that repeats reads of a small array, served from cache, and saves a grid-wide barrier or another launch.
+finds the key of the last token to keep and writes the kept indices. Up to `SEARCHED` tokens its programs all search the
+whole clip for themselves: that repeats reads of a small array, served from cache, and saves launches. Of more tokens
+the whole grid counts the digits in ``digit_kernel``, a launch for each, and ``tally_kernel`` what each unit keeps.
 """
 
 import torch
@@ -21,6 +22,14 @@ SEARCH_BLOCK = 2048
 WRITE_BLOCK = 1024
 # Programs that share the compaction. More would repeat the search more often without ending sooner.
 PROGRAMS = 64
+# Tokens up to which every program searches for itself. Four passes over so many take about as long as launching five
+# more kernels; estimated from the compiled code, as nothing here was run on a GPU.
+SEARCHED = 16384
+# Tokens of which a program of digit_kernel counts the digits.
+DIGIT_BLOCK = 2048
+
+# Where select_kernel has the key of the last token to keep from.
+GIVEN, OWN_SEARCH, DIGITS = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
@@ -107,10 +116,71 @@ def load_clip(scores_ptr, reserved_ptr, offsets, inside, per_unit, FLOAT: tl.con
     return key, forced
 
 
+@triton.jit
+def key_of_digits(digits_ptr, need, STEPS: tl.constexpr):
+    """The first STEPS bytes of the need-th highest key, and the need left there, from the counts of those digits."""
+    prefix = tl.zeros([], tl.uint32)
+    for STEP in tl.static_range(STEPS):
+        prefix, need = next_digit(tl.load(digits_ptr + STEP * 256 + tl.arange(0, 256)), prefix, need)
+    return prefix, need
+
+
+@triton.jit(do_not_specialize=["tokens", "per_unit", "need"])
+def digit_kernel(
+    scores_ptr,
+    reserved_ptr,
+    digits_ptr,
+    tokens,
+    per_unit,
+    need,
+    FLOAT: tl.constexpr,
+    RESERVE: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds the STEP-th bytes of a block of keys, of those that begin as the digits before say, to (4, 256) counts."""
+    prefix, _ = key_of_digits(digits_ptr, need, STEP)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < tokens
+    key, forced = load_clip(scores_ptr, reserved_ptr, offsets, inside, per_unit, FLOAT, RESERVE)
+    hist = count_digits(tl.zeros([256], tl.int32), key, inside & (forced == 0), prefix, STEP)
+    tl.atomic_add(digits_ptr + STEP * 256 + tl.arange(0, 256), hist, mask=hist > 0)
+
+
+@triton.jit(do_not_specialize=["units", "per_unit", "need"])
+def tally_kernel(
+    scores_ptr,
+    reserved_ptr,
+    digits_ptr,
+    tallies_ptr,
+    units,
+    per_unit,
+    need,
+    FLOAT: tl.constexpr,
+    RESERVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many tokens of a unit stay whatever the ties, and how many are ties: (2, units)."""
+    prefix, _ = key_of_digits(digits_ptr, need, 4)
+    start = tl.program_id(0).to(tl.int64) * per_unit
+    above = tl.zeros([], tl.int32)
+    ties = tl.zeros([], tl.int32)
+    for first in range(0, per_unit, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        inside = place < per_unit
+        key, forced = load_clip(scores_ptr, reserved_ptr, start + place, inside, per_unit, FLOAT, RESERVE)
+        above += tl.sum((inside & (forced | (key > prefix))).to(tl.int32))
+        ties += tl.sum((inside & (forced == 0) & (key == prefix)).to(tl.int32))
+    tl.store(tallies_ptr + tl.program_id(0), above)
+    tl.store(tallies_ptr + units + tl.program_id(0), ties)
+
+
 @triton.jit(do_not_specialize=["units", "per_unit", "need", "last_key", "units_each"])
 def select_kernel(
     scores_ptr,
     reserved_ptr,
+    digits_ptr,
+    tallies_ptr,
     indices_ptr,
     counts_ptr,
     units,
@@ -127,7 +197,9 @@ def select_kernel(
     tokens = units * per_unit
     first_unit = tl.program_id(0) * units_each
     start = first_unit * per_unit
-    if SEARCH:
+    if SEARCH == DIGITS:
+        prefix, need = key_of_digits(digits_ptr, need, 4)
+    elif SEARCH == OWN_SEARCH:
         # ``need`` free tokens are to be kept: find the key of the last one, and how many tokens of that key.
         prefix = tl.zeros([], tl.uint32)
         for STEP in tl.static_range(4):
@@ -143,12 +215,18 @@ def select_kernel(
     # What the units before this program's own keep: everything above the key, and ties while they last.
     above = tl.zeros([], tl.int32)
     ties = tl.zeros([], tl.int32)
-    for first in range(0, start, BLOCK):
-        offsets = first + tl.arange(0, BLOCK).to(tl.int64)
-        inside = offsets < start
-        key, forced = load_clip(scores_ptr, reserved_ptr, offsets, inside, per_unit, FLOAT, RESERVE)
-        above += tl.sum((inside & (forced | (key > prefix))).to(tl.int32))
-        ties += tl.sum((inside & (forced == 0) & (key == prefix)).to(tl.int32))
+    if SEARCH == DIGITS:
+        for first in range(0, first_unit, BLOCK):
+            unit = first + tl.arange(0, BLOCK)
+            above += tl.sum(tl.load(tallies_ptr + unit, mask=unit < first_unit, other=0))
+            ties += tl.sum(tl.load(tallies_ptr + units + unit, mask=unit < first_unit, other=0))
+    else:
+        for first in range(0, start, BLOCK):
+            offsets = first + tl.arange(0, BLOCK).to(tl.int64)
+            inside = offsets < start
+            key, forced = load_clip(scores_ptr, reserved_ptr, offsets, inside, per_unit, FLOAT, RESERVE)
+            above += tl.sum((inside & (forced | (key > prefix))).to(tl.int32))
+            ties += tl.sum((inside & (forced == 0) & (key == prefix)).to(tl.int32))
     written = above + tl.minimum(ties, need)
     for unit in range(first_unit, tl.minimum(first_unit + units_each, units)):
         before = written
@@ -198,7 +276,7 @@ def launch_units(partial: torch.Tensor, min_per_unit: int) -> tuple[torch.Tensor
 def launch_select(
     scores: torch.Tensor, reserved: torch.Tensor | None, size: int, *, need: int, last_bits: int | None = None
 ) -> Selection:
-    """Writes the kept indices, in one launch.
+    """Writes the kept indices: in one launch, or six where the clip is large and its last key is to be found.
 
     Args:
         scores: (T, P).
@@ -208,12 +286,27 @@ def launch_select(
         last_bits: score bits (as int32) from which all tokens are kept; None to find them from ``need``.
     """
     units, per_unit = scores.shape
-    indices = torch.empty(size, dtype=torch.int64, device=scores.device)
-    counts = torch.empty(units, dtype=torch.int32, device=scores.device)
+    device, tokens = scores.device, scores.numel()
+    indices = torch.empty(size, dtype=torch.int64, device=device)
+    counts = torch.empty(units, dtype=torch.int32, device=device)
+    search = GIVEN if last_bits is not None else OWN_SEARCH if tokens <= SEARCHED else DIGITS
+    clip = (scores, scores if reserved is None else reserved)
+    flags = {"FLOAT": scores.is_floating_point(), "RESERVE": reserved is not None}
+    digits = tallies = counts  # not looked at
     units_each = triton.cdiv(units, PROGRAMS)
+    if search is DIGITS:
+        digits = torch.zeros((4, 256), dtype=torch.int32, device=device)
+        tallies = torch.empty((2, units), dtype=torch.int32, device=device)
+        units_each = 1  # nothing is read again by each program
+        for step in range(4):
+            digit_kernel[(triton.cdiv(tokens, DIGIT_BLOCK),)](
+                *clip, digits, tokens, per_unit, need, **flags, STEP=step, BLOCK=DIGIT_BLOCK, num_warps=8
+            )
+        tally_kernel[(units,)](*clip, digits, tallies, units, per_unit, need, **flags, BLOCK=UNIT_BLOCK, num_warps=4)
     select_kernel[(triton.cdiv(units, units_each),)](
-        scores,
-        scores if reserved is None else reserved,
+        *clip,
+        digits,
+        tallies,
         indices,
         counts,
         units,
@@ -221,9 +314,8 @@ def launch_select(
         need,
         0 if last_bits is None else last_bits,
         units_each,
-        FLOAT=scores.is_floating_point(),
-        RESERVE=reserved is not None,
-        SEARCH=last_bits is None,
+        **flags,
+        SEARCH=search.value,
         BLOCK=SEARCH_BLOCK,
         WRITE_BLOCK=WRITE_BLOCK,
         num_warps=16,
@@ -232,7 +324,7 @@ def launch_select(
 
 
 def select_partial(partial: torch.Tensor, budget: int, min_per_unit: int) -> Selection:
-    """Top-k selection of (slices, T, P) partial scores, in at most two launches."""
+    """Top-k selection of (slices, T, P) partial scores, in at most two launches, or seven of a large clip."""
     _, units, per_unit = partial.shape
     kept = kept_tokens(units, per_unit, budget, min_per_unit)
     scores, reserved = launch_units(partial, min_per_unit)
