@@ -199,7 +199,7 @@ def test_measured_figures_are_those_of_the_result_file() -> None:
     marked = re.search(r"<!-- measured:begin -->\n(.*?)<!-- measured:end -->", README, re.DOTALL)
     assert marked is not None
     assert marked[1] in TEXTS["docs/measured.md"].replace(" (*)", "")
-    result = (ROOT / "bench/results/cpu/2026-11-23-serve-full.md").read_text()
+    result = (ROOT / "bench/results/cpu/2026-11-27-serve-full.md").read_text()
     heading, _, *servers, tokens = [cells(line) for line in marked[1].splitlines()]
     for column, rate in enumerate((cell.split()[1] for cell in heading[1:]), 1):
         section = result.split(f"**32 frames, q={rate}, 1 at a time, real clips**")[1].split("\n\n")[1]
