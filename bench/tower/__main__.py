@@ -54,7 +54,8 @@ def main() -> None:
         full = {"evs_encoder": "full", "evs_rate": args.rates[0]}
         rows.append(harness.Row("full tower, pruned after", tower.runner(**full), tower.checker(**full), "tower"))
         for rate in args.rates:
-            note = f"{tower.plan(rate).num_kept} of {tower.plan(rate).num_tokens} tokens"
+            plan = tower.plan(rate)
+            note = f"of {plan.num_tokens} tokens {plan.num_kept} kept, {len(plan.computed)} computed"
             rows.append(harness.Row(f"reuse {rate}", tower.runner(rate), tower.checker(rate), "tower", note=note))
         for rate in args.variants_at:
             for name in IN_TOWER:
