@@ -113,6 +113,6 @@ def _pillow_agrees(height: int, width: int, size: int) -> bool:
 
     frame = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
     frame[:, ::2] = frame[:, ::2] // 128 * 255
-    resized = torch.from_numpy(np.asarray(Image.fromarray(frame[0]).resize((size, size))).transpose(2, 0, 1))
+    resized = np.asarray(Image.fromarray(frame[0]).resize((size, size))).transpose(2, 0, 1)
     ours = evs_kernels.resize_patches(torch.from_numpy(frame), size, size, None, 1, size, 1, arithmetic="pillow")
-    return torch.equal(ours.view(3, size, size), resized)
+    return np.array_equal(ours.view(3, size, size).numpy(), resized)
