@@ -70,6 +70,7 @@ class WatchedOvis(Watched):
         pixels, placeholders, grid = make(video=video if why or frames is None else frames[:1], **kwargs)
         units, height, width = (int(size) for size in grid[0])
         if not why:
+            assert frames is not None
             units = len(frames)
             grid = torch.tensor([[units, height, width]])
             pixels = torch.empty(units * height * width, 0, dtype=pixels.dtype)
