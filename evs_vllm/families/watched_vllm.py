@@ -60,25 +60,37 @@ class WatchedOvis(Watched):
         if watch is None or video is None:
             return make(images=images, video=video, **kwargs)
         why = unknown(self) if watch.leave_rows else "pixels are wanted"
-        if not why and not bytes_of_colours(video):
-            why = "the frames are no arrays of uint8 (F, H, W, 3)"
+        frames = _as_bytes(video)
+        if not why and frames is None:
+            why = "the frames are neither arrays (F, H, W, 3) nor RGB images of one size"
         why = why or _why_other_images(self.image_processor)
         if not why and self.temporal_patch_size != 1:
             why = f"units have {self.temporal_patch_size} frames"
         # What it says of one frame holds for all.
-        pixels, placeholders, grid = make(video=video if why else video[:1], **kwargs)
+        pixels, placeholders, grid = make(video=video if why or frames is None else frames[:1], **kwargs)
         units, height, width = (int(size) for size in grid[0])
         if not why:
-            units = len(video)
+            assert frames is not None
+            units = len(frames)
             grid = torch.tensor([[units, height, width]])
             pixels = torch.empty(units * height * width, 0, dtype=pixels.dtype)
             placeholders = self.construct_visual_placeholders(grid[0].tolist(), True)
         source = None
-        if bytes_of_colours(video) and units == len(video):
-            source = Source(torch.from_numpy(np.ascontiguousarray(video)), 1)
+        if frames is not None and units == len(frames):
+            source = Source(torch.from_numpy(np.ascontiguousarray(frames)), 1)
         levels = None if why else levels_of(self.image_processor, attributes_of(self.image_processor))
         watch.seen.append(SeenRows(source, why, levels, (units, height, width), self.patch_size, self.hidden_stride))
         return pixels, placeholders, grid
+
+
+def _as_bytes(video: Any) -> np.ndarray | None:
+    """The frames of a video as Ovis2.5's processor takes them, (F, H, W, 3) uint8; None if it is another kind."""
+    if isinstance(video, list) and video and all(getattr(image, "mode", "") == "RGB" for image in video):
+        if len({image.size for image in video}) == 1:
+            return np.stack([np.asarray(image) for image in video])
+    elif isinstance(video, np.ndarray) and video.ndim == 4 and video.shape[3] == 3:
+        return video.astype(np.uint8, copy=False)
+    return None
 
 
 def _why_other_images(processor: Any) -> str:
@@ -113,6 +125,6 @@ def _pillow_agrees(height: int, width: int, size: int) -> bool:
 
     frame = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
     frame[:, ::2] = frame[:, ::2] // 128 * 255
-    resized = torch.from_numpy(np.asarray(Image.fromarray(frame[0]).resize((size, size))).transpose(2, 0, 1))
+    resized = np.asarray(Image.fromarray(frame[0]).resize((size, size))).transpose(2, 0, 1)
     ours = evs_kernels.resize_patches(torch.from_numpy(frame), size, size, None, 1, size, 1, arithmetic="pillow")
-    return torch.equal(ours.view(3, size, size), resized)
+    return np.array_equal(ours.view(3, size, size).numpy(), resized)

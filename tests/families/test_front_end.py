@@ -252,22 +252,22 @@ def test_what_vllm_makes_for_every_request_tries_nothing_again(ours: Any, monkey
 
 def test_a_watched_processor_is_still_itself(ours: Any, stock: Any, tmp_path: Path) -> None:
     """It is saved, copied and sent to other processes as it was."""
-    watched = ours.info.get_hf_processor().video_processor
-    own = type(watched)
+    processor = ours.info.get_hf_processor().video_processor
+    own = type(processor)
     assert issubclass(own, watched.Watched) and own.__name__ in watched.PROVEN
     frames = noise(*SHAPES[1])
 
     def make(processor: Any) -> Any:
         return processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
 
-    plain = copy.deepcopy(watched)
+    plain = copy.deepcopy(processor)
     front_end.unwatch_processor(plain)
     assert not isinstance(plain, watched.Watched)
-    for other in (copy.deepcopy(watched), pickle.loads(pickle.dumps(watched))):
-        assert type(other) is own and other.to_dict() == watched.to_dict() == plain.to_dict()
+    for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert type(other) is own and other.to_dict() == processor.to_dict() == plain.to_dict()
         made = make(other)
         assert made.keys() == make(plain).keys() and torch.equal(made[PIXELS], make(plain)[PIXELS])
-    watched.save_pretrained(tmp_path / "watched")
+    processor.save_pretrained(tmp_path / "watched")
     plain.save_pretrained(tmp_path / "plain")
     one, other = (json.loads(next((tmp_path / name).iterdir()).read_text()) for name in ("watched", "plain"))
     assert one == other
