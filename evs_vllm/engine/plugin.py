@@ -94,10 +94,10 @@ def _start(engine_args: Any, model_config: Any) -> None:
             "--evs-* options."
         )
     config = config.resolve_encoder(adapter.why_not_reuse() or compat.why_not_reuse(engine_args, model_config))
+    compat.wrap_session_input(_admit_session_input)
     compat.attach_settings(model_config, config)
     compat.force_position_ids(model_config)
     compat.wrap_add_request(_cap_answer_length)
-    compat.wrap_session_input(_admit_session_input)
     _server_config = config
     _compile_kernels(on_gpu=compat.clips_arrive_on_gpu(engine_args, model_config))
     logger.info(
@@ -126,16 +126,16 @@ def _check_engine(vllm_config: Any) -> None:
         compat.forbid_keep(model_config, why)
 
 
-def _cap_answer_length(model_config: Any, request: Any) -> None:
-    from evs_vllm.engine.limits import cap_answer_length
-
-    cap_answer_length(model_config, request)
-
-
 async def _admit_session_input(engine: Any, request: Any, collector: Any) -> None:
     from evs_vllm.engine.sessions import admit_input
 
     await admit_input(engine, request, collector)
+
+
+def _cap_answer_length(model_config: Any, request: Any) -> None:
+    from evs_vllm.engine.limits import cap_answer_length
+
+    cap_answer_length(model_config, request)
 
 
 def _compile_kernels(on_gpu: bool) -> None:
