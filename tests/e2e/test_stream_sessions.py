@@ -127,6 +127,7 @@ def test_a_session_that_is_cancelled_leaves_nothing(engine, reference):
     stays.close()
     step(engine, [])
     assert {key: value for key, value in held_by(engine).items() if key != "runner"} == nothing
+    assert held_by(engine)["runner"] == []
     assert len(store) - entries <= 4, "five sessions leave for later ones what one of them leaves"
 
 
