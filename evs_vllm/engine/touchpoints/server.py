@@ -243,8 +243,8 @@ ROWS: tuple[Touchpoint, ...] = (
         ),
         why=(
             "With the causal budget a clip that has grown must find its beginning in the prefix cache, and vLLM names "
-            "all blocks of a clip by the whole clip. The last key, and the item that is returned, are those of the item "
-            "in which a block ends."
+            "all blocks of a clip by the whole clip. The last key, and the item that is returned, are those of the "
+            "item in which a block ends."
         ),
         gone_when="vLLM lets an item name its beginning, or lets a plugin name blocks.",
     ),
