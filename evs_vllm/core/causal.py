@@ -28,7 +28,7 @@ numbers and in the order of the units:
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,7 @@ NOISE_PARTS = 4
 WINDOW = 8
 """Units, the latest ones, from whose scores the level comes."""
 
-Scores = npt.NDArray[np.generic]
+Scores = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -161,12 +161,11 @@ def spend(
     return np.flatnonzero(kept)
 
 
-def _level(past: Sequence[tuple[int, Scores]], balance: int) -> np.generic:
+def _level(past: Sequence[tuple[int, Scores]], balance: int) -> Any:
     """The score that as many tokens of the last units reach as these earned and half of the balance together."""
     scores = np.concatenate([each for _, each in past])
     reach = min(max(sum(earned for earned, _ in past) + balance // 2, 1), len(scores))
-    lowest: np.generic = np.partition(scores, len(scores) - reach)[len(scores) - reach]
-    return lowest
+    return np.partition(scores, len(scores) - reach)[len(scores) - reach]
 
 
 def refresh(descriptors: npt.NDArray[np.uint8], forced: Mask, level: int, share: int) -> npt.NDArray[np.int64]:

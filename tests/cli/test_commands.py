@@ -66,6 +66,7 @@ def test_settings_and_their_default():
         (["plan", "clip.mp4"], "--model"),
         (["view", *CLIP, "-o", "out.gif"], ".png or .html"),
         (["view", *CLIP, "-o", "/no/where/out.png"], "no folder /no/where"),
+        (["view", *CLIP, "-o", "out.html", "--budget", "causal"], "--output out.png"),
         (["demo", "--rate", "0"], "drop nothing"),
         (["demo", "--repeats", "-1"], "at least 0"),
         (["demo", "--video", "clip.mp4"], "no such video file: clip.mp4"),
