@@ -153,8 +153,8 @@ TOPOLOGIES: tuple[Topology, ...] = (
         title="pipeline parallelism",
         how="`--pipeline-parallel-size 2`",
         state="interface",
-        notes="vLLM 0.32's CPU engine ends at the start with two stages, with and without EVS. Tested: a stage without "
-        "a tower is built, and computes the positions from the plan.",
+        notes="Without this package, too, vLLM 0.32's CPU engine ends at the start with two stages. Tested: a stage "
+        "without a tower is built, and computes the positions from the plan.",
     ),
     Topology(
         name="rust_frontend",
