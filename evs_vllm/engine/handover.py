@@ -65,7 +65,8 @@ def _parser_class(stock: type) -> type:
 def carry_plans(parser: MultiModalDataParser) -> None:
     """Lets videos without pixels that `parser` reads bring their plan, if its family takes such videos at all."""
     if not isinstance(parser, _PlanCarrying) and parser.placeholder_metadata_fields(MODALITY):
-        parser.__class__ = _parser_class(type(parser))
+        stock: Any = type(parser)
+        parser.__class__ = _parser_class(stock)
 
 
 def brings_plans(items: Any) -> bool:

@@ -29,7 +29,7 @@ from evs_vllm.fingerprint import ID, fingerprint
 from evs_vllm.options import CONFIG_KEY
 
 
-def tower_is_elsewhere(model: torch.nn.Module) -> bool:
+def tower_is_elsewhere(model: Any) -> bool:
     """Whether a part of the model that is not its language model is missing in this process: on later pipeline stages,
     and where no media are served."""
     language = getattr(model, "_language_model_names", ())

@@ -124,9 +124,11 @@ TOPOLOGIES: tuple[Topology, ...] = (
     Topology(
         name="weight_reload",
         title="new weights in a running engine",
-        how="`collective_rpc` `reload_weights`, then `reset_prefix_cache`",
+        how="`reload_weights` by `collective_rpc`, then `reset_encoder_cache` and `reset_prefix_cache`",
         state="run",
-        notes="Plans depend on pixels and settings alone, so the processor cache and streams stay valid.",
+        notes="Plans depend on pixels and settings alone, so the processor cache and streams stay valid. Without "
+        "`reset_encoder_cache` the engine ends at the next clip that it knows: vLLM's worker has dropped the rows, its "
+        "scheduler does not know.",
     ),
     Topology(
         name="sleep",
@@ -151,8 +153,8 @@ TOPOLOGIES: tuple[Topology, ...] = (
         title="pipeline parallelism",
         how="`--pipeline-parallel-size 2`",
         state="interface",
-        notes="vLLM 0.32's CPU engine ends at the start with two stages, with and without EVS. Tested: a stage without "
-        "a tower is built, and computes the positions from the plan.",
+        notes="Without this package, too, vLLM 0.32's CPU engine ends at the start with two stages. Tested: a stage "
+        "without a tower is built, and computes the positions from the plan.",
     ),
     Topology(
         name="rust_frontend",

@@ -77,7 +77,8 @@ def test_weight_reload(
         worst = compare(answers(server.post, REQUESTS), before)
         for source, expected in ((weights[1], after), (model, before)):
             shutil.copy(source / "model.safetensors", served / "model.safetensors")
-            for path, body in (("/collective_rpc", {"method": "reload_weights"}), ("/reset_prefix_cache", {})):
+            calls = [("/collective_rpc", {"method": "reload_weights"}), ("/reset_encoder_cache", {})]
+            for path, body in [*calls, ("/reset_prefix_cache", {})]:
                 answer = server.post(body, path)
                 assert answer.status_code == 200, answer.text
             worst = max(worst, compare(answers(server.post, REQUESTS), expected))

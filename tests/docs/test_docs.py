@@ -127,7 +127,8 @@ def test_every_flag_in_the_text_exists(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in TEXTS if name == "README.md" or name.startswith("docs/")])
 def test_every_request_key_in_the_text_exists(name: str) -> None:
     keys = {option.request_key for option in OPTIONS if option.per_request}
-    others = {"evs_vllm", "evs_kernels", "evs_plans", "evs_cells"}  # packages, arguments of evs_vllm.hf
+    # Packages, arguments of evs_vllm.hf, what consumers are sent.
+    others = {"evs_vllm", "evs_kernels", "evs_plans", "evs_cells", "evs_plan"}
     assert set(re.findall(r"\bevs_[a-z_]*[a-z]", TEXTS[name])) <= keys | others
 
 
@@ -149,16 +150,16 @@ def test_our_subcommands_exist() -> None:
 @pytest.mark.vllm
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("vllm serve")])
 def test_serve_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from evs_vllm.engine.plugin import register
 
     register()
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command)[2:]
-    words = words[1:] if not words[0].startswith("-") else words
-    args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words)
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers())
+    args = parser.parse_args(shlex.split(command)[1:])
     assert any(getattr(args, option.request_key) is not None for option in OPTIONS)
 
 

@@ -78,6 +78,13 @@ ROWS: tuple[Touchpoint, ...] = (
         gone_when=PROCESSORS,
     ),
     Touchpoint(
+        what="clips come planned (processor.EVSProcessorMixin)",
+        where="vllm.multimodal.inputs:MultiModalFieldConfig.batched",
+        accepts=("modality", "keep_on_cpu"),
+        why="The plan that came with a clip is kept as one that is made here.",
+        gone_when=PUBLIC,
+    ),
+    Touchpoint(
         what="clips come planned (handover.carry_plans)",
         where="vllm.multimodal.parse:MultiModalDataParser",
         attributes=(
