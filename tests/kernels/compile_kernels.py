@@ -110,7 +110,7 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
                 constants = {**flags, "SEARCH": search.value}
                 constants |= {"BLOCK": select.SEARCH_BLOCK, "WRITE_BLOCK": select.WRITE_BLOCK}
                 yield f"select-{s}-{reserve:d}{search.value}", select.select_kernel, args, constants, set(), 16
-            for step in range(4):
+            for step in (0, 3):
                 constants = {**flags, "STEP": step, "BLOCK": select.DIGIT_BLOCK}
                 args = [*clip, "*i32", *["i32"] * 3]
                 yield f"digit-{s}-{reserve:d}{step}", select.digit_kernel, args, constants, set(), 8
