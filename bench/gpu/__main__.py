@@ -6,9 +6,9 @@ sanitizer finds.
 
 Each step is a process of its own with a time limit, so that one that hangs or dies costs its own results only.
 
-    python -m bench.gpu --output out/gpu                                          # Qwen2.5-VL-7B's shapes, dummy weights
+    python -m bench.gpu --output out/gpu                                        # Qwen2.5-VL-7B's shapes, dummy weights
     python -m bench.gpu --model Qwen/Qwen2.5-VL-7B-Instruct --output out/gpu
-    python -m bench.gpu --device cpu --smoke                                  # the program itself, on tiny models
+    python -m bench.gpu --device cpu --smoke                                    # the program itself, on tiny models
 
 NOT RUN ON A GPU by the authors.
 """

@@ -112,14 +112,15 @@ def variants() -> Iterator[tuple[str, Any, list[str], dict[str, Any], set[str], 
             for search in (select.GIVEN, select.OWN_SEARCH, select.DIGITS):
                 args = [*clip, "*i32", "*i32", "*i64", "*i32", *["i32"] * 5]
                 constants = {**flags, "SEARCH": search.value}
-                constants |= {"BLOCK": select.SEARCH_BLOCK, "WRITE_BLOCK": select.WRITE_BLOCK}
+                write_block = select.LARGE_WRITE_BLOCK if search is select.DIGITS else select.WRITE_BLOCK
+                constants |= {"BLOCK": select.SEARCH_BLOCK, "WRITE_BLOCK": write_block}
                 yield f"select-{s}-{reserve:d}{search.value}", select.select_kernel, args, constants, set(), 16
-            for step in range(4):
+            for step in (0, 3):
                 constants = {**flags, "STEP": step, "BLOCK": select.DIGIT_BLOCK}
                 args = [*clip, "*i32", *["i32"] * 3]
                 yield f"digit-{s}-{reserve:d}{step}", select.digit_kernel, args, constants, set(), 8
             args, constants = [*clip, "*i32", "*i32", *["i32"] * 3], {**flags, "BLOCK": select.UNIT_BLOCK}
-            yield f"tally-{s}-{reserve:d}", select.tally_kernel, args, constants, set(), 4
+            yield f"tally-{s}-{reserve:d}", select.tally_kernel, args, constants, set(), 8
 
 
 def compile_one(target: GPUTarget, kernel: Any, args: list[str], constants: dict, aligned: set[str], warps: int) -> Any:

@@ -124,7 +124,7 @@ def test_triton_many_blocks(name, select, monkeypatch, generator):
 @pytest.mark.parametrize("name", ["select_topk", "prune_topk", "select_anchored", "select_hold"])
 def test_triton_digits_counted_by_the_whole_grid(name, select, monkeypatch, generator):
     """As clips of more than SEARCHED tokens are, here with few tokens and small blocks."""
-    for constant, value in (("SEARCHED", 0), ("DIGIT_BLOCK", 32), ("UNIT_BLOCK", 8), ("WRITE_BLOCK", 8)):
+    for constant, value in (("SEARCHED", 0), ("DIGIT_BLOCK", 32), ("UNIT_BLOCK", 8), ("LARGE_WRITE_BLOCK", 8)):
         monkeypatch.setattr(select, constant, value)
     monkeypatch.setattr(select, "SEARCH_BLOCK", 2)
     spec = next(s for s in SPECS if s.name == name)

@@ -25,8 +25,10 @@ PROGRAMS = 64
 # Tokens up to which every program searches for itself. Four passes over so many take about as long as launching five
 # more kernels; estimated from the compiled code, as nothing here was run on a GPU.
 SEARCHED = 16384
-# Tokens of which a program of digit_kernel counts the digits.
+# Tokens of which a program of digit_kernel counts the digits; and those that select_kernel writes at a time of so large
+# a clip (of twice as many Triton 3.6 spills registers here).
 DIGIT_BLOCK = 2048
+LARGE_WRITE_BLOCK = 512
 
 # Where select_kernel has the key of the last token to keep from.
 GIVEN, OWN_SEARCH, DIGITS = (tl.constexpr(i) for i in range(3))
@@ -302,7 +304,7 @@ def launch_select(
             digit_kernel[(triton.cdiv(tokens, DIGIT_BLOCK),)](
                 *clip, digits, tokens, per_unit, need, **flags, STEP=step, BLOCK=DIGIT_BLOCK, num_warps=8
             )
-        tally_kernel[(units,)](*clip, digits, tallies, units, per_unit, need, **flags, BLOCK=UNIT_BLOCK, num_warps=4)
+        tally_kernel[(units,)](*clip, digits, tallies, units, per_unit, need, **flags, BLOCK=UNIT_BLOCK, num_warps=8)
     select_kernel[(triton.cdiv(units, units_each),)](
         *clip,
         digits,
@@ -317,7 +319,7 @@ def launch_select(
         **flags,
         SEARCH=search.value,
         BLOCK=SEARCH_BLOCK,
-        WRITE_BLOCK=WRITE_BLOCK,
+        WRITE_BLOCK=LARGE_WRITE_BLOCK if search is DIGITS else WRITE_BLOCK,
         num_warps=16,
     )
     return Selection(indices, counts)
