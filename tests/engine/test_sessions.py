@@ -75,7 +75,8 @@ def test_sums_of_a_session(cache: str) -> None:
 
 def test_an_input_waits_where_the_answer_might_get_too_long() -> None:
     async def play() -> list[str]:
-        engine, events = Engine(), []
+        engine = Engine()
+        events: list[str] = []
         await engine.send(100, most=200)
         engine.says(3, answered=False)
         await asyncio.wait_for(engine.send(50, most=100), 1)  # fits whatever is answered

@@ -178,7 +178,8 @@ def test_clips_without_their_data(model: Path, facts: Facts) -> None:
 
 def session(processor: Any, clips: Sequence[np.ndarray], cache: Any = None, **kwargs: Any) -> list[Any]:
     """Each clip in a prompt of its own that goes on from the one before, as in an engine session."""
-    before, results = None, []
+    before: str | None = None
+    results: list[Any] = []
     for clip in clips:
         results.append(ask(processor, [clip], cache, evs_after=before, **kwargs))
         before = results[-1]["mm_hashes"]["video"][-1]
