@@ -119,7 +119,7 @@ def _pillow_levels(stock: Any, size: int) -> torch.Tensor:
 def _pillow_agrees(height: int, width: int, size: int) -> bool:
     """Whether Pillow squashes a frame of this size as `evs_kernels.resize_patches` does.
 
-    From version 13 on it begins with the rows where they shrink much more than the columns: tried on a noisy frame.
+    From version 13 on it begins with the rows where a frame shrinks more in height: tried on a noisy frame.
     """
     from PIL import Image
 

@@ -108,7 +108,7 @@ def test_equals_pillow(generator, mode):
         frames = noise(generator, 2, high, wide, channels)
         pictures = [image.fromarray(frame.squeeze(2).numpy() if mode == "L" else frame.numpy()) for frame in frames]
         got = ek.resize_patches(frames, height, width, None, 1, 1, 1, arithmetic="pillow").view(2, height, width, -1)
-        # At once where that begins with the columns; from version 13 on it does not where height shrinks much more.
+        # At once where that begins with the columns; from version 13 on it does not where height shrinks more.
         steps = [(width, high), (width, height)] if high * width > height * wide else [(width, height)]
         for step in steps:
             pictures = [picture.resize(step, image.BICUBIC) for picture in pictures]

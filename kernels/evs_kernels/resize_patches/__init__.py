@@ -29,7 +29,7 @@ def resize_patches(
     through torchvision: per axis in integers, columns first, rounded to uint8 between; a picture of that size already
     is taken as it is. Or it is what Pillow's ``Image.resize`` makes with its bicubic filter: the same with finer
     weights, so that here and there a value differs by one. (From version 13 on, Pillow begins with the rows where a
-    picture shrinks much more in height than in width; that is not followed.) Tokens are squares of ``S = merge * side``
+    picture shrinks more in height than in width; that is not followed.) Tokens are squares of ``S = merge * side``
     pixels, P of them in a temporal unit, row after row; where F is not a multiple of ``unit_frames``, the last frame
     stands for those that the last unit lacks. The values of a token are laid out as (patch row, patch column, channel,
     frame, pixel row, pixel column).
