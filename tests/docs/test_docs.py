@@ -12,6 +12,7 @@ import pytest
 
 from evs_vllm.cli import tables
 from evs_vllm.options import OPTIONS
+from evs_vllm.requests import AFTER_KEY
 from evs_vllm.versions import TESTED_VLLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +127,7 @@ def test_every_flag_in_the_text_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in TEXTS if name == "README.md" or name.startswith("docs/")])
 def test_every_request_key_in_the_text_exists(name: str) -> None:
-    keys = {option.request_key for option in OPTIONS if option.per_request}
+    keys = {option.request_key for option in OPTIONS if option.per_request} | {AFTER_KEY}
     others = {"evs_vllm", "evs_kernels", "evs_plans", "evs_cells"}  # packages, arguments of evs_vllm.hf
     assert set(re.findall(r"\bevs_[a-z_]*[a-z]", TEXTS[name])) <= keys | others
 
