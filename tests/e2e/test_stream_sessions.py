@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evs_vllm.testing import synthetic_clip
-from tests.e2e.harness import VIDEO, Request, chat, recorded_positions
+from tests.e2e.harness import VIDEO, chat, recorded_positions
 from tests.e2e.sessions import CLOSE, Session, answer, answered, held_by, step
 from tests.families.registry import FAMILIES
 from tests.reference.hf import Clip, Settings
@@ -132,7 +132,7 @@ def test_a_session_that_is_cancelled_leaves_nothing(engine, reference):
 
 
 def test_the_same_beginning_keeps_the_same_tokens(engine, reference):
-    """A second session, with what the first left in every cache and with nothing, and a chat of the same videos."""
+    """A second session, with what the first left in every cache and with nothing."""
     turns = session_of(reference(FAMILY))
 
     def play():
@@ -149,9 +149,3 @@ def test_the_same_beginning_keeps_the_same_tokens(engine, reference):
     assert play() == first
     engine.reset()
     assert play() == first
-    # A chat that sends all of them in one request keeps the same, and finds what the session left in the caches.
-    chat_of_all = Request(VIDEO * 4, [clip for turn in turns for clip in turn.clips], {"evs_stream": True})
-    (rendered,) = engine.llm.llm_engine.renderer.render_cmpl([chat_of_all.to_vllm()])
-    places = rendered["mm_placeholders"]["video"]
-    clips = [*zip(rendered["mm_hashes"]["video"], (place.length for place in places))]
-    assert clips == [clip for request in first for clip in request]
