@@ -74,26 +74,6 @@ def run(engine: Engine, ref: TowerReference, request: Request) -> tuple[int, int
     return place.offset, place.offset + place.length, output.num_cached_tokens
 
 
-@pytest.mark.parametrize(("name", "encoder", "positions"), CASES)
-def test_a_clip_that_has_grown_finds_its_beginning(engines, model_dir, name, encoder, positions):
-    engine, ref, size = start(engines, name), TowerReference(model_dir(name)), block(name)
-    options = {"encoder": encoder, "positions": positions}
-    first, second, third = untied(ref, lambda seed: [asked(scene(name, seed)[:end], **options) for end in (20, 26, 34)])
-    _, end, cached = run(engine, ref, first)
-    assert cached == 0 and end > 2 * size
-    # The block in which the clip ended before is named by the whole clip; all before it are found.
-    _, second_end, cached = run(engine, ref, second)
-    assert cached == (end - 1) // size * size
-    _, _, cached = run(engine, ref, third)
-    assert cached == (second_end - 1) // size * size > (end - 1) // size * size
-    # The other way round, as when another client is behind.
-    engine.reset()
-    run(engine, ref, third)
-    assert run(engine, ref, first)[2] == (end - 1) // size * size
-    # And again: vLLM takes all full blocks, as of any clip that it had.
-    assert run(engine, ref, first)[2] >= end // size * size
-
-
 def test_with_the_budget_of_the_clip_nothing_is_found(engines, model_dir):
     engine, ref = start(engines, "qwen2_5_vl"), TowerReference(model_dir("qwen2_5_vl"))
     clips = untied(
@@ -144,3 +124,23 @@ def test_another_past_is_not_found(engines, model_dir):
     begin, _, _ = run(engine, ref, one)
     before = begin + int((one.answer.kept[0] < unit * per_unit).sum())
     assert run(engine, ref, other)[2] == before // size * size > 0
+
+
+@pytest.mark.parametrize(("name", "encoder", "positions"), CASES)
+def test_a_clip_that_has_grown_finds_its_beginning(engines, model_dir, name, encoder, positions):
+    engine, ref, size = start(engines, name), TowerReference(model_dir(name)), block(name)
+    options = {"encoder": encoder, "positions": positions}
+    first, second, third = untied(ref, lambda seed: [asked(scene(name, seed)[:end], **options) for end in (20, 26, 34)])
+    _, end, cached = run(engine, ref, first)
+    assert cached == 0 and end > 2 * size
+    # The block in which the clip ended before is named by the whole clip; all before it are found.
+    _, second_end, cached = run(engine, ref, second)
+    assert cached == (end - 1) // size * size
+    _, _, cached = run(engine, ref, third)
+    assert cached == (second_end - 1) // size * size > (end - 1) // size * size
+    # The other way round, as when another client is behind.
+    engine.reset()
+    run(engine, ref, third)
+    assert run(engine, ref, first)[2] == (end - 1) // size * size
+    # And again: vLLM takes all full blocks, as of any clip that it had.
+    assert run(engine, ref, first)[2] >= end // size * size
