@@ -48,7 +48,7 @@ class _PlanCarrying(MultiModalDataParser):
         plans = list(data[PLAN_FIELD])
         if len(plans) != items.get_count() or not all(_is_array(plan) for plan in plans):
             raise RequestError(f"Each of the {items.get_count()} videos needs one {PLAN_FIELD}, a list of integers.")
-        # Not the plan of our own checks: vLLM hands these on as they are, next to the fields that it knows.
+        # vLLM hands on what stands here field by field, also what it does not know.
         items.data = {**items.data, PLAN_FIELD: plans}
         return items
 

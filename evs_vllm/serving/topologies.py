@@ -95,8 +95,7 @@ TOPOLOGIES: tuple[Topology, ...] = (
         how="`--ec-transfer-config`, roles `ec_producer` and `ec_consumer`; both get the request with its media",
         state="run",
         notes="Both plan the clip and come to the same identifier, under which the rows are stored. Send the videos "
-        "of a stream to the encoder in one request: alone, a later one is another clip, which the consumer encodes "
-        "itself.",
+        "of a stream to the encoder in one request: alone, a later one is another clip with another identifier.",
     ),
     Topology(
         name="encoder_metadata",

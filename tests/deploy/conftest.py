@@ -52,7 +52,7 @@ def _git(*words: str) -> str:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Rewrites the rows of what was run and leaves the others, each with the commit that it was run with."""
-    file = config.getoption("deploy_report")
+    file = config.getoption("deploy_report", None)  # unknown where this file is read late
     if not file:
         return
     import vllm

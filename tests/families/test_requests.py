@@ -291,7 +291,8 @@ def test_a_clip_without_pixels_or_embeddings_is_refused(model: Path, facts: Fact
     evs = {"rate": 0.75, "request_overrides": "any"}
     processor = processor_for(model, evs, enable_mm_embeds=True)
     processor.info.ctx.model_config.multimodal_config.allow_missing_mm_embeddings = True
-    consumer = type(processor)(processor.info, processor.dummy_inputs)
+    # The parser reads it when a processor is made.
+    consumer = type(processor)(type(processor.info)(processor.info.ctx), processor.dummy_inputs)
     described = {"video_grid_thw": torch.tensor([[2, 8, 10]])}
     described |= {name: torch.tensor(x) if name != "timestamps" else x for name, x in (facts.embeds_with or {}).items()}
     items = consumer.info.parse_mm_data({"video": described})
