@@ -197,7 +197,8 @@ def _why_not_squares(out: Mapping[str, Any], kwargs: Mapping[str, Any], watch: W
     return ""
 
 
-_tried: MutableMapping[Any, dict[Squares | None, str]] = WeakKeyDictionary()
+_tried: MutableMapping[Any, dict[Any, str]] = WeakKeyDictionary()
+"""Answers of `why_not` by processor; of each, by its class and the squares."""
 
 
 def why_not(video_processor: Any, squares: Squares | None = None) -> str:
@@ -210,10 +211,10 @@ def why_not(video_processor: Any, squares: Squares | None = None) -> str:
     Returns:
         Why its pixels cannot be made without it on this installation, or "".
     """
-    known = _tried.setdefault(video_processor, {})
-    if squares not in known:
-        known[squares] = _try(video_processor, squares)
-    return known[squares]
+    known, case = _tried.setdefault(video_processor, {}), (type(video_processor), squares)
+    if case not in known:
+        known[case] = _try(video_processor, squares)
+    return known[case]
 
 
 def _try(video_processor: Any, squares: Squares | None) -> str:

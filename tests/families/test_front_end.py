@@ -244,7 +244,7 @@ def test_what_vllm_makes_for_every_request_tries_nothing_again(ours: Any, monkey
     from vllm.renderers.chat_utils import MultiModalItemTracker
 
     tried: list[Any] = []
-    monkeypatch.setattr(front_end, "_differs", tried.append)
+    monkeypatch.setattr(front_end, "_try", lambda processor, squares: tried.append(processor) or "")
     tracker = MultiModalItemTracker(ours.info.ctx.model_config)
     assert type(tracker.mm_processor) is type(ours) and tracker.mm_processor is not ours
     assert not tried
