@@ -196,8 +196,7 @@ def test_an_unknown_processor_makes_its_own_rows(model: Path, stock: Any) -> Non
         assert path == "processor"
         assert_same_fields(result, process(stock_of(custom, stock), frames))
         # One that claims to be known is found out.
-        Brighter.__name__ = known.__name__
-        video_processor.__class__ = Brighter
+        video_processor.__class__ = type(known.__name__, (Brighter,), {})
         assert "other pixels" in type(processor)(processor.info, processor.dummy_inputs)._evs_why_stock
     finally:
         video_processor.__class__ = known
