@@ -3,33 +3,32 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, wraps
-from itertools import groupby
+from dataclasses import replace
+from functools import cached_property, wraps
 from typing import Any, TypeVar
 
 import torch
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldConfig, MultiModalFieldElem
-from vllm.multimodal.parse import ImageProcessorItems
-from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PlaceholderFeaturesInfo, PromptUpdateDetails
+from vllm.multimodal.processing.processor import BaseMultiModalProcessor, PromptUpdateDetails
 from vllm.utils.torch_utils import set_default_torch_num_threads
 
 from evs_vllm.config import EVSConfig
 from evs_vllm.core.clip import Clip
-from evs_vllm.core.plan import BoolArray, RetentionPlan
-from evs_vllm.core.prompt import pruned_clip
+from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.scorers import named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.engine.beginnings import name_beginnings
 from evs_vllm.engine.compat import settings_of
+from evs_vllm.engine.frames_as_images import FRAMES_IN_A_ROW, look_like_frames
 from evs_vllm.engine.handover import brings_plans, carry_plans, check_identifiers, given_plan
 from evs_vllm.engine.limits import check_positions
 from evs_vllm.engine.metrics import PATHS, metrics, news_of
-from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD, PrunedRange
+from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD
+from evs_vllm.engine.pruned import PrunedUpdateDetails, full_mask, placed, shortened
 from evs_vllm.engine.streams import Stream, StreamStore, cache_identity, chain
 from evs_vllm.engine.times import metadata_of, seconds_of, unit_starts
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
@@ -38,12 +37,9 @@ from evs_vllm.families.base import FamilyAdapter
 from evs_vllm.families.front_end import watch_processor, why_not
 from evs_vllm.families.seen import Seen
 from evs_vllm.families.watched import Watch, watching
-from evs_vllm.requests import AFTER_KEY, admit, refuse_keys, split_request_kwargs
+from evs_vllm.requests import AFTER_KEY, admit, split_request_kwargs
 
 logger = init_logger("vllm.evs_vllm")
-
-FRAMES_IN_A_ROW = 4
-"""So many images of one size look like frames of a video."""
 
 _OFF = EVSConfig()
 # The settings of the request that this thread is processing. vLLM calls `apply` and all it calls synchronously.
@@ -65,57 +61,6 @@ def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
-
-
-@dataclass
-class PrunedUpdateDetails(PromptUpdateDetails):
-    """A clip's shortened placeholders; it stays in the processor cache, so cache hits know the numbers too.
-
-    Attributes:
-        plan: The clip's plan.
-    """
-
-    plan: RetentionPlan = field(kw_only=True)
-
-
-def look_like_frames(images: Any) -> bool:
-    """Whether `FRAMES_IN_A_ROW` images of a request have one size: a client may send a video so.
-
-    Args:
-        images: vLLM's items of the modality, or None; embeddings have no size.
-    """
-    if not isinstance(images, ImageProcessorItems):
-        return False
-    # What the processor cache holds already comes without its pixels.
-    sizes = [None if images.get(i) is None else images.get_image_size(i) for i in range(images.get_count())]
-    runs = ((size, len(list(run))) for size, run in groupby(sizes))
-    return any(size is not None and length >= FRAMES_IN_A_ROW for size, length in runs)
-
-
-@dataclass
-class _PrunedFeatures(PlaceholderFeaturesInfo):
-    """Where a pruned clip stands, before vLLM makes a range of it."""
-
-    plan: RetentionPlan = field(kw_only=True)
-
-    def to_range(self) -> PrunedRange:
-        stock = super().to_range()
-        return PrunedRange(stock.offset, stock.length, stock.is_embed, self.plan.extra_positions)
-
-
-def _placed(info: PlaceholderFeaturesInfo, contents: Sequence[Any]) -> PlaceholderFeaturesInfo:
-    content = contents[info.item_idx]
-    return _PrunedFeatures(**vars(info), plan=content.plan) if isinstance(content, PrunedUpdateDetails) else info
-
-
-class _FixedMask:
-    """An ``is_embed`` callable that gives the same mask whatever it is asked for."""
-
-    def __init__(self, mask: BoolArray) -> None:
-        self._mask = torch.from_numpy(mask)
-
-    def __call__(self, full: list[int]) -> torch.Tensor:
-        return self._mask
 
 
 class EVSProcessorMixin(BaseMultiModalProcessor):
@@ -327,21 +272,15 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         pruned = []
         for update in updates:
             stock = update.content
-            mask = None if stock.is_embed is None else stock.is_embed(stock.full).numpy()
+            mask = full_mask(stock)
             plan = given_plan(fields[PLAN_FIELD], stock.full, mask, lambda grid: self._evs.position_span(fields, grid))
-            ids, embeds = pruned_clip(plan)
-            content = PrunedUpdateDetails(ids, None if mask is None else _FixedMask(embeds), plan=plan)
-            pruned.append(replace(update, content=content))
+            pruned.append(replace(update, content=shortened(stock, plan)))
         return pruned
 
     def _pruned_details(
         self, stock: PromptUpdateDetails, clip: Clip, plan: RetentionPlan, span: int
     ) -> PrunedUpdateDetails:
-        # Evaluated once, on the unpruned sequence: some families' masks are precomputed and ignore their argument.
-        mask = None if stock.is_embed is None else stock.is_embed(stock.full).numpy()
-        plan = plan.with_layout(self._evs.layout(stock.full, mask, clip), span)
-        ids, embeds = pruned_clip(plan)
-        return PrunedUpdateDetails(ids, None if mask is None else _FixedMask(embeds), plan=plan)
+        return shortened(stock, plan.with_layout(self._evs.layout(stock.full, full_mask(stock), clip), span))
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         result = super()._maybe_apply_prompt_updates(mm_items, mm_res)
@@ -355,7 +294,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             count.clips.labels(selection).inc(len(plans))
             count.tokens.labels(selection).inc(sum(plan.num_tokens for plan in plans))
             count.tokens_kept.labels(selection).inc(sum(plan.num_kept for plan in plans))
-            result = result[0], {**result[1], MODALITY: [_placed(info, contents) for info in result[1][MODALITY]]}
+            result = result[0], {**result[1], MODALITY: [placed(info, contents) for info in result[1][MODALITY]]}
         return result
 
 
@@ -381,34 +320,3 @@ def _watch_processors(info: Any) -> None:
         return processor
 
     info.get_hf_processor = watched
-
-
-@cache
-def processor_class(stock: type, family: Family) -> type:
-    """`stock` with the mixin before it."""
-    return type(f"EVS{stock.__name__}", (EVSProcessorMixin, stock), {"_evs_family": family})
-
-
-def _refusing(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply` of a stock processor, refusing the keys that Hugging Face's processor would ignore with a warning."""
-
-    def checked(inputs: Any, timing_ctx: Any) -> Any:
-        refuse_keys(inputs.hf_processor_mm_kwargs)
-        return apply(inputs, timing_ctx)
-
-    return checked
-
-
-@dataclass(frozen=True)
-class ProcessorFactory:
-    """Builds the stock processor when EVS is off and ours when it is on. Put in place of the stock factory."""
-
-    stock: Any
-    family: Family
-
-    def __call__(self, info: Any, dummy_inputs: Any, **kwargs: Any) -> Any:
-        if settings_of(info.ctx.model_config) is None:
-            processor = self.stock(info, dummy_inputs, **kwargs)
-            processor.apply = _refusing(processor.apply)
-            return processor
-        return processor_class(self.stock, self.family)(info, dummy_inputs, **kwargs)

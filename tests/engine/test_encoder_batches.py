@@ -46,7 +46,7 @@ class FakeStock:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
     from evs_vllm.engine import model
     from evs_vllm.engine.compat import attach_settings
-    from evs_vllm.engine.processor import ProcessorFactory
+    from evs_vllm.engine.factory import ProcessorFactory
 
     @dataclass
     class Factories:
