@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evs_vllm.testing import synthetic_clip
-from tests.e2e.harness import VIDEO, chat, recorded_positions
+from tests.e2e.harness import VIDEO, Request, chat, recorded_positions
 from tests.e2e.sessions import CLOSE, Session, answer, answered, held_by, step
 from tests.families.registry import FAMILIES
 from tests.reference.hf import Clip, Settings
@@ -132,20 +132,25 @@ def test_a_session_that_is_cancelled_leaves_nothing(engine, reference):
 
 
 def test_the_same_beginning_keeps_the_same_tokens(engine, reference):
-    """A second session, with what the first left in every cache and with nothing."""
+    """A second session, with what the first left in every cache and with nothing, and a chat of the same videos."""
     turns = session_of(reference(FAMILY))
 
     def play():
         session = Session(engine, next(names))
         sent = []
         for turn in turns:
-            sent.append(session.add(turn))
+            # Now: the engine core adds to the first input's list what comes later.
+            sent.append([(f.identifier, f.mm_position.length) for f in session.add(turn).mm_features or ()])
             answer(engine, [session])
             session.check(turn)
         session.close()
-        return [[(f.identifier, f.mm_position.length) for f in request.mm_features or ()] for request in sent]
+        return sent
 
     first = play()
     assert play() == first
     engine.reset()
     assert play() == first
+    request = Request(VIDEO * 4, [clip for turn in turns for clip in turn.clips], {"evs_stream": True})
+    (rendered,) = engine.llm.llm_engine.renderer.render_cmpl([request.to_vllm()])
+    lengths = [place.length for place in rendered["mm_placeholders"]["video"]]
+    assert [*zip(rendered["mm_hashes"]["video"], lengths)] == [clip for clips in first for clip in clips]

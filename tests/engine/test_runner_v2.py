@@ -254,11 +254,13 @@ def test_decoding_and_resumption(engine, runner, ref, family, facts):
 
 def test_an_input_of_a_session(engine, runner, ref, family, facts):
     """The request comes again with all that it took in and answered; what it had computed stays computed."""
-    clip, size = ("<video>\n", facts.frame_size) if facts.whole_frames else (VIDEO, sized(family, (84, 112)))
+    if facts.whole_frames:
+        pytest.skip("the reference of these families takes no answers amid a prompt")
+    size = sized(family, (84, 112))
     for seed in range(220, 260):
         settings = Settings(0.75)
         clips = [Clip(synthetic_clip(10, size, noise=2, seed=seed + i), settings=settings) for i in range(2)]
-        said = [(chat(clip, "What?"), clips[:1]), (CLOSE + chat(clip, "And now?"), clips[1:])]
+        said = [(chat(VIDEO, "What?"), clips[:1]), (CLOSE + chat(VIDEO, "And now?"), clips[1:])]
         if turns := answered(ref, said, 4):
             break
     session = Session(engine, "a session", chained=False)
