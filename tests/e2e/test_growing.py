@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evs_vllm.testing import synthetic_clip
-from tests.e2e.harness import MIN_GAP, VIDEO, Engine, Request, chat, recorded_positions, run_and_check, sized
+from tests.e2e.harness import VIDEO, Engine, Request, chat, recorded_positions, run_and_check, sized, untied
 from tests.families.registry import FAMILIES
 from tests.reference.hf import Clip
 from tests.reference.tower import TowerReference, TowerSettings
@@ -47,20 +47,6 @@ def asked(frames: np.ndarray, **options: Any) -> Request:
     for name in ("selection", "budget", "encoder", "positions"):
         keys[f"evs_{name}"] = getattr(settings, name)
     return Request(chat(VIDEO, "What happens?"), [Clip(frames, settings=settings)], keys, max_tokens=4)
-
-
-def untied(ref: TowerReference, make: Any) -> list[Request]:
-    """What `make` makes of a seed, for one whose requests the reference answers without a near tie."""
-    for seed in range(300, 330):
-        requests: list[Request] = make(seed)
-        for request in requests:
-            request.prompt = ref.spelled(request.prompt)
-            request.answer = ref.generate(request.prompt, request.media, request.max_tokens)
-            if request.answer.gap <= MIN_GAP:
-                break
-        else:
-            return requests
-    raise AssertionError("the reference is nearly tied whatever the clips")
 
 
 def run(engine: Engine, ref: TowerReference, request: Request) -> tuple[int, int, int]:

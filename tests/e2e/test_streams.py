@@ -6,7 +6,7 @@ import pytest
 
 from evs_vllm.engine.metrics import NEWS, metrics
 from evs_vllm.testing import synthetic_clip
-from tests.e2e.harness import MIN_GAP, VIDEO, Request, chat, recorded_positions, run_and_check
+from tests.e2e.harness import VIDEO, Request, chat, recorded_positions, run_and_check, untied
 from tests.families.registry import FAMILIES
 from tests.reference.hf import Clip, Settings
 from tests.reference.tower import TowerReference, TowerSettings
@@ -42,25 +42,12 @@ def turns(seed: int, settings: Settings, **kwargs) -> list[Request]:
     return requests
 
 
-def untied(ref: TowerReference, settings: Settings, **kwargs) -> list[Request]:
-    """Turns that the reference answers without a near tie."""
-    for seed in range(200, 230):
-        requests = turns(seed, settings, **kwargs)
-        for request in requests:
-            request.answer = ref.generate(request.prompt, request.media, request.max_tokens)
-            if request.answer.gap <= MIN_GAP:
-                break
-        else:
-            return requests
-    raise AssertionError("the reference is nearly tied whatever the clips")
-
-
 @pytest.mark.parametrize("encoder", ["full", "reuse"])
 @pytest.mark.parametrize("positions", ["keep", "sequential"])
 def test_a_conversation_is_that_of_the_reference(engine, model_dir, encoder, positions):
     ref = TowerReference(model_dir(FAMILY))
     settings = TowerSettings(0.75, selection="learned", encoder=encoder, positions=positions)
-    requests = untied(ref, settings, evs_encoder=encoder, evs_positions=positions)
+    requests = untied(ref, lambda seed: turns(seed, settings, evs_encoder=encoder, evs_positions=positions))
     engine.reset()
     already = planned(0)
     for number, request in enumerate(requests):

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's processor of a tiny model, with EVS or without: what it makes of a clip, and what our adapter sees in that."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 
 from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.families import family_of
 from evs_vllm.families.base import FamilyAdapter
+from evs_vllm.testing import synthetic_clip
 
 WHOLE = {"rate": 0.5, "encoder": "full"}
 """Settings with which all pixels travel, those of dropped tokens, too."""
@@ -84,3 +88,39 @@ def clip_in(processor: Any, result: Any) -> Clip:
     clip = adapter_for(processor).clip(fields_in(result))
     assert clip is not None
     return clip
+
+
+def check_beside_each_other(model: Path, stock: Any, same_fields: Callable[..., None]) -> None:
+    """Clips beside each other and an image are made as alone, in whatever order the processor cache sees them.
+
+    Args:
+        model: Of a family that takes several clips and images.
+        stock: vLLM's own processor of it.
+        same_fields: Compares what two processors made of a prompt: their results, ``item=`` the clip's number.
+    """
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.cache.factories import processor_only_cache_from_config
+
+    one, two = synthetic_clip(6, (97, 150), seed=1), synthetic_clip(9, (130, 90), seed=2)
+    picture = Image.fromarray(synthetic_clip(1, (70, 90), seed=3)[0])
+
+    def ask(processor: Any, clips: list[np.ndarray], images: list[Any], cache: Any = None) -> Any:
+        media = {"video": [(clip, metadata_for(clip)) for clip in clips]} | ({"image": images} if images else {})
+        text = processor.dummy_inputs.get_dummy_text({"video": len(clips), "image": len(images)})
+        return processor(str(text), processor.info.parse_mm_data(media), cache=cache)
+
+    config = arguments_for(model, {"rate": 0.6}).create_engine_config()
+    for order in ([one], [one, two], [two, one, two], [two]):
+        cache = processor_only_cache_from_config(config)
+        processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
+        ask(processor, order[:1], [], cache)  # the first one is a hit later on
+        for _ in range(2):
+            result, expected = ask(processor, order, [picture], cache), ask(stock, order, [picture])
+            fresh = ask(processor, order, [picture])
+            assert result["prompt_token_ids"] == fresh["prompt_token_ids"]
+            for item in range(len(order)):
+                if result["mm_kwargs"]["video"][item] is not None:
+                    same_fields(result, expected, item=item)
+                same_fields(fresh, expected, item=item)
+            (image,), (other,) = ([dict(i) for i in r["mm_kwargs"]["image"] if i] for r in (fresh, expected))
+            assert all(torch.equal(image[name].data, other[name].data) for name in other)

@@ -18,9 +18,8 @@ from evs_vllm.families import front_end, watched
 from evs_vllm.testing import synthetic_clip
 from tests.families.facts import Facts
 from tests.families.processing import (
-    arguments_for,
+    check_beside_each_other,
     fields_in,
-    metadata_for,
     plan_in,
     process,
     processor_for,
@@ -210,32 +209,7 @@ def stock_of(processor: Any, stock: Any) -> Any:
 @families(lambda facts: not facts.whole_frames and not facts.one_clip and facts.images)
 def test_clips_beside_each_other_and_an_image(ours: Any, stock: Any, model: Path) -> None:
     """In whatever order the processor cache sees them."""
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-    from vllm.multimodal.cache.factories import processor_only_cache_from_config
-
-    one, two = synthetic_clip(6, (97, 150), seed=1), synthetic_clip(9, (130, 90), seed=2)
-    picture = Image.fromarray(synthetic_clip(1, (70, 90), seed=3)[0])
-
-    def ask(processor: Any, clips: list[np.ndarray], images: list[Any], cache: Any = None) -> Any:
-        media = {"video": [(clip, metadata_for(clip)) for clip in clips]} | ({"image": images} if images else {})
-        text = processor.dummy_inputs.get_dummy_text({"video": len(clips), "image": len(images)})
-        return processor(str(text), processor.info.parse_mm_data(media), cache=cache)
-
-    config = arguments_for(model, {"rate": 0.6}).create_engine_config()
-    for order in ([one], [one, two], [two, one, two], [two]):
-        cache = processor_only_cache_from_config(config)
-        processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
-        ask(processor, order[:1], [], cache)  # the first one is a hit later on
-        for _ in range(2):
-            result, expected = ask(processor, order, [picture], cache), ask(stock, order, [picture])
-            fresh = ask(processor, order, [picture])
-            assert result["prompt_token_ids"] == fresh["prompt_token_ids"]
-            for item in range(len(order)):
-                if result["mm_kwargs"]["video"][item] is not None:
-                    assert_same_fields(result, expected, item)
-                assert_same_fields(fresh, expected, item)
-            (image,), (other,) = ([dict(i) for i in r["mm_kwargs"]["image"] if i] for r in (fresh, expected))
-            assert all(torch.equal(image[name].data, other[name].data) for name in other)
+    check_beside_each_other(model, stock, assert_same_fields)
 
 
 def test_what_vllm_makes_for_every_request_tries_nothing_again(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
