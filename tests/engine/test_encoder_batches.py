@@ -38,6 +38,9 @@ class FakeStock:
         self.calls.append(tuple(video_grid_thw.prod(-1).tolist()))
         return torch.split(pixel_values_videos[::4], (video_grid_thw.prod(-1) // 4).tolist())
 
+    def named_children(self) -> tuple[()]:
+        return ()
+
     def get_encoder_cudagraph_config(self) -> GraphConfig:
         return GraphConfig(["image", "video"])
 

@@ -239,6 +239,9 @@ def test_off_means_stock_processor_and_stock_class(qwen2_5_vl: Path) -> None:
         def embed_multimodal(self, **kwargs: Any) -> Any:
             return kwargs
 
+        def named_children(self) -> tuple[()]:
+            return ()
+
     cls = model.model_class(Stock, FAMILIES[0])
     scheduler = SimpleNamespace(max_num_encoder_input_tokens=1)
     built = cls(vllm_config=SimpleNamespace(additional_config={}, model_config=off), prefix="p")
