@@ -16,7 +16,7 @@ env: ## create or update .venv (EVS_BACKEND=cpu|gpu overrides the detected one)
 
 # Files are shared out whole, so that the tests of one share their engines; each process has up to 4 GB.
 test: lint types ## lint, types and the test suite (ARGS="-k name" goes to pytest, JOBS=2 processes)
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-deploy: env ## start every deployment of docs/deployment.md on the CPU and write what came of it (an hour)
 	@$(BIN)/python -m pytest tests/deploy -m "deploy or vllm" --deploy-report bench/results/deploy/topologies.md $(ARGS)

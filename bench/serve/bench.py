@@ -18,7 +18,7 @@ WARM_UP = 1_000_000
 """Number of the clip that is asked for warm-up only."""
 
 # A worker of vLLM polls its queue for one second after a request before it goes to sleep.
-SETTLE_S = 1.5
+SETTLE_S = 1.2
 
 
 class Bench:
