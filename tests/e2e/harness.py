@@ -58,20 +58,6 @@ class Request:
     answer: Result | None = None
     """The reference's, once it was asked."""
 
-
-def untied(ref: Reference, make: Callable[[int], list[Request]]) -> list[Request]:
-    """What `make` makes of a seed, for one whose requests the reference answers without a near tie, and its answers."""
-    for seed in range(200, 230):
-        requests = make(seed)
-        for request in requests:
-            request.prompt = ref.spelled(request.prompt)
-            request.answer = ref.generate(request.prompt, request.media, request.max_tokens)
-            if request.answer.gap <= MIN_GAP:
-                break
-        else:
-            return requests
-    raise AssertionError("the reference is nearly tied whatever the clips")
-
     def to_vllm(self) -> dict[str, Any]:
         clips = [m for m in self.media if isinstance(m, Clip)]
         pictures = [m for m in self.media if isinstance(m, Picture)]
@@ -91,6 +77,20 @@ def untied(ref: Reference, make: Callable[[int], list[Request]]) -> list[Request
         if self.uuids is not None:
             out["multi_modal_uuids"] = self.uuids
         return out
+
+
+def untied(ref: Reference, make: Callable[[int], list[Request]]) -> list[Request]:
+    """What `make` makes of a seed, for one whose requests the reference answers without a near tie, and its answers."""
+    for seed in range(200, 230):
+        requests = make(seed)
+        for request in requests:
+            request.prompt = ref.spelled(request.prompt)
+            request.answer = ref.generate(request.prompt, request.media, request.max_tokens)
+            if request.answer.gap <= MIN_GAP:
+                break
+        else:
+            return requests
+    raise AssertionError("the reference is nearly tied whatever the clips")
 
 
 def to_pil(picture: Picture) -> Any:
