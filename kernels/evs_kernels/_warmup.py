@@ -43,8 +43,8 @@ def warmup(*, device: str | torch.device = "cpu", dtypes: Sequence[torch.dtype] 
     Raises:
         TypeError: a dtype that temporal_score does not take.
     """
-    # Triton compiles apart for rows of whole groups of 16 elements (of bytes, also of 16 such groups) and for others, and
-    # uses more kernels for rows longer than one program takes. numba does not care.
+    # Triton compiles apart for rows of whole groups of 16 elements (of bytes, also of 16 such groups) and for others,
+    # and uses more kernels for rows longer than one program takes. numba does not care.
     depths = (2048, 2064, 2049)
     for dtype in dtypes:
         for depth in depths:

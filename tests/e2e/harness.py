@@ -79,9 +79,9 @@ class Request:
         return out
 
 
-def untied(ref: Reference, make: Callable[[int], list[Request]]) -> list[Request]:
+def untied(ref: Reference, make: Callable[[int], list[Request]], first: int = 200) -> list[Request]:
     """What `make` makes of a seed, for one whose requests the reference answers without a near tie, and its answers."""
-    for seed in range(200, 230):
+    for seed in range(first, first + 30):
         requests = make(seed)
         for request in requests:
             request.prompt = ref.spelled(request.prompt)

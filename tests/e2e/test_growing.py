@@ -23,6 +23,10 @@ CASES = [
 ]
 
 
+SEED = 300
+"""Of scenes whose grown part crosses a block of the prompt."""
+
+
 def block(family: str) -> int:
     return FAMILIES[family].facts.block_size
 
@@ -65,6 +69,7 @@ def test_with_the_budget_of_the_clip_nothing_is_found(engines, model_dir):
     clips = untied(
         ref,
         lambda seed: [asked(scene("qwen2_5_vl", seed)[:end], budget="clip", encoder="full") for end in (20, 26)],
+        SEED,
     )
     begin, _, _ = run(engine, ref, clips[0])
     assert run(engine, ref, clips[1])[2] <= begin
@@ -80,7 +85,7 @@ def test_later_units_that_keep_nothing_still_move_the_text(engines, model_dir):
         still = [np.concatenate([frames, np.repeat(frames[-1:], 2, axis=0)]), longer]
         return [asked(each, rate=0, threshold=5, encoder="full") for each in still]
 
-    short, long = untied(ref, make)
+    short, long = untied(ref, make, SEED)
     assert short.answer is not None and long.answer is not None
     assert short.answer.prompt_ids == long.answer.prompt_ids and short.answer.following != long.answer.following
     for requests in ([short, long], [long, short]):
@@ -104,7 +109,7 @@ def test_another_past_is_not_found(engines, model_dir):
         other[2 * unit : 2 * unit + 2, row * 28 + 3, column * 28 + 3] ^= 1
         return [request, asked(other, encoder="full")]
 
-    one, other = untied(ref, make)
+    one, other = untied(ref, make, SEED)
     assert one.answer is not None and other.answer is not None
     assert one.answer.kept[0].tolist() == other.answer.kept[0].tolist()
     begin, _, _ = run(engine, ref, one)
@@ -116,7 +121,9 @@ def test_another_past_is_not_found(engines, model_dir):
 def test_a_clip_that_has_grown_finds_its_beginning(engines, model_dir, name, encoder, positions):
     engine, ref, size = start(engines, name), TowerReference(model_dir(name)), block(name)
     options = {"encoder": encoder, "positions": positions}
-    first, second, third = untied(ref, lambda seed: [asked(scene(name, seed)[:end], **options) for end in (20, 26, 34)])
+    first, second, third = untied(
+        ref, lambda seed: [asked(scene(name, seed)[:end], **options) for end in (20, 26, 34)], SEED
+    )
     _, end, cached = run(engine, ref, first)
     assert cached == 0 and end > 2 * size
     # The block in which the clip ended before is named by the whole clip; all before it are found.
