@@ -120,8 +120,6 @@ class EVSConfig:
 
     def _counts(self, option: Option) -> bool:
         """Whether an option changes anything beside the others."""
-        if option.name == "budget":
-            return self.budget != "clip"  # spelled as before there were two
         return option.affects != "reuse" or self.encoder == "reuse"
 
     def describe(self) -> str:
@@ -153,8 +151,6 @@ class EVSConfig:
             # Compared with the last kept token, not every clip keeps fewer at a higher threshold: 0 4 6 1 6 1 keeps one
             # more at 4, four more at 5.
             return False
-        if self.budget != other.budget:
-            return False  # the causal one may owe a unit, and may lack later what it spent
         if other.threshold and self.stream != other.stream and self.selection != "paper":
             return False  # for the same reason
         if (other.stream or other.budget == "causal") and any(

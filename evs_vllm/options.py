@@ -229,7 +229,7 @@ OPTIONS: tuple[Option, ...] = (
         "What the rate is counted over: the whole 'clip', or 'causal'ly what was there so far, so that what is kept of "
         "a unit does not depend on later ones and a video that has grown finds its beginning in the prefix cache.",
         affects="prompt",
-        no_more=operator.eq,
+        no_more=operator.eq,  # the causal one may owe a unit, and may lack later what it spent
     ),
     Option(
         name="focus",

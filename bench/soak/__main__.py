@@ -37,17 +37,10 @@ ANSWERED = ("clip", "clips", "picture", "stream")
 """Kinds that have to be answered."""
 
 OPTIONS = [
-    *("--enforce-eager", "--dtype", "float32", "--max-model-len", "8192", "--max-num-seqs", "8", "--seed", "0"),
-    *(
-        "--api-server-count",
-        "2",
-        "--limit-mm-per-prompt",
-        '{"video": 8, "image": 2}',
-        "--mm-processor-cache-gb",
-        "0.05",
-    ),
-    *("--evs-rate", "0.5", "--evs-request-overrides", "any", "--evs-stream-cache-gb", "0.01"),
-]
+    "--enforce-eager", "--dtype=float32", "--max-model-len=8192", "--max-num-seqs=8", "--seed=0",
+    "--api-server-count=2", '--limit-mm-per-prompt={"video": 8, "image": 2}', "--mm-processor-cache-gb=0.05",
+    "--evs-rate=0.5", "--evs-request-overrides=any", "--evs-stream-cache-gb=0.01",
+]  # fmt: skip
 """Small caches, so that they fill and evict."""
 
 

@@ -234,6 +234,11 @@ class RetentionPlan:
         header += [_PLAN_ENCODERS.index(self.encoder), *(len(part) for part in parts)]
         return np.concatenate([np.array(header, dtype=np.int64), *parts])
 
+    @staticmethod
+    def names_beginnings(array: IntArray) -> bool:
+        """Whether what `to_array` wrote holds `beginnings`, without reading the rest of it."""
+        return len(array) >= _HEADER and array[0] == FORMAT and bool(array[_HEADER - 4])
+
     @classmethod
     def from_array(cls, array: IntArray, longest: int | None = None) -> "RetentionPlan":
         """Reads what `to_array` wrote.

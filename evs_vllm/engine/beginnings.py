@@ -96,9 +96,11 @@ def block_key(request: Any, number: int, end: int) -> str | None:
     # A plan is read once for all blocks of its clip.
     memo = request.__dict__.setdefault(_MEMO, {})
     if number not in memo:
-        plan = plan_of(feature.data)
-        named = plan is not None and len(plan.beginnings) and len(plan.prompt_index) == feature.mm_position.length
-        memo[number] = (plan.prompt_units, plan.beginnings) if plan is not None and named else None
+        # Plans are long, and most have no names.
+        named = RetentionPlan.names_beginnings(feature.data[PLAN_FIELD].data.numpy())
+        plan = plan_of(feature.data) if named else None
+        fits = plan is not None and len(plan.prompt_index) == feature.mm_position.length
+        memo[number] = (plan.prompt_units, plan.beginnings) if plan is not None and fits else None
     if memo[number] is None:
         return None
     units, names = memo[number]
