@@ -25,6 +25,18 @@ def whole(model: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
+def stock(model: Path) -> Any:
+    """vLLM's own processor."""
+    return processor_for(model, None)
+
+
+@pytest.fixture(scope="module")
+def ours(model: Path) -> Any:
+    """A processor of a server that prunes, and lets requests ask for anything."""
+    return processor_for(model, {"rate": 0.6, "request_overrides": "any"})
+
+
+@pytest.fixture(scope="module")
 def clip(facts: Facts) -> np.ndarray:
     """`UNITS` units that reach the model without resizing."""
     return synthetic_clip(UNITS * facts.unit_frames, facts.frame_size, moving=0.2)

@@ -23,7 +23,7 @@ from tests.families.processing import (
     processor_for,
 )
 from tests.families.registry import FAMILIES, families
-from tests.reference import hf, selection
+from tests.reference import appearance, hf, selection
 
 pytestmark = [pytest.mark.vllm, families(lambda facts: True)]
 
@@ -90,7 +90,7 @@ def blocks_along(size: int, facts: Facts) -> tuple[list[int], int]:
 def pictures_of(frames: np.ndarray, facts: Facts) -> np.ndarray:
     """The reference's low-resolution pictures of the tokens in frames as the model sees them."""
     (tops, side), (lefts, _) = (blocks_along(size, facts) for size in facts.frame_size)
-    return selection.pictures(frames, facts.unit_frames, tops, lefts, side)
+    return appearance.pictures(frames, facts.unit_frames, tops, lefts, side)
 
 
 def test_the_picture_of_a_token_is_that_of_its_block(whole: Any, facts: Facts) -> None:

@@ -26,7 +26,7 @@ from tests.families.processing import (
     prompt_for,
 )
 from tests.families.registry import families
-from tests.reference import hf, selection
+from tests.reference import appearance, hf, selection
 
 pytestmark = [pytest.mark.vllm, families(lambda facts: not facts.whole_frames)]
 
@@ -73,16 +73,6 @@ def front_end_plan(fields: dict[str, Any]) -> Any:
     from evs_vllm.core.plan import RetentionPlan
 
     return RetentionPlan.from_array(fields.pop("evs_plan").numpy())
-
-
-@pytest.fixture(scope="module")
-def stock(model: Path) -> Any:
-    return processor_for(model, None)
-
-
-@pytest.fixture(scope="module")
-def ours(model: Path) -> Any:
-    return processor_for(model, {"rate": 0.6, "request_overrides": "any"})
 
 
 @pytest.mark.parametrize("encoder", ["reuse", "full"])
@@ -143,7 +133,7 @@ def test_what_stays_is_what_the_reference_keeps_of_the_source(ours: Any, facts: 
         result, path = path_of(lambda: process(ours, frames, **kwargs))  # noqa: B023
         plan = plan_in(result)
         assert plan is not None and path == expected
-        cells = selection.source_pictures(frames, 2, *plan.grid[1:])
+        cells = appearance.source_pictures(frames, 2, *plan.grid[1:])
         for name in ("learned", "contrast"):
             plan = plan_in(process(ours, frames, evs_selection=name, **kwargs))
             assert plan is not None
@@ -260,7 +250,7 @@ def test_cells_beside_the_fields(ours: Any) -> None:
         grids = [(units, height // 2, width // 2) for units, height, width in made[front_end.GRID].tolist()]
         sources = front_end.sources_of_cells(cells, grids)
         for clip, grid, source in zip(clips, grids, sources, strict=True):
-            expected_cells = selection.source_pictures(clip, 2, *grid[1:])
+            expected_cells = appearance.source_pictures(clip, 2, *grid[1:])
             blocks = source.frames.view(grid[0], grid[1], 4, grid[2], 4, 3).transpose(2, 3)
             assert source.unit_frames == 1 and blocks.tolist() == expected_cells.tolist()
 

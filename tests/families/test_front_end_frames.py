@@ -28,7 +28,7 @@ from tests.families.processing import (
 )
 from tests.families.registry import families
 from tests.families.test_front_end import noise, path_of, stock_of
-from tests.reference import hf, selection
+from tests.reference import appearance, hf, selection
 
 pytestmark = [pytest.mark.vllm, families(lambda facts: facts.makes_frames)]
 
@@ -79,16 +79,6 @@ def assert_same_fields(result: Any, stock: Any, pixels: str, item: int = 0) -> R
             expected = packed(expected, plan)
         assert one[name].dtype == expected.dtype and torch.equal(one[name], expected), name
     return plan
-
-
-@pytest.fixture(scope="module")
-def stock(model: Path) -> Any:
-    return processor_for(model, None)
-
-
-@pytest.fixture(scope="module")
-def ours(model: Path) -> Any:
-    return processor_for(model, {"rate": 0.6, "request_overrides": "any"})
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +157,7 @@ def test_what_stays_is_what_the_reference_keeps_of_the_source(ours: Any, facts: 
         for name in ("learned", "contrast"):
             plan = plan_in(process(ours, frames, evs_selection=name))
             assert plan is not None and plan.grid[0] == 7
-            cells = selection.source_pictures(frames, 1, *plan.grid[1:])
+            cells = appearance.source_pictures(frames, 1, *plan.grid[1:])
             assert plan.kept.tolist() == selection.select(cells, hf.Settings(0.6, selection=name)).tolist()
 
 

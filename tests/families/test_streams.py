@@ -20,7 +20,7 @@ from evs_vllm.testing import synthetic_clip
 from tests.families.facts import Facts
 from tests.families.processing import arguments_for, metadata_for, processor_for
 from tests.families.registry import families
-from tests.reference import selection
+from tests.reference import appearance, selection
 from tests.reference.hf import Settings
 
 pytestmark = [pytest.mark.vllm]
@@ -100,7 +100,7 @@ def test_it_is_the_reference(model: Path, facts: Facts) -> None:
     for name in ("learned", "contrast"):
         plans = plans_in(ask(processor, clips, evs_selection=name))
         described = [
-            (plan.grid[1:], selection.DESCRIBE[name](selection.source_pictures(clip, 2, *plan.grid[1:])))
+            (plan.grid[1:], appearance.DESCRIBE[name](appearance.source_pictures(clip, 2, *plan.grid[1:])))
             for plan, clip in zip(plans, clips, strict=True)
         ]
         expected = selection.stream(described, Settings(0.6, selection=name))
@@ -176,71 +176,6 @@ def test_clips_without_their_data(model: Path, facts: Facts) -> None:
         ask(processor, [None], cache, ["x"])
 
 
-def session(processor: Any, clips: Sequence[np.ndarray], cache: Any = None, **kwargs: Any) -> list[Any]:
-    """Each clip in a prompt of its own that goes on from the one before, as in an engine session."""
-    before: str | None = None
-    results: list[Any] = []
-    for clip in clips:
-        results.append(ask(processor, [clip], cache, evs_after=before, **kwargs))
-        before = results[-1]["mm_hashes"]["video"][-1]
-    return results
-
-
-def test_a_session_keeps_what_one_request_would(model: Path, facts: Facts) -> None:
-    """Also of families that take one video a prompt, and whatever caches hold."""
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-    from vllm.multimodal.cache.factories import processor_only_cache_from_config
-
-    config = arguments_for(model, {"rate": 0.6}).create_engine_config()
-    processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
-    cache, clips = processor_only_cache_from_config(config), pieces(facts)
-    first = session(processor, clips)
-    for again in (session(processor, clips, cache), session(processor, clips, cache)):
-        for one, other in zip(first, again, strict=True):
-            assert one["mm_hashes"] == other["mm_hashes"]
-            assert plans_in(one)[0].to_array().tolist() == plans_in(other)[0].to_array().tolist()
-            (place,), (plan,) = other["mm_placeholders"]["video"], plans_in(other)
-            assert place.extra_positions == plan.extra_positions
-    plans = [plans_in(result)[0] for result in first]
-    assert plans[1].num_kept == 1 and plans[1].unchanged and not plans[2].unchanged
-    if facts.one_clip:
-        return
-    whole = ask(processor, clips)
-    assert [hash for result in first for hash in result["mm_hashes"]["video"]] == whole["mm_hashes"]["video"]
-    for plan, other in zip(plans, plans_in(whole), strict=True):
-        assert plan.to_array().tolist() == other.to_array().tolist()
-    # Two in one prompt, after another one.
-    pair = ask(processor, clips[1:3], evs_after=whole["mm_hashes"]["video"][0])
-    assert pair["mm_hashes"]["video"] == whole["mm_hashes"]["video"][1:3]
-
-
-@one_family
-def test_a_session_whose_past_is_gone_is_refused(model: Path, facts: Facts) -> None:
-    """Evicted, planned with other settings, or never seen: never planned as if it stood alone."""
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-    from vllm.multimodal.cache.factories import processor_only_cache_from_config
-
-    config = arguments_for(model, {"rate": 0.6, "request_overrides": "any"}).create_engine_config()
-    processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
-    clips, gone = pieces(facts), "what it left for the videos after it is not at hand"
-    for memory in (None, processor_only_cache_from_config(config)):
-        results = session(processor, clips[:3], memory)
-        name = results[-1]["mm_hashes"]["video"][0]
-        for kwargs in ({"evs_rate": 0.5}, {"evs_selection": "paper"}, {"evs_after": "nobody"}):
-            with pytest.raises(RequestError, match=gone):
-                ask(processor, [clips[3]], memory, **{"evs_after": name, **kwargs})
-        expected = placeholders(ask(processor, [clips[3]], evs_after=name))
-        store, processor._evs_store = processor._evs_store, StreamStore(1 << 20)
-        if memory is not None:  # of a video that vLLM's cache has, nothing has to be planned
-            assert placeholders(ask(processor, [clips[2]], memory, evs_after=results[1]["mm_hashes"]["video"][0])) == (
-                placeholders(results[2])
-            )
-        with pytest.raises(RequestError, match=gone):
-            ask(processor, [clips[3]], memory, evs_after=name)
-        processor._evs_store = store
-        assert placeholders(ask(processor, [clips[3]], memory, evs_after=name)) == expected
-
-
 @cache
 def reference_of(clips: tuple[bytes, ...], shapes: tuple[tuple[int, ...], ...]) -> list[tuple[list[int], bool]]:
     """What `selection.stream` says of clips of tokens of 28 x 28 pixels."""
@@ -254,7 +189,7 @@ def reference_of(clips: tuple[bytes, ...], shapes: tuple[tuple[int, ...], ...]) 
 @cache
 def described_of(data: bytes, shape: tuple[int, ...], grid: tuple[int, int]) -> Any:
     frames = np.frombuffer(data, dtype=np.uint8).reshape(shape)
-    return selection.DESCRIBE["learned"](selection.source_pictures(frames, 2, *grid))
+    return appearance.DESCRIBE["learned"](appearance.source_pictures(frames, 2, *grid))
 
 
 @one_family

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.reference import selection
+from tests.reference import appearance
 from tests.reference.hf import Clip, Picture, Result, select
 from tests.reference.tower import computed_tokens, reuses
 
@@ -189,8 +189,8 @@ class FramesReference:
         kept = select(tokens, clip.settings)
         if reuses(clip.settings) and len(kept) < tokens.shape[0] * tokens.shape[1]:
             seen, tops = raw.permute(0, 2, 3, 1).numpy(), [first for first, _ in blocks]
-            cells = selection.pictures(seen, 1, tops, tops, blocks[0][1] - blocks[0][0])
-            rows = self._reuse(normal[0], computed_tokens(selection.learned(cells), kept, clip.settings))
+            cells = appearance.pictures(seen, 1, tops, tops, blocks[0][1] - blocks[0][0])
+            rows = self._reuse(normal[0], computed_tokens(appearance.learned(cells), kept, clip.settings))
         return rows, (len(raw), len(blocks), len(blocks)), tokens
 
     def _reuse(self, frames: torch.Tensor, computed: np.ndarray) -> torch.Tensor:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.reference import selection
+from tests.reference import appearance, selection
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class Reference:
     def choose(self, clip: Clip, grid: tuple[int, int, int], pixels: np.ndarray) -> np.ndarray:
         """Which tokens of a clip to keep, by the selection that its settings name."""
         if clip.after is not None:
-            looks = selection.DESCRIBE[clip.settings.selection]
+            looks = appearance.DESCRIBE[clip.settings.selection]
             stream = [(g[1:], looks(self.pictures(c, g))) for c in (*clip.after, clip) for g in [self.grid(c)]]
             return np.array(selection.stream(stream, clip.settings)[-1][0])
         if clip.settings.off or clip.settings.selection == "paper":
@@ -272,7 +272,7 @@ class Reference:
 
     def pictures(self, clip: Clip, grid: tuple[int, int, int]) -> np.ndarray:
         """Low-resolution pictures of a clip's tokens, from its frames as they were before they were resized."""
-        return selection.source_pictures(clip.frames, 2, *grid[1:])
+        return appearance.source_pictures(clip.frames, 2, *grid[1:])
 
     @torch.inference_mode()
     def embeddings(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The independent reference of the selections `learned` and `contrast`, in plain loops and whole numbers.
 
-Nothing here comes from `evs_vllm` or `evs_kernels`, and nothing is fast; of the package it reads the numbers in
-`learned.npz`. It starts from frames, so it knows nothing of the order of pixel rows.
+Nothing here comes from `evs_vllm` or `evs_kernels`, and nothing is fast. It starts from frames
+(`tests.reference.appearance`), so it knows nothing of the order of pixel rows.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-WEIGHTS = Path(__file__).parents[2] / "evs_vllm" / "core" / "learned.npz"
-CELLS = 4
+from tests.reference.appearance import DESCRIBE, distance
+from tests.reference.causal import purse
+
 BLOCK = 32
 """Units of which a place's kept ones are chosen together."""
 
@@ -28,163 +28,6 @@ UNIT = {"contrast": Fraction(12 * 32, 100), "learned": Fraction(512, 100)}
 """The distance that a threshold of 1 means."""
 
 
-def pictures(frames: np.ndarray, unit_frames: int, tops: Sequence[int], lefts: Sequence[int], side: int) -> np.ndarray:
-    """Low-resolution pictures of tokens.
-
-    Args:
-        frames: (F, height, width, 3) uint8. The last one stands also for those that a whole last unit lacks.
-        unit_frames: Frames in a unit.
-        tops, lefts: First pixel row of every row of tokens, first pixel column of every column.
-        side: Side of a token in pixels.
-
-    Returns:
-        (T, rows, columns, 4, 4, 3) int64: the mean of every cell, halves rounded up.
-    """
-    units = -(-len(frames) // unit_frames)
-    out = np.empty((units, len(tops), len(lefts), CELLS, CELLS, 3), dtype=np.int64)
-    for t in range(units):
-        several = np.stack([frames[min(f, len(frames) - 1)] for f in range(t * unit_frames, (t + 1) * unit_frames)])
-        for row, top in enumerate(tops):
-            for column, left in enumerate(lefts):
-                for i in range(CELLS):
-                    for j in range(CELLS):
-                        cell = several[
-                            :,
-                            top + math.floor(i * side / CELLS) : top + math.ceil((i + 1) * side / CELLS),
-                            left + math.floor(j * side / CELLS) : left + math.ceil((j + 1) * side / CELLS),
-                        ].astype(np.int64)
-                        pixels = cell[..., 0].size
-                        for colour in range(3):
-                            mean = Fraction(int(cell[..., colour].sum()), pixels)
-                            out[t, row, column, i, j, colour] = math.floor(mean + Fraction(1, 2))
-    return out
-
-
-def source_pictures(frames: np.ndarray, unit_frames: int, rows: int, columns: int) -> np.ndarray:
-    """Low-resolution pictures of the tokens of a grid that is laid over frames of any size.
-
-    A cell's edges are where it begins in the frame, cut off to 256ths of a pixel. A pixel that it covers in part counts
-    by the part.
-
-    Args:
-        frames: (F, height, width, 3) uint8, before anything was resized.
-        unit_frames: Frames in a unit.
-        rows, columns: Of the grid.
-
-    Returns:
-        As `pictures`.
-    """
-    down, across = (_shares(size, CELLS * n) for size, n in zip(frames.shape[1:3], (rows, columns), strict=True))
-    units = -(-len(frames) // unit_frames)
-    out = np.empty((units, CELLS * rows, CELLS * columns, 3), dtype=np.int64)
-    for t in range(units):
-        several = [frames[min(f, len(frames) - 1)] for f in range(t * unit_frames, (t + 1) * unit_frames)]
-        whole = np.sum([frame.astype(np.int64) for frame in several], axis=0)
-        for i, (top, heights) in enumerate(down):
-            for j, (left, widths) in enumerate(across):
-                inside = whole[top : top + len(heights), left : left + len(widths)]
-                weights = np.outer(heights, widths)
-                area = int(weights.sum()) * unit_frames
-                for colour in range(3):
-                    mean = Fraction(int((inside[..., colour] * weights).sum()), area)
-                    out[t, i, j, colour] = math.floor(mean + Fraction(1, 2))
-    return out.reshape(units, rows, CELLS, columns, CELLS, 3).transpose(0, 1, 3, 2, 4, 5)
-
-
-def _shares(size: int, cells: int) -> list[tuple[int, list[int]]]:
-    """For each of `cells` along `size` pixels the first pixel in it, and how many 256ths of each pixel are."""
-    edges = [i * size * 256 // cells for i in range(cells + 1)]
-    out = []
-    for begin, end in zip(edges, edges[1:], strict=False):
-        pixels = range(begin // 256, -(-end // 256))
-        out.append((pixels[0], [min(end, 256 * p + 256) - max(begin, 256 * p) for p in pixels]))
-    return out
-
-
-def normalised(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every cell less the mean around its token, over the deviation there; that mean; that deviation. In integers.
-
-    The last quotient is fixed-point, 20 bits of a factor that is cut off: that is how it is defined.
-    """
-    units, rows, columns = cells.shape[:3]
-    values = np.empty_like(cells)
-    means, deviations = np.empty((2, units, rows, columns, 3), dtype=np.int64)
-    for t in range(units):
-        for row in range(rows):
-            for column in range(columns):
-                for colour in range(3):
-                    count, total, squares = 0, 0, 0
-                    for down in (-1, 0, 1):
-                        for right in (-1, 0, 1):
-                            weight = (2 - abs(down)) * (2 - abs(right))
-                            at = min(max(row + down, 0), rows - 1), min(max(column + right, 0), columns - 1)
-                            around = cells[t, at[0], at[1], :, :, colour].flatten().tolist()
-                            count += weight * len(around)
-                            total += weight * sum(around)
-                            squares += weight * sum(value * value for value in around)
-                    deviation = math.sqrt(count * squares - total * total) / count
-                    factor = math.floor(32 * 2**20 // count / (deviation + 6))
-                    means[t, row, column, colour] = math.floor(Fraction(total, count) + Fraction(1, 2))
-                    deviations[t, row, column, colour] = round(deviation)
-                    for i in range(CELLS):
-                        for j in range(CELLS):
-                            product = (int(cells[t, row, column, i, j, colour]) * count - total) * factor
-                            value = math.floor(Fraction(product, 2**20) + Fraction(1, 2))
-                            values[t, row, column, i, j, colour] = min(max(value, -127), 127)
-    return values, means, deviations
-
-
-def contrast(cells: np.ndarray) -> np.ndarray:
-    """(T, P, 21) int64: 2 x 2 means of normalised cells, and three times each the mean colour around."""
-    values, means, _ = normalised(cells)
-    units, rows, columns = cells.shape[:3]
-    out = []
-    for token in np.ndindex(units, rows, columns):
-        mine = []
-        for i in (0, 2):
-            for j in (0, 2):
-                for colour in range(3):
-                    four = values[token][i : i + 2, j : j + 2, colour]
-                    mine.append(128 + math.floor(Fraction(int(four.sum()), 4) + Fraction(1, 2)))
-        for colour in range(3):
-            mine += [int(means[token][colour])] * 3
-        out.append(mine)
-    return np.array(out).reshape(units, rows * columns, -1)
-
-
-@cache
-def layers() -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """Weights, biases and shifts of the learned descriptor, as int64."""
-    numbers = np.load(WEIGHTS)
-    return [
-        (numbers[f"weight{i}"].astype(np.int64), numbers[f"bias{i}"].astype(np.int64), int(shift))
-        for i, shift in enumerate(numbers["shifts"])
-    ]
-
-
-def network_inputs(cells: np.ndarray) -> np.ndarray:
-    """(T * P, 54) int64: normalised cells, mean and deviation around."""
-    values, means, deviations = normalised(cells)
-    rows = [
-        [*values[token].flatten(), *(means[token] - 128), *np.minimum(deviations[token], 127)]
-        for token in np.ndindex(*cells.shape[:3])
-    ]
-    return np.array(rows)
-
-
-def learned(cells: np.ndarray) -> np.ndarray:
-    """(T, P, F) int64: a network in integers."""
-    values = network_inputs(cells)
-    for number, (weight, bias, shift) in enumerate(layers()):
-        sums = values @ weight + bias
-        values = np.floor_divide(sums, 2**shift)
-        values = np.clip(values + (128 if number == len(layers()) - 1 else 0), 0, 255)
-    return values.reshape(cells.shape[0], cells.shape[1] * cells.shape[2], -1)
-
-
-DESCRIBE = {"contrast": contrast, "learned": learned}
-
-
 def prices(highest: int) -> list[int]:
     """The whole numbers that have at most 7 bits before their zeros, up to the first above `highest`."""
     out = [0]
@@ -192,10 +35,6 @@ def prices(highest: int) -> list[int]:
         following = out[-1] + 1
         out.append(following + -following % 2 ** max(following.bit_length() - 7, 0))
     return out
-
-
-def distance(one: np.ndarray, other: np.ndarray) -> int:
-    return int(np.abs(one - other).sum())
 
 
 def cheapest_units(looks: np.ndarray, price: int) -> list[int]:
@@ -358,58 +197,6 @@ def choose(looks: np.ndarray, settings: Any, saved: int | None = None) -> np.nda
     return kept[kept >= before] - before
 
 
-def purse(
-    allowances: list[int], per_unit: int, settings: Any, value: Any, shown: Any, noise: int, level: int, alone: bool
-) -> np.ndarray:
-    """What the causal budget keeps.
-
-    Args:
-        allowances: For each unit how many tokens the budget of the clip would keep if the clip ended with it.
-        per_unit: Tokens of a unit.
-        settings: As for `choose`.
-        value: Of a unit and a place, how much the token is worth now.
-        shown: Called with a unit and a place that later values are to be compared with.
-        noise: What is worth less is not kept with a rate.
-        level: What is worth as much is kept with a threshold.
-        alone: Whether the clip goes on from no other one.
-    """
-    kept: list[int] = []
-    had, earnings, worths = 0, [], []
-    least = min(settings.min_tokens_per_unit, per_unit)
-    for t, allowed in enumerate(allowances):
-        earned = allowed - (allowances[t - 1] if t else 0)
-        had += earned
-        if t == 0 and alone:
-            kept += range(per_unit)
-            had -= per_unit
-            continue
-        had = min(had, 2 * per_unit)
-        worth = [int(value(t, p)) for p in range(per_unit)]
-        ranked = sorted(range(per_unit), key=lambda p: (-worth[p], p))
-        if settings.threshold:
-            good, purse = [p for p in ranked if worth[p] >= level], per_unit
-        else:
-            good, purse = [p for p in ranked if worth[p] >= noise and worth[p] > 0], had
-            if worths:
-                purse += per_unit if alone else 0
-                before = sorted((w for each in worths[-8:] for w in each), reverse=True)
-                number = max(sum(earnings[-8:]) + math.floor(Fraction(had, 2)), 1)
-                good = [p for p in good if worth[p] >= before[min(number, len(before)) - 1]]
-            worths.append(worth)
-            earnings.append(earned)
-        if settings.max_tokens is not None:
-            purse = min(purse, settings.max_tokens - len(kept))
-        good = good[: max(purse, 0)]
-        for p in good:
-            shown(t, p)
-        needed = least if t else max(least, 1)
-        others = [p for p in ranked if p not in good]
-        good += others[: max(needed - len(good), 0)]
-        kept += sorted(t * per_unit + p for p in good)
-        had -= len(good)
-    return np.array(kept)
-
-
 def purse_of_looks(looks: np.ndarray, settings: Any, saved: int | None = None) -> np.ndarray:
     """The causal budget for descriptors; the arguments are those of `choose`."""
     goes_on = saved is not None
@@ -449,30 +236,6 @@ def purse_of_changes(pixels: np.ndarray, settings: Any) -> np.ndarray:
         math.ceil(Fraction(str(settings.threshold or 0)) * size),
         True,
     )
-
-
-def refreshed_in_order(looks: np.ndarray, kept: set[int], level: int) -> np.ndarray:
-    """(T*P,) bool, what a tower that reuses computes with the causal budget: `kept` and, of each unit, what differs.
-
-    Args:
-        looks: (T, P, F) descriptors.
-        kept: Tokens that are computed anyway, all of unit 0 among them.
-        level: The distance from what was computed last of a place that counts.
-    """
-    units, per_unit, _ = looks.shape
-    last, computed, others, extra = list(looks[0]), set(kept), 0, 0
-    for t in range(1, units):
-        free = [p for p in range(per_unit) if t * per_unit + p not in kept]
-        others += len(free)
-        far = [p for p in free if distance(looks[t, p], last[p]) >= level]
-        far.sort(key=lambda p: (-distance(looks[t, p], last[p]), p))
-        chosen = far[: max(others // 2 - extra, 0)]
-        extra += len(chosen)
-        computed |= {t * per_unit + p for p in chosen}
-        for p in range(per_unit):
-            if t * per_unit + p in computed:
-                last[p] = looks[t, p]
-    return np.array([i in computed for i in range(units * per_unit)])
 
 
 def news(looks: np.ndarray, settings: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.reference import selection
+from tests.reference import appearance, causal, selection
 from tests.reference.hf import Clip, Reference, Settings
 
 
@@ -37,7 +37,7 @@ def computed_tokens(looks: np.ndarray, kept: np.ndarray, settings: TowerSettings
     """Which tokens of a clip a tower that reuses computes.
 
     Args:
-        looks: (T, P, F), the learned descriptors of its tokens (`tests.reference.selection.learned`).
+        looks: (T, P, F), the learned descriptors of its tokens (`tests.reference.appearance.learned`).
         kept: Sorted flat indices of the kept tokens.
         settings: The settings.
 
@@ -53,7 +53,7 @@ def computed_tokens(looks: np.ndarray, kept: np.ndarray, settings: TowerSettings
     if settings.refresh:
         level = max(1, math.ceil(Fraction(str(settings.refresh)) * selection.UNIT["learned"]))
         if settings.budget == "causal":
-            return selection.refreshed_in_order(looks, set(kept.tolist()), level)
+            return causal.refreshed_in_order(looks, set(kept.tolist()), level)
         most = len(kept) + (total - len(kept)) // 2
         wanted = selection.anchored(looks, level, 0, most, frozenset(kept.tolist()))
     return np.isin(np.arange(total), wanted)
@@ -173,7 +173,7 @@ class TowerReference(Reference):
         kept = self.choose(clip, grid, pixels)
         if not reuses(clip.settings) or len(kept) == np.prod(grid):
             return np.ones(np.prod(grid), dtype=bool)
-        return computed_tokens(selection.learned(self.pictures(clip, grid)), kept, clip.settings)
+        return computed_tokens(appearance.learned(self.pictures(clip, grid)), kept, clip.settings)
 
     def _see_clip(self, clip: Clip) -> tuple[torch.Tensor, tuple[int, int, int], np.ndarray]:
         vectors, grid, pixels = super()._see_clip(clip)

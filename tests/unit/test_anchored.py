@@ -19,6 +19,7 @@ from evs_vllm.core.descriptors import Contrast, Descriptor
 from evs_vllm.core.learned import WEIGHTS, Learned
 from evs_vllm.core.selection import make_plan
 from evs_vllm.errors import UnsupportedError
+from tests.reference import appearance
 from tests.reference import selection as plain
 from tests.reference.hf import Settings
 
@@ -40,7 +41,7 @@ def clip_of(frames: np.ndarray, unit_frames: int, merge: int, side: int) -> Clip
 
 def cells_of(frames: np.ndarray, unit_frames: int, token: int) -> np.ndarray:
     tops, lefts = (list(range(0, size, token)) for size in frames.shape[1:3])
-    return plain.pictures(frames, unit_frames, tops, lefts, token)
+    return appearance.pictures(frames, unit_frames, tops, lefts, token)
 
 
 def drawn(kind: str, count: int, height: int, width: int, seed: int) -> np.ndarray:
@@ -101,7 +102,7 @@ def test_descriptors_are_those_of_the_reference_bit_for_bit(name: str, case: tup
     frames, unit_frames, merge, side = case
     described = DESCRIPTORS[name].describe(clip_of(*case))
     assert described.dtype == torch.uint8 and described.is_contiguous()
-    expected = plain.DESCRIBE[name](cells_of(frames, unit_frames, merge * side))
+    expected = appearance.DESCRIBE[name](cells_of(frames, unit_frames, merge * side))
     assert described.tolist() == expected.tolist()
 
 
@@ -124,7 +125,7 @@ def test_what_stays_is_what_the_reference_keeps(
     asked = replace(asked, selection=name)
     frames, unit_frames, merge, side = case
     clip = clip_of(*case)
-    looks = plain.DESCRIBE[name](cells_of(frames, unit_frames, merge * side))
+    looks = appearance.DESCRIBE[name](cells_of(frames, unit_frames, merge * side))
     saved = None
     if continues:  # the clip again from its start, after its end
         saved = int(np.random.default_rng(looks.size).integers(looks.shape[1] + 1))
@@ -157,7 +158,7 @@ def anchor_distances(looks: np.ndarray, kept: np.ndarray) -> list[int]:
             if stays[t, p]:
                 anchor = looks[t, p]
             else:
-                out.append(plain.distance(looks[t, p], anchor))
+                out.append(appearance.distance(looks[t, p], anchor))
     return out
 
 
@@ -290,14 +291,14 @@ def test_a_clip_that_does_not_say_where_its_pixels_are(name: str) -> None:
 def test_sums_of_the_network_stay_where_float32_is_exact() -> None:
     """Whatever the pixels: with the largest inputs and the worst signs, no sum of a layer leaves 24 bits."""
     largest = 128
-    for weight, bias, _ in plain.layers():
+    for weight, bias, _ in appearance.layers():
         assert (np.abs(weight).sum(axis=0) * largest + np.abs(bias)).max() < 2**24
         largest = 255
 
 
 def test_inputs_of_the_network_are_as_small_as_that_supposes() -> None:
     for kind in KINDS:
-        inputs = plain.network_inputs(cells_of(drawn(kind, 2, 16, 24, seed=4), 1, 8))
+        inputs = appearance.network_inputs(cells_of(drawn(kind, 2, 16, 24, seed=4), 1, 8))
         assert inputs.min() >= -128 and inputs.max() <= 127
 
 

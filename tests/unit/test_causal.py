@@ -15,6 +15,7 @@ from evs_vllm.core.clip import Anchors, Clip
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.scorers import SELECTIONS, named_selection
 from evs_vllm.core.selection import make_plan
+from tests.reference import appearance, causal
 from tests.reference import selection as plain
 from tests.reference.hf import Settings, select
 from tests.reference.tower import TowerSettings, computed_tokens
@@ -61,7 +62,7 @@ def test_the_kept_tokens_are_those_of_the_reference(
     if name == "paper":
         expected = select(clip.tokens.numpy(), asked)
     else:
-        looks = plain.DESCRIBE[name](cells_of(frames, unit_frames, merge * side))
+        looks = appearance.DESCRIBE[name](cells_of(frames, unit_frames, merge * side))
         if continues:
             clip = before(clip, name, seed)
             assert clip.previous is not None
@@ -80,7 +81,7 @@ def test_what_the_tower_computes_is_that_of_the_reference(seed: int, options: di
     frames, unit_frames, merge, side = drawn_case(seed, 10)
     clip = clip_of(frames, unit_frames, merge, side)
     plan = make_plan(clip, EVSConfig(**options, budget="causal", encoder="reuse", encoder_refresh=refresh))  # type: ignore[arg-type]
-    looks = plain.learned(cells_of(frames, unit_frames, merge * side))
+    looks = appearance.learned(cells_of(frames, unit_frames, merge * side))
     asked = TowerSettings(**{"rate": 0.0, **options}, selection="learned", budget="causal", refresh=refresh)  # type: ignore[arg-type]
     if plan.encoder == "reuse":
         assert (
@@ -103,7 +104,7 @@ def test_long_clips_with_still_parts_are_those_of_the_reference(seed: int, alone
     allowed = [plain.tokens_allowed(t + 1, places, asked, None if alone else 2) for t in range(units)]
     noise = int(rng.integers(1, 5))
     kept = spend(FixedScores(scores), places, allowed, whole_first=alone, noise=noise)
-    found = plain.purse(allowed, places, asked, lambda t, p: scores[t, p], lambda t, p: None, noise, 0, alone)
+    found = causal.purse(allowed, places, asked, lambda t, p: scores[t, p], lambda t, p: None, noise, 0, alone)
     assert kept.tolist() == found.tolist()
 
 

@@ -103,7 +103,7 @@ def test_a_higher_threshold_can_keep_more_than_the_servers() -> None:
 @settings(max_examples=100)
 @given(st.integers(0, 2**32), configs, st.sampled_from([0, 0.1, 4, 35, 120.5, 255]))
 def test_refreshed_tokens_are_those_of_the_reference(seed: int, config: EVSConfig, refresh: float) -> None:
-    from tests.reference import selection
+    from tests.reference import appearance
     from tests.reference.tower import TowerSettings, computed_tokens
 
     rng = np.random.default_rng(seed)
@@ -116,7 +116,7 @@ def test_refreshed_tokens_are_those_of_the_reference(seed: int, config: EVSConfi
     clip = Clip(torch.from_numpy(tokens), (units, 1, per_unit), TokenPixels(1, 3, 1, 4))
     config = replace(config, encoder="reuse", encoder_refresh=refresh)
     plan = make_plan(clip, config)
-    looks = selection.learned(selection.pictures(frames, 1, [0], range(0, 4 * per_unit, 4), 4))
+    looks = appearance.learned(appearance.pictures(frames, 1, [0], range(0, 4 * per_unit, 4), 4))
     expected = computed_tokens(looks, plan.kept, TowerSettings(rate=0.5, refresh=refresh))
     assert plan.computed.tolist() == np.flatnonzero(expected).tolist()
     dropped = plan.num_tokens - plan.num_kept
