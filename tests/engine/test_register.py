@@ -5,7 +5,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,7 @@ from evs_vllm.errors import ConfigError, RequestError
 from evs_vllm.families import FAMILIES, supported_architectures
 from tests.engine.test_start import model_config
 
-pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture(autouse=True)
-def registered() -> None:
-    from evs_vllm.engine.plugin import register
-
-    register()
-    register()
-
-
-@pytest.fixture
-def qwen2_5_vl(model_dir: Callable[[str], Path]) -> Path:
-    return model_dir("qwen2_5_vl")
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("registered")]
 
 
 def parse(words: list[str]) -> Any:

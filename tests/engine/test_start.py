@@ -12,20 +12,7 @@ from evs_vllm.errors import ConfigError, RequestError, UnsupportedError
 from evs_vllm.families import FAMILIES, supported_architectures
 from evs_vllm.families.refused import REFUSED, Refused
 
-pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture(autouse=True)
-def registered() -> None:
-    from evs_vllm.engine.plugin import register
-
-    register()
-    register()
-
-
-@pytest.fixture
-def qwen2_5_vl(model_dir: Callable[[str], Path]) -> Path:
-    return model_dir("qwen2_5_vl")
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("registered")]
 
 
 def text_model(directory: Path, vocab_size: int = 128) -> Path:
