@@ -382,12 +382,14 @@ def why_not_keep(vllm_config: Any) -> str:
 
 
 def clips_arrive_on_gpu(engine_args: Any, model_config: Any) -> bool:
-    """Whether processed pixels of clips may be on the GPU in an API server, where they are scored."""
+    """Whether frames of clips may be on the GPU in an API server when they are judged."""
     mm_config = model_config.multimodal_config
-    # Other transports have the processor copy what it made back to the host.
-    if mm_config.mm_tensor_ipc != "torch_shm" or current_platform.device_type != "cuda":
+    if current_platform.device_type != "cuda":
         return False
     asked = mm_config.get_mm_processor_device_type()
+    if asked is not None:  # the processor moves them there, wherever they were decoded
+        return asked == "cuda"
     decoded_on = str((mm_config.media_io_kwargs or {}).get("video", {}).get("device", ""))
+    # Of an encode-only engine vLLM decides later, by the transport.
     encode_only = engine_args.ec_transfer_config is not None and engine_args.ec_transfer_config.is_encode_only
-    return asked == "cuda" or decoded_on.startswith("cuda") or (asked is None and encode_only)
+    return decoded_on.startswith("cuda") or (encode_only and mm_config.mm_tensor_ipc == "torch_shm")

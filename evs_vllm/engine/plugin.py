@@ -164,8 +164,21 @@ def _compile_kernels(on_gpu: bool) -> None:
 
     evs_kernels.warmup()
     if on_gpu:
-        evs_kernels.warmup(device="cuda")
+        _try_gpu()
     compat.guard_llvmlite_getattr()
+
+
+def _try_gpu() -> None:
+    """Compiles for the GPU on which this process's clips are, and says whether their pixels are made there."""
+    import torch
+
+    import evs_kernels
+    from evs_vllm.families.front_end import why_not_on
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    evs_kernels.warmup(device=device)
+    why = why_not_on(device)
+    logger.info("EVS: pixels of clips on %s are made %s.", device, f"by the processor: {why}" if why else "there")
 
 
 def _check_request(kwargs: dict[str, Any]) -> dict[str, Any]:

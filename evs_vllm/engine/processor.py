@@ -257,7 +257,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         else:
             pixels = {} if to_make is None else {of_pixels: fields[of_pixels]}
         for key, data in pixels.items():
-            item[key] = replace(item[key], data=data)
+            # Frames that a decoder left on a GPU stay there; vLLM says where pixels go from here.
+            item[key] = replace(item[key], data=data.to(item[key].data.device))
         if settings.budget == "causal":
             before = settings.identity if stream is None else stream.links[stream.number_of(place)]
             plan = replace(plan, beginnings=name_beginnings(self._evs, fields | pixels, plan, before))

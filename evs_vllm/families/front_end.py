@@ -50,7 +50,7 @@ class _WatchedTransformers(Watched):
             watch.unpermuted = kwargs.get("input_data_format") is None and all(map(_colours_last, videos))
             if watch.unpermuted:
                 # Saves the copy with colours first.
-                videos = [torch.from_numpy(video).permute(0, 3, 1, 2) for video in videos]
+                videos = [torch.as_tensor(video).permute(0, 3, 1, 2) for video in videos]
         return super()._prepare_input_videos(videos, *args, **kwargs)  # type: ignore[misc]
 
     def _preprocess(self: Any, videos: Sequence[torch.Tensor], **kwargs: Any) -> Any:
@@ -67,7 +67,7 @@ class _WatchedTransformers(Watched):
             out = super()._preprocess(whole, **kwargs)  # type: ignore[misc]
         else:
             rows = out[PIXELS].shape[: 1 if GRID in out else 2]
-            out[PIXELS] = torch.empty(*rows, 0, dtype=out[PIXELS].dtype)
+            out[PIXELS] = torch.empty(*rows, 0, dtype=out[PIXELS].dtype, device=videos[0].device)
         sizes: list[Any] = [kwargs.get(name) for name in ("temporal_patch_size", "patch_size", "merge_size")]
         if GRID in out and None not in sizes:
             levels = None if why or not out[PIXELS].is_floating_point() else levels_of(self, kwargs)
@@ -159,22 +159,24 @@ def sources_of_cells(cells: torch.Tensor, grids: Sequence[tuple[int, int, int]])
 
 def _colours_last(video: Any) -> bool:
     """Whether transformers takes a video for (F, H, W, 3) uint8 frames, of which a view is as good as a copy."""
-    return (
-        isinstance(video, np.ndarray)
-        and video.ndim == 4
-        and video.dtype == np.uint8
-        and (video.shape[3] == 3 and video.shape[1] not in (1, 3) and video.flags.c_contiguous)
-    )
+    if isinstance(video, torch.Tensor):
+        in_order = video.dtype == torch.uint8 and video.is_contiguous()
+    else:
+        in_order = isinstance(video, np.ndarray) and video.dtype == np.uint8 and video.flags.c_contiguous
+    return in_order and video.ndim == 4 and video.shape[3] == 3 and video.shape[1] not in (1, 3)
 
 
 def _why_stock(processor: Any, videos: Sequence[torch.Tensor], kwargs: Mapping[str, Any], watch: Watch) -> str:
     """Why the rows of these videos are not proven equal, or ""."""
     if why := unknown(processor):
         return why
-    if any(video.device.type != "cpu" for video in videos):
-        return "the frames are on a GPU"
     if not watch.unpermuted:
         return "the frames are no arrays of uint8 (F, H, W, 3)"
+    devices = {video.device for video in videos}
+    if len(devices) > 1:
+        return "the frames are on several devices"
+    if why := why_not_on(*devices):
+        return why
     if kwargs.get("return_tensors") != "pt":
         return f"return_tensors is {kwargs.get('return_tensors')!r}"
     resample = getattr(kwargs["resample"], "value", kwargs["resample"])
@@ -195,6 +197,46 @@ def _why_not_squares(out: Mapping[str, Any], kwargs: Mapping[str, Any], watch: W
     if tuple(pixels.shape[3:]) != (watch.squares.pixels,) * 2:
         return f"frames become {pixels.shape[3]} x {pixels.shape[4]} pixels"
     return ""
+
+
+@cache
+def why_not_on(device: torch.device) -> str:
+    """Tries the kernels that make pixels on a device, once.
+
+    A processor resizes frames on a GPU in float32, and rounds. What is made here is what it makes of them on a CPU, so
+    that all engines of a deployment see the same pixels wherever they were decoded.
+
+    Args:
+        device: Where frames are.
+
+    Returns:
+        Why pixels cannot be made there, or "".
+    """
+    if device.type == "cpu":  # `why_not` has seen to it
+        return ""
+    if device.type != "cuda":
+        return f"the frames are on {device.type}"
+    try:
+        return "" if _same_on(device) else f"{torch.cuda.get_device_name(device)} makes other pixels than a CPU"
+    except Exception as error:  # no compiler, an architecture that Triton does not know
+        return f"{device} cannot be tried ({type(error).__name__}: {error})"
+
+
+def _same_on(device: torch.device) -> bool:
+    """Whether a device makes the same pictures, rows and pixels as the CPU of frames that are shrunk and enlarged."""
+    rng = np.random.default_rng(0)
+    levels = torch.from_numpy(rng.normal(size=(3, 256)).astype(np.float32))
+    for frames, height, width in ((5, 61, 83), (2, 150, 211)):
+        here = torch.from_numpy(rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8))
+        tokens = torch.from_numpy(np.flatnonzero(rng.random(-(-frames // 2) * 6) < 0.7))
+        made = []
+        for video in (here, here.to(device)):
+            rows = evs_kernels.resize_patches(video, 56, 84, tokens, 2, 14)
+            pixels = evs_kernels.place_blocks(rows[:, : 3 * 28**2].contiguous(), levels.to(video.device), 2, 3)
+            made.append([evs_kernels.pool_frames(video, 8, 12, 2), rows, pixels])
+        if not all(torch.equal(one, other.cpu()) for one, other in zip(*made, strict=True)):
+            return False
+    return True
 
 
 _tried: MutableMapping[Any, dict[Any, str]] = WeakKeyDictionary()

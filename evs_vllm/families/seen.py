@@ -81,7 +81,7 @@ class SeenRows(Seen):
         if self.levels is None or not len(rows):
             return rows if self.levels is None else rows.to(dtype)
         # Of every colour the frames of a unit follow each other.
-        levels = self.levels.to(dtype).repeat_interleave(source.unit_frames, dim=0)
+        levels = self.levels.to(rows.device, dtype).repeat_interleave(source.unit_frames, dim=0)
         return evs_kernels.place_blocks(rows, levels, 1, 1).view(rows.shape)
 
 
@@ -126,12 +126,13 @@ class SeenFrames(Seen):
     def rows(self, tokens: np.ndarray | None, dtype: torch.dtype) -> torch.Tensor:
         source, across = self.source, self.squares.across
         assert source is not None and self.levels is not None
-        levels, side = self.levels.to(dtype), self.squares.pixels
+        device, side = source.frames.device, self.squares.pixels
+        levels = self.levels.to(device, dtype)
         if tokens is None:
             tokens = np.arange(len(source.frames) * across**2)
-        out = _empty((-(-len(tokens) // across**2), 3, side, side), dtype)
+        out = _empty((-(-len(tokens) // across**2), 3, side, side), dtype, device)
         # A frame a thread at a time, so that bytes are still in a core's cache when they become levels.
-        at_once = torch.get_num_threads()
+        at_once = torch.get_num_threads() if device.type == "cpu" else max(1, len(out))
         for first in range(0, len(out), at_once):
             some = tokens[first * across**2 : (first + at_once) * across**2]
             blocks = evs_kernels.resize_patches(
@@ -148,7 +149,9 @@ class SeenFrames(Seen):
         return out
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """As torch.empty, but numpy's memory, which asks Linux for huge pages: the first touch of 100 MB takes 7 ms, not
-    40."""
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """As torch.empty, but on the CPU numpy's memory, which asks Linux for huge pages: the first touch of 100 MB takes
+    7 ms, not 40."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

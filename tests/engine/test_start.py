@@ -225,29 +225,27 @@ def test_drafts_of_the_first_runner_get_no_kept_positions(tmp_path: Path, qwen2_
 def test_kernels_are_compiled_where_clips_arrive(qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config import ECTransferConfig
 
-    import evs_kernels
-    from evs_vllm.engine import compat
+    from evs_vllm.engine import compat, plugin
 
-    def warmed(**kwargs: Any) -> list[str]:
-        devices: list[str] = []
+    def on_gpu(**kwargs: Any) -> bool:
+        asked: list[bool] = []
         with monkeypatch.context() as patch:
-            patch.setattr(evs_kernels, "warmup", lambda device="cpu": devices.append(device))
+            patch.setattr(plugin, "_compile_kernels", lambda on_gpu: asked.append(on_gpu))
             model_config(qwen2_5_vl, {"rate": 0.5}, **kwargs)
-        return devices
+        (answer,) = asked
+        return answer
 
-    producer = ECTransferConfig(ec_connector="Some", ec_role="ec_producer")
-    cuda = {"mm_processor_kwargs": {"device": "cuda"}}
-    assert warmed() == ["cpu"] == warmed(mm_tensor_ipc="torch_shm", ec_transfer_config=producer)
+    producer = {"ec_transfer_config": ECTransferConfig(ec_connector="Some", ec_role="ec_producer")}
+    shared: dict[str, Any] = {"mm_tensor_ipc": "torch_shm"}
+    cuda, host = ({"mm_processor_kwargs": {"device": device}} for device in ("cuda:1", "cpu"))
+    decoded = {"media_io_kwargs": {"video": {"device": "cuda:0"}}}
+    everything = (producer, cuda, decoded)
+    for options in everything:
+        assert not on_gpu(**shared, **options)
     monkeypatch.setattr(compat, "current_platform", SimpleNamespace(device_type="cuda"))
-    assert warmed() == ["cpu"] == warmed(mm_tensor_ipc="torch_shm") == warmed(**cuda)
-    for gpu in (
-        {"ec_transfer_config": producer},
-        cuda,
-        {"media_io_kwargs": {"video": {"device": "cuda:0"}}},
-    ):
-        assert warmed(mm_tensor_ipc="torch_shm", **gpu) == ["cpu", "cuda"]
-    host = {"mm_processor_kwargs": {"device": "cpu"}}
-    assert warmed(mm_tensor_ipc="torch_shm", ec_transfer_config=producer, **host) == ["cpu"]
+    assert not on_gpu() and not on_gpu(**shared) and not on_gpu(**producer)
+    assert on_gpu(**shared, **producer) and on_gpu(**cuda) and on_gpu(**decoded)
+    assert not any(on_gpu(**shared, **options, **host) for options in (producer, decoded))
 
 
 def test_long_rotary_cache_with_evs_only(model_dir: Callable[[str], Path]) -> None:
@@ -270,3 +268,23 @@ def test_long_rotary_cache_with_evs_only(model_dir: Callable[[str], Path]) -> No
 
         assert factor(on) == compat.MROPE_CACHE_FACTOR and factor(off) == 1
         assert factor(text, target=on) == compat.MROPE_CACHE_FACTOR and factor(text, target=off) == 1, "a drafter"
+
+
+@pytest.mark.parametrize("why", ["", "it makes other pixels than a CPU"])
+def test_a_gpu_is_tried_at_start_up(
+    why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    import evs_kernels
+    from evs_vllm.engine import plugin
+    from evs_vllm.families import front_end
+
+    warmed: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(evs_kernels, "warmup", lambda device="cpu": warmed.append(torch.device(device)))
+    monkeypatch.setattr(front_end, "why_not_on", lambda device: why)
+    with caplog.at_level("INFO", "vllm.evs_vllm"):
+        plugin._compile_kernels(on_gpu=True)
+    assert warmed == [torch.device("cpu"), torch.device("cuda", 1)]
+    assert f"pixels of clips on cuda:1 are made {'by the processor: it makes' if why else 'there.'}" in caplog.text

@@ -188,14 +188,6 @@ def test_other_kinds_of_frames(ours: Any, stock: Any, pixels: str) -> None:
         assert assert_same_fields(result, expected, pixels).kept.tolist() == whole.kept.tolist()
 
 
-def test_frames_on_a_gpu_are_left_to_the_processor(ours: Any) -> None:
-    """There is no GPU here: tensors without data stand for frames that are not in host memory."""
-    video_processor = part_of(ours)
-    watch = watched.Watch(leave_rows=True, squares=adapter_for(ours).squares)
-    elsewhere = torch.empty(2, 3, 20, 30, dtype=torch.uint8, device="meta")
-    assert "GPU" in front_end._why_stock(video_processor, [elsewhere], {}, watch)
-
-
 def test_an_unknown_processor_makes_its_own_frames(model: Path, stock: Any, pixels: str) -> None:
     processor = processor_for(model, {"rate": 0.6})
     known = type(part_of(processor))
