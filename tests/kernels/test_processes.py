@@ -167,6 +167,32 @@ def test_runs_where_no_cache_can_be_written():
     assert "done" in out and "NUMBA_CACHE_DIR" in out
 
 
+IMPORTS = "import torch, evs_kernels as e;"
+FULL = (
+    "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0));"  # every write fails, as on a full disk
+)
+SCORE = (
+    "clip = torch.arange(96, dtype=torch.uint8).view(2, 4, 12);"
+    "assert torch.equal(e.temporal_score(clip), e.temporal_score(clip, backend='ref')); print('done')"
+)
+
+
+def test_runs_where_the_disk_is_full(tmp_path):
+    out = run_python(IMPORTS + FULL + SCORE, NUMBA_CACHE_DIR=str(tmp_path))
+    assert "done" in out and "Make room there" in out
+
+
+def test_runs_where_the_cache_is_damaged(tmp_path):
+    run_python(IMPORTS + SCORE, NUMBA_CACHE_DIR=str(tmp_path))
+    kept = [path for path in tmp_path.rglob("*.nb?") if path.is_file()]
+    assert kept
+    for path in kept:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    out = run_python(IMPORTS + SCORE, NUMBA_CACHE_DIR=str(tmp_path))
+    assert "done" in out and "empty it" in out
+
+
 def test_warmup_compiles_everything_the_cpu_backend_uses(tmp_path):
     # After warm-up no call may compile: that is what the first request would wait for.
     code = (
