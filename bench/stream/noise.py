@@ -8,6 +8,7 @@ tokens of later units (two frames each) differs from its anchor by a threshold o
 Chosen was the lowest threshold at which a sensor's noise of 6.4 grey levels leaves less than 5 % in the mean.
 """
 
+import argparse
 import sys
 from collections import defaultdict
 
@@ -54,6 +55,7 @@ def shares(name: str, clip: Clip) -> list[float]:
 
 def main() -> int:
     """Measures and prints."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     library, rng = Library(Settings(clips="choose", units=24)), np.random.default_rng(SEED)
     found = defaultdict(list)
     for name in library.single:
