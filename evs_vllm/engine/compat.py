@@ -30,6 +30,7 @@ _WRAPPED = "__evs_wrapped__"
 _REQUEST_CHECK = "validate_request_mm_kwargs"
 _REQUEST_CHECK_HOME = "vllm.entrypoints.generate.base.protocol"
 _SCHEDULER_HOME = "vllm.v1.core.sched.scheduler"
+_CORE_HOME = "vllm.v1.engine.core"
 _BLOCK_KEYS = "_gen_mm_extra_hash_keys"
 _BLOCK_KEYS_HOME = "vllm.v1.core.kv_cache_utils"
 _ENGINE_CORE_HOME = "vllm.v1.engine.core"
@@ -153,6 +154,24 @@ def widen_rotary_caches() -> None:
     for name in _ROTARY_FACTOR_USERS:
         if (module := sys.modules.get(name)) is not None:
             setattr(module, _ROTARY_FACTOR, getattr(home, _ROTARY_FACTOR))
+
+
+def wrap_preprocess_add_request(check: Callable[[Any], None]) -> None:
+    """Calls `check(request)` on each request that comes to an engine core whose model config has our settings.
+
+    What it raises ends that request alone; from where `wrap_add_request` calls, it would end the engine.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def preprocess_add_request(self: Any, request: Any) -> Any:
+            prepared = original(self, request)
+            if settings_of(self.vllm_config.model_config) is not None:
+                check(prepared[0])
+            return prepared
+
+        return preprocess_add_request
+
+    _wrap(importlib.import_module(_CORE_HOME).EngineCore, "preprocess_add_request", make)
 
 
 def wrap_add_request(check: Callable[[Any, Any], None]) -> None:

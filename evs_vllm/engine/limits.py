@@ -6,7 +6,7 @@ far along in positions already, `cap_answer_length` ends an answer in time. `evs
 with which a session would be too far along.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from evs_vllm.core.plan import RetentionPlan
@@ -63,7 +63,8 @@ def check_positions(
     if positions_left(length, plans, limit) < 1:
         taken, needed = sum(plan.position_span for plan in plans), length + sum(plan.extra_positions for plan in plans)
         if seconds is not None and len(plans) > 1:
-            raise RequestError(_stream_too_long(plans, seconds, taken, needed, limit))
+            fitting = _newest_that_fit(plans, prompt_tokens, model_config.max_model_len if whole_context else 0, limit)
+            raise RequestError(_stream_too_long(seconds, fitting, taken, needed, limit))
         way_out = " or serve with a lower --max-model-len" if whole_context else ""
         raise RequestError(
             f"The video(s) of this request take up {taken} position IDs before pruning, and the prompt with them "
@@ -102,17 +103,20 @@ def why_no_more(model_config: Any, tokens: int, extra_positions: int) -> str:
     )
 
 
-def _stream_too_long(
-    plans: Sequence[RetentionPlan], seconds: Sequence[float | None], taken: int, needed: int, limit: int
-) -> str:
-    """What to tell whose stream has run out of position IDs."""
-    # Without the oldest clips the prompt is shorter by their spans, whatever is kept of the others then.
-    fitting, over = len(plans), needed + RESERVE + 1 - limit
-    for plan in plans:
-        if over <= 0:
-            break
-        over -= plan.position_span
-        fitting -= 1
+def _newest_that_fit(plans: Sequence[RetentionPlan], prompt_tokens: int, least: int, limit: int) -> int:
+    """How many of a stream's newest clips would leave position IDs, with a prompt that counts as `least` tokens."""
+    # Without the oldest clips the prompt ends earlier by their spans, whatever is kept of the others then; of those no
+    # less is kept, so that no more positions are skipped.
+    end = prompt_tokens + sum(plan.extra_positions for plan in plans)
+    for first, plan in enumerate(plans):
+        if _left(max(end, least + sum(each.extra_positions for each in plans[first:])), 0, limit) >= 1:
+            return len(plans) - first
+        end -= plan.position_span
+    return 0
+
+
+def _stream_too_long(seconds: Sequence[float | None], fitting: int, taken: int, needed: int, limit: int) -> str:
+    """What to tell whose stream has run out of position IDs, of which the `fitting` newest clips would leave some."""
 
     def of_them(number: int) -> str:
         lengths = [each for each in seconds[len(seconds) - number :] if each is not None]
@@ -121,10 +125,34 @@ def _stream_too_long(
     way_out = f"The newest {of_them(fitting)} would fit: drop older ones, best half of them at a time, as the stream "
     way_out += "then begins anew with the first that is sent; or begin"
     return (
-        f"The {of_them(len(plans))} videos of this stream take up {taken} position IDs before pruning, and the prompt "
-        f"with them {needed}; the model has {limit}. {way_out if fitting else 'Begin'} a new session, or set "
+        f"The {of_them(len(seconds))} videos of this stream take up {taken} position IDs before pruning, and the "
+        f"prompt with them {needed}; the model has {limit}. {way_out if fitting else 'Begin'} a new session, or set "
         "evs_positions to 'sequential', which counts kept tokens alone."
     )
+
+
+def take_back(cache: Any, hashes: Iterable[str | None]) -> None:
+    """Lets vLLM's processor cache forget clips of a request that is refused after they were put there.
+
+    It takes what it holds for sent to the engine core, and none of it will be. What had been sent before is sent again.
+
+    Args:
+        cache: vLLM's, or None.
+        hashes: The clips' identities.
+    """
+    for each in hashes:
+        if cache is not None and each is not None:
+            cache.invalidate(each)
+
+
+def check_plans(request: Any) -> None:
+    """Reads the plans of a request that comes to the engine core, where an error ends that request alone.
+
+    Raises:
+        PlanError: One is no plan of this version: another version's server has made it, or it was changed.
+    """
+    for feature in request.mm_features or ():
+        plan_of(feature.data)
 
 
 def cap_answer_length(model_config: Any, request: Any) -> None:

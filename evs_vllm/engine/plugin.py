@@ -37,6 +37,7 @@ def register() -> None:
     compat.wrap_create_engine_config(_check_engine)
     if compat.may_run_engine_core():
         compat.wrap_add_request(_cap_answer_length)
+        compat.wrap_preprocess_add_request(_check_plans)
         compat.wrap_block_keys(_block_key)
     for architecture in supported_architectures():
         compat.replace_model_class(architecture, "evs_vllm.engine.model")
@@ -102,6 +103,7 @@ def _start(engine_args: Any, model_config: Any) -> None:
     compat.attach_settings(model_config, config, parts)
     compat.force_position_ids(model_config)
     compat.wrap_add_request(_cap_answer_length)
+    compat.wrap_preprocess_add_request(_check_plans)
     compat.wrap_session_input(_admit_session_input)
     compat.wrap_block_keys(_block_key)
     _server_config = config
@@ -143,6 +145,12 @@ def _cap_answer_length(model_config: Any, request: Any) -> None:
     from evs_vllm.engine.limits import cap_answer_length
 
     cap_answer_length(model_config, request)
+
+
+def _check_plans(request: Any) -> None:
+    from evs_vllm.engine.limits import check_plans
+
+    check_plans(request)
 
 
 async def _admit_session_input(engine: Any, request: Any, collector: Any) -> None:

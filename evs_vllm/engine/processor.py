@@ -3,10 +3,10 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import Any, TypeVar
 
@@ -25,12 +25,12 @@ from evs_vllm.engine.beginnings import name_beginnings
 from evs_vllm.engine.compat import settings_of
 from evs_vllm.engine.frames_as_images import FRAMES_IN_A_ROW, look_like_frames
 from evs_vllm.engine.handover import brings_plans, carry_plans, check_identifiers, given_plan
-from evs_vllm.engine.limits import check_positions
+from evs_vllm.engine.limits import check_positions, take_back
 from evs_vllm.engine.metrics import PATHS, metrics, news_of
 from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD
 from evs_vllm.engine.pruned import PrunedUpdateDetails, full_mask, placed, shortened
-from evs_vllm.engine.streams import Stream, StreamStore, cache_identity, chain
-from evs_vllm.engine.times import metadata_of, seconds_of, unit_starts
+from evs_vllm.engine.streams import Stream, StreamStore, cache_identity, chain, looks_pruned
+from evs_vllm.engine.times import Times, seconds_of, unit_starts
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
 from evs_vllm.families import WHY_NOT_CAUSAL, Family
 from evs_vllm.families.base import FamilyAdapter
@@ -42,14 +42,30 @@ from evs_vllm.requests import AFTER_KEY, admit, split_request_kwargs
 logger = init_logger("vllm.evs_vllm")
 
 _OFF = EVSConfig()
-# The settings of the request that this thread is processing. vLLM calls `apply` and all it calls synchronously.
-_settings: ContextVar[EVSConfig] = ContextVar("evs_settings", default=_OFF)
-_profiling: ContextVar[bool] = ContextVar("evs_profiling", default=False)
-# What its video processor was given.
-_watched: ContextVar[Watch | None] = ContextVar("evs_watched", default=None)
 
-# Its videos, if they are parts of one stream.
-_stream: ContextVar[Stream | None] = ContextVar("evs_stream", default=None)
+
+@dataclass
+class _Request:
+    """The request that a thread is processing. vLLM calls `apply` and all it calls synchronously.
+
+    Attributes:
+        settings: Its settings.
+        cache: vLLM's processor cache, if it has one.
+        watch: What its video processor was given, if that is watched.
+        times: When its videos' frames were taken, if that decides what is kept.
+        stream: Its videos, if they are parts of one stream.
+    """
+
+    settings: EVSConfig = _OFF
+    cache: Any = None
+    watch: Watch | None = None
+    times: Times | None = None
+    stream: Stream | None = None
+
+
+_NONE = _Request()
+_request: ContextVar[_Request] = ContextVar("evs_request", default=_NONE)
+_profiling: ContextVar[bool] = ContextVar("evs_profiling", default=False)
 
 T = TypeVar("T")
 
@@ -120,13 +136,15 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                 "are not pruned: send them as one (data:video/jpeg;base64,FRAME,FRAME,...; see docs/options.md).",
                 FRAMES_IN_A_ROW,
             )
+        request = _Request(settings, inputs.cache)
         with ExitStack() as within:
-            within.enter_context(_set(_settings, settings))
-            streams = settings.active and settings.stream
-            within.enter_context(_set(_stream, Stream(self._evs_store, ours.get(AFTER_KEY)) if streams else None))
+            within.enter_context(_set(_request, request))
+            if settings.active and settings.focus:
+                request.times = Times.of(inputs.mm_data_items.get(MODALITY))
+            if settings.active and settings.stream:
+                request.stream = Stream(self._evs_store, ours.get(AFTER_KEY))
             if settings.active and self._evs_watches:
-                watch = within.enter_context(watching(not self._evs_why_stock, self._evs.squares))
-                within.enter_context(_set(_watched, watch))
+                request.watch = within.enter_context(watching(not self._evs_why_stock, self._evs.squares))
             if settings.active and (threads := self._evs_config.processor_threads) is not None:
                 within.enter_context(set_default_torch_num_threads(threads))
             return super().apply(inputs, timing_ctx)
@@ -148,10 +166,18 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             # The encoder's identifiers have the settings in them.
             check_identifiers((inputs.mm_uuid_items or {}).get(MODALITY))
             return hashes
-        settings, stream = _settings.get(), _stream.get()
+        request = _request.get()
+        settings, stream = request.settings, request.stream
         if not settings.active or MODALITY not in hashes:
+            for own in filter(looks_pruned, hashes.get(MODALITY, ())):
+                raise RequestError(
+                    f"A video of this request, for which evs_rate is 0, has the uuid {own!r}: names that end like this "
+                    "are those of pruned videos. Give it another uuid, or none."
+                )
             return hashes
         own = hashes[MODALITY]
+        if request.times is not None:
+            own = [f"{each}-at{name}" for each, name in zip(own, request.times.names(), strict=True)]
         if stream is not None:
             stream.links = chain(own, settings.identity, stream.after)
             marks = stream.links[:-1]
@@ -160,17 +186,21 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         return {**hashes, MODALITY: [cache_identity(*pair) for pair in zip(own, marks, strict=True)]}
 
     def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
-        stream = _stream.get()
-        if stream is not None and MODALITY in mm_hashes:
-            cache = stream.without(cache, mm_data_items[MODALITY], mm_hashes[MODALITY])
-        return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)
+        request = _request.get()
+        if request.stream is not None and MODALITY in mm_hashes:
+            cache = request.stream.without(cache, mm_data_items[MODALITY], mm_hashes[MODALITY])
+        known, missing = super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)
+        if request.times is not None:
+            request.times.processed = [number for number, cached in enumerate(known.get(MODALITY, ())) if not cached]
+        return known, missing
 
     def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        settings = _settings.get()
+        request = _request.get()
+        settings, watch = request.settings, request.watch
         if not updates.get(MODALITY):  # empty when the processor cache has every clip
             return updates
-        items, watch = out_mm_kwargs[MODALITY], _watched.get()
+        items = out_mm_kwargs[MODALITY]
         if PLAN_FIELD in items[0]:  # vLLM wants the same fields of all
             planned = [self._as_planned(item, each) for item, each in zip(items, updates[MODALITY], strict=True)]
             return {**updates, MODALITY: planned}
@@ -181,7 +211,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         try:
             # One after the other, as in a stream a clip needs what the one before it leaves.
             pruned = [
-                self._prune(item, item_updates, settings, metadata_of(mm_items[MODALITY], place), video, place)
+                self._prune(item, item_updates, settings, video, place)
                 for place, (item, item_updates, video) in enumerate(zip(items, updates[MODALITY], seen, strict=True))
             ]
         except (ArithmeticError, LookupError, RuntimeError, PlanError) as error:
@@ -194,14 +224,12 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             ) from error
         return {**updates, MODALITY: pruned}
 
-    def _prune(
-        self, item: Any, updates: Any, settings: EVSConfig, metadata: Mapping[str, Any], seen: Seen | None, place: int
-    ) -> Any:
+    def _prune(self, item: Any, updates: Any, settings: EVSConfig, seen: Seen | None, place: int) -> Any:
         """Plans one clip, puts the plan among its fields and returns its prompt updates, shortened.
 
         `place` is where it stands among the clips that are being processed.
         """
-        stream = _stream.get()
+        stream, times = _request.get().stream, _request.get().times
         fields = {key: elem.data for key, elem in item.items()}
         selection = named_selection(settings.selection)
         to_make = seen if seen is not None and not seen.why_stock else None
@@ -226,8 +254,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             return updates
         if seen is not None and self._evs.judges_source:
             clip = replace(clip, source=seen.source)
-        if settings.focus:
-            clip = replace(clip, starts=unit_starts(metadata, clip))
+        if times is not None:
+            clip = replace(clip, starts=unit_starts(times.of_processed(place), clip))
         try:
             if stream is None:
                 plan = make_plan(clip, settings)
@@ -289,9 +317,14 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         contents = [item_updates[0].content for item_updates in updates if item_updates]
         plans = [content.plan for content in contents if isinstance(content, PrunedUpdateDetails)]
         if plans:
-            seconds = None if _stream.get() is None else seconds_of(mm_items[MODALITY], len(updates))
-            check_positions(self._evs, self.info.ctx.model_config, len(result[0]), plans, seconds)
-            count, selection = metrics(), _settings.get().selection
+            request = _request.get()
+            seconds = None if request.stream is None else seconds_of(mm_items[MODALITY], len(updates))
+            try:
+                check_positions(self._evs, self.info.ctx.model_config, len(result[0]), plans, seconds)
+            except RequestError:
+                take_back(request.cache, mm_res.hashes[MODALITY])
+                raise
+            count, selection = metrics(), request.settings.selection
             count.clips.labels(selection).inc(len(plans))
             count.tokens.labels(selection).inc(sum(plan.num_tokens for plan in plans))
             count.tokens_kept.labels(selection).inc(sum(plan.num_kept for plan in plans))

@@ -9,7 +9,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from evs_vllm.engine.limits import why_no_more
+from evs_vllm.engine.limits import take_back, why_no_more
 from evs_vllm.errors import RequestError
 
 _SESSION = "_evs_session"
@@ -74,6 +74,7 @@ async def admit_input(engine: Any, request: Any, collector: Any) -> None:
         # An error takes the place of what the client has not read yet.
         while collector.output is not None:
             await asyncio.sleep(_LOOK_AGAIN_S)
+        take_back(engine.renderer.mm_processor_cache, [feature.mm_hash for feature in request.mm_features or ()])
         raise RequestError(
             f"This session cannot take in more: {why}. It took in {session.inputs} input(s) with {session.tokens} "
             f"tokens and {session.answers} of answers. Begin a new session (its first video without evs_after: to the "

@@ -11,6 +11,7 @@ request with all the videos would get. What that video left has to be kept still
 """
 
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,11 @@ def chain(hashes: Sequence[str], identity: str, after: str | None = None) -> lis
 def cache_identity(own: str, mark: str) -> str:
     """The cache identity of a video that is pruned: its own hash, and a digest of what else decides what it keeps."""
     return f"{own}-evs{mark}"
+
+
+def looks_pruned(own: str) -> bool:
+    """Whether a video's own hash, which a client may choose, is spelled like a `cache_identity`."""
+    return re.search(r"-evs[0-9a-f]{16,32}$", own) is not None
 
 
 def _link(identity: str, after: str) -> str:

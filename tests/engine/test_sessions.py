@@ -32,9 +32,12 @@ class Engine:
         self.state = SimpleNamespace(input_chunk_queue=None, detokenizer=SimpleNamespace(num_output_tokens=lambda: 0))
         self.output_processor = SimpleNamespace(request_states={})
         self.collector = SimpleNamespace(output=None)
+        self.forgotten: list[str] = []
+        cached = SimpleNamespace(invalidate=self.forgotten.append)
+        self.renderer = SimpleNamespace(mm_processor_cache=cached)
 
     def send(self, tokens: int, extra: int = 0, most: int = 64) -> Any:
-        clips = [SimpleNamespace(mm_position=PrunedRange(0, 1, None, extra))] if extra else None
+        clips = [SimpleNamespace(mm_position=PrunedRange(0, 1, None, extra), mm_hash="clip")] if extra else None
         sampling = SimpleNamespace(max_tokens=most)
         request = SimpleNamespace(
             request_id="one", prompt_token_ids=[1] * tokens, mm_features=clips, sampling_params=sampling
@@ -65,6 +68,7 @@ def test_sums_of_a_session(cache: str) -> None:
                 why = f"it has {length} tokens then" if too_long else f"take up {far} position IDs then"
                 with pytest.raises(RequestError, match=f"{why}.* took in {inputs} input.*Begin a new session"):
                     asyncio.run(engine.send(new, more))
+                assert engine.forgotten == ["clip"] * bool(more), "vLLM would take it for sent"
                 break
             asyncio.run(engine.send(new, more))
             tokens, extra, inputs = tokens + new, extra + more, inputs + 1

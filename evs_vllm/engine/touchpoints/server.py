@@ -215,6 +215,21 @@ ROWS: tuple[Touchpoint, ...] = (
         gone_when="A processor can name keys that are safe for untrusted requests.",
     ),
     Touchpoint(
+        what="plans are read on arrival (compat.wrap_preprocess_add_request)",
+        where="vllm.v1.engine.core:EngineCore.preprocess_add_request",
+        parameters=("self", "request"),
+        results=2,
+        why="A plan that cannot be read has to end its request and not the engine.",
+        gone_when="A plugin can check a request where it comes to the engine core.",
+    ),
+    Touchpoint(
+        what="plans are read on arrival (compat.wrap_preprocess_add_request)",
+        where="vllm.v1.engine.core:EngineCore",
+        attributes=("vllm_config",),
+        why="Its model config tells whether EVS is on.",
+        gone_when="A plugin can check a request where it comes to the engine core.",
+    ),
+    Touchpoint(
         what="answers end in time (compat.wrap_add_request)",
         where="vllm.v1.core.sched.scheduler:Scheduler.add_request",
         parameters=("self", "request"),

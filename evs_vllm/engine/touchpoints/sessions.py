@@ -23,9 +23,23 @@ ROWS: tuple[Touchpoint, ...] = (
     Touchpoint(
         what="inputs of a session are judged with what came before (sessions.admit_input)",
         where="vllm.v1.engine.async_llm:AsyncLLM",
-        attributes=("model_config", "output_processor"),
-        why="How long the context is, and what has been generated.",
+        attributes=("model_config", "output_processor", "renderer"),
+        why="How long the context is, what has been generated, and where the processor cache is.",
         gone_when=BOUNDED,
+    ),
+    Touchpoint(
+        what="clips of a refused input are not taken for sent (limits.take_back)",
+        where="vllm.renderers.base:BaseRenderer",
+        attributes=("mm_processor_cache",),
+        why="The next session sends them again.",
+        gone_when=BOUNDED,
+    ),
+    Touchpoint(
+        what="clips of a refused request are not taken for sent (limits.take_back)",
+        where="vllm.multimodal.cache.base:BaseMultiModalProcessorCache.invalidate",
+        parameters=("self", "mm_hash"),
+        why="Else the next request with them fails: the engine core never had them.",
+        gone_when="vLLM forgets what a request that fails put into this cache.",
     ),
     Touchpoint(
         what="inputs of a session are judged with what came before (sessions.admit_input)",
