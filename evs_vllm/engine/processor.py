@@ -3,12 +3,10 @@
 
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from functools import cached_property, wraps
-from typing import Any, TypeVar
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
@@ -23,6 +21,7 @@ from evs_vllm.core.scorers import named_selection
 from evs_vllm.core.selection import make_plan
 from evs_vllm.engine.beginnings import name_beginnings
 from evs_vllm.engine.compat import settings_of
+from evs_vllm.engine.current import OFF, Request, current_request, profiling, setting
 from evs_vllm.engine.frames_as_images import FRAMES_IN_A_ROW, look_like_frames
 from evs_vllm.engine.handover import brings_plans, carry_plans, check_identifiers, given_plan
 from evs_vllm.engine.limits import check_positions, take_back
@@ -31,52 +30,16 @@ from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD
 from evs_vllm.engine.pruned import PrunedUpdateDetails, full_mask, placed, shortened
 from evs_vllm.engine.streams import Stream, StreamStore, cache_identity, chain, looks_pruned
 from evs_vllm.engine.times import Times, seconds_of, unit_starts
+from evs_vllm.engine.watching import part_to_watch, rows_of, watch_processors
 from evs_vllm.errors import PlanError, RequestError, UnsupportedError
 from evs_vllm.families import WHY_NOT_CAUSAL, Family
 from evs_vllm.families.base import FamilyAdapter
-from evs_vllm.families.front_end import watch_processor, why_not
+from evs_vllm.families.front_end import why_not
 from evs_vllm.families.seen import Seen
-from evs_vllm.families.watched import Watch, watching
+from evs_vllm.families.watched import watching
 from evs_vllm.requests import AFTER_KEY, admit, split_request_kwargs
 
 logger = init_logger("vllm.evs_vllm")
-
-_OFF = EVSConfig()
-
-
-@dataclass
-class _Request:
-    """The request that a thread is processing. vLLM calls `apply` and all it calls synchronously.
-
-    Attributes:
-        settings: Its settings.
-        cache: vLLM's processor cache, if it has one.
-        watch: What its video processor was given, if that is watched.
-        times: When its videos' frames were taken, if that decides what is kept.
-        stream: Its videos, if they are parts of one stream.
-    """
-
-    settings: EVSConfig = _OFF
-    cache: Any = None
-    watch: Watch | None = None
-    times: Times | None = None
-    stream: Stream | None = None
-
-
-_NONE = _Request()
-_request: ContextVar[_Request] = ContextVar("evs_request", default=_NONE)
-_profiling: ContextVar[bool] = ContextVar("evs_profiling", default=False)
-
-T = TypeVar("T")
-
-
-@contextmanager
-def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
 
 
 class EVSProcessorMixin(BaseMultiModalProcessor):
@@ -93,8 +56,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         self._evs_store = StreamStore(int(self._evs_config.stream_cache_gb * 2**30))
         self._evs_why_stock = "this family's does more than to resize frames and cut them into patches"
         if self._evs_watches:
-            _watch_processors(info)
-            video_processor = _to_watch(info.get_hf_processor())
+            watch_processors(info)
+            video_processor = part_to_watch(info.get_hf_processor())
             if video_processor is not None:
                 self._evs_why_stock = why_not(video_processor, self._evs.squares)
         why = self._evs_why_stock
@@ -114,12 +77,12 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
     @property
     def _evs_config(self) -> EVSConfig:
-        config: EVSConfig = settings_of(self.info.ctx.model_config) or _OFF
+        config: EVSConfig = settings_of(self.info.ctx.model_config) or OFF
         return config
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         ours, rest = split_request_kwargs(inputs.hf_processor_mm_kwargs)
-        settings = _OFF if _profiling.get() else admit(self._evs_config, ours)
+        settings = OFF if profiling.get() else admit(self._evs_config, ours)
         if ours:
             inputs = replace(inputs, hf_processor_mm_kwargs=rest)
         if settings.active and MODALITY in inputs.mm_data_items and (why := self._evs.unsupported_kwargs(rest)):
@@ -136,9 +99,9 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
                 "are not pruned: send them as one (data:video/jpeg;base64,FRAME,FRAME,...; see docs/options.md).",
                 FRAMES_IN_A_ROW,
             )
-        request = _Request(settings, inputs.cache)
+        request = Request(settings, inputs.cache)
         with ExitStack() as within:
-            within.enter_context(_set(_request, request))
+            within.enter_context(setting(current_request, request))
             if settings.active and settings.focus:
                 request.times = Times.of(inputs.mm_data_items.get(MODALITY))
             if settings.active and settings.stream:
@@ -157,7 +120,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
         # Memory is profiled as without EVS: what the tower computes does not shrink, and dummy clips are all ties.
-        with _set(_profiling, True):
+        with setting(profiling, True):
             return super().get_dummy_mm_inputs(*args, **kwargs)
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
@@ -166,7 +129,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             # The encoder's identifiers have the settings in them.
             check_identifiers((inputs.mm_uuid_items or {}).get(MODALITY))
             return hashes
-        request = _request.get()
+        request = current_request.get()
         settings, stream = request.settings, request.stream
         if not settings.active or MODALITY not in hashes:
             for own in filter(looks_pruned, hashes.get(MODALITY, ())):
@@ -186,7 +149,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         return {**hashes, MODALITY: [cache_identity(*pair) for pair in zip(own, marks, strict=True)]}
 
     def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
-        request = _request.get()
+        request = current_request.get()
         if request.stream is not None and MODALITY in mm_hashes:
             cache = request.stream.without(cache, mm_data_items[MODALITY], mm_hashes[MODALITY])
         known, missing = super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)
@@ -196,7 +159,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
     def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        request = _request.get()
+        request = current_request.get()
         settings, watch = request.settings, request.watch
         if not updates.get(MODALITY):  # empty when the processor cache has every clip
             return updates
@@ -229,7 +192,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
         `place` is where it stands among the clips that are being processed.
         """
-        stream, times = _request.get().stream, _request.get().times
+        stream, times = current_request.get().stream, current_request.get().times
         fields = {key: elem.data for key, elem in item.items()}
         selection = named_selection(settings.selection)
         to_make = seen if seen is not None and not seen.why_stock else None
@@ -237,7 +200,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         if to_make is not None:
             of_pixels = self._evs.pixels
             dtype = fields[of_pixels].dtype
-            fields[of_pixels] = _rows(to_make, None, dtype) if judges_pixels else to_make.blank(dtype)
+            fields[of_pixels] = rows_of(to_make, None, dtype) if judges_pixels else to_make.blank(dtype)
         started = time.perf_counter()
         clip = self._evs.clip(fields)
         if clip is None:
@@ -279,7 +242,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         # Pixels that nobody computes need not be made, cached, serialised or copied to the device.
         reuse = plan.encoder == "reuse"
         if to_make is not None and not judges_pixels:
-            pixels = {of_pixels: _rows(to_make, plan.computed if reuse else None, dtype)}
+            pixels = {of_pixels: rows_of(to_make, plan.computed if reuse else None, dtype)}
         elif reuse:
             pixels = self._evs.computed_pixels(fields, plan)
         else:
@@ -317,7 +280,7 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
         contents = [item_updates[0].content for item_updates in updates if item_updates]
         plans = [content.plan for content in contents if isinstance(content, PrunedUpdateDetails)]
         if plans:
-            request = _request.get()
+            request = current_request.get()
             seconds = None if request.stream is None else seconds_of(mm_items[MODALITY], len(updates))
             try:
                 check_positions(self._evs, self.info.ctx.model_config, len(result[0]), plans, seconds)
@@ -330,27 +293,3 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
             count.tokens_kept.labels(selection).inc(sum(plan.num_kept for plan in plans))
             result = result[0], {**result[1], MODALITY: [placed(info, contents) for info in result[1][MODALITY]]}
         return result
-
-
-def _rows(seen: Seen, tokens: Any, dtype: torch.dtype) -> torch.Tensor:
-    with metrics().rows_time.time():
-        return seen.rows(tokens, dtype)
-
-
-def _to_watch(processor: Any) -> Any:
-    """The part of a Hugging Face processor that sees to videos, or None for a model that takes none."""
-    return getattr(processor, "video_processor", processor)
-
-
-def _watch_processors(info: Any) -> None:
-    """Lets every video processor that vLLM's `info` hands out be watched; keyword arguments make other ones."""
-    get_hf_processor = info.get_hf_processor
-
-    @wraps(get_hf_processor)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        processor = get_hf_processor(*args, **kwargs)
-        if (to_watch := _to_watch(processor)) is not None:
-            watch_processor(to_watch)
-        return processor
-
-    info.get_hf_processor = watched
