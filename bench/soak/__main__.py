@@ -66,7 +66,7 @@ def main() -> int:
     print(summary(found))
     if args.out:
         harness.write({"benchmark": "soak", "environment": environment, "options": OPTIONS, **found}, args.out)
-    return 1 if found["wrong"] else 0
+    return 1 if found["wrong"] or found["tracebacks"] else 0
 
 
 def soak(url: str, pid: int, count: int, seed: int, at_once: int) -> dict[str, Any]:
@@ -80,7 +80,10 @@ def soak(url: str, pid: int, count: int, seed: int, at_once: int) -> dict[str, A
 
     def one(number: int) -> None:
         asked = source.make(number)
-        status = hang_up(url, asked) if asked.kind == "abort" else post(url, asked.body).status_code
+        try:
+            status: int | str = hang_up(url, asked) if asked.kind == "abort" else post(url, asked.body).status_code
+        except httpx.HTTPError as error:
+            status = type(error).__name__
         with lock:
             statuses[f"{asked.kind}: {status}"] += 1
             if asked.kind != "abort" and status != (400 if asked.kind == "refused" else 200):
@@ -137,7 +140,7 @@ def summary(found: dict[str, Any]) -> str:
     lines += [f"  {name}: {number}" for name, number in found["statuses"].items()]
     lines += [f"memory, MiB: {', '.join(f'{size:.0f}' for size in sizes)}"]
     if half:
-        early, late = statistics.median(sizes[1 : half + 1]), statistics.median(sizes[half:])
+        early, late = statistics.median(sizes[1:half] or sizes[:1]), statistics.median(sizes[half:])
         lines += [f"second half against first: {100 * (late / early - 1):+.1f} %"]
     return "\n".join([*lines, *(found["wrong"] or ["nothing was wrong"])])
 

@@ -50,7 +50,8 @@ def enable(
         rate: Fraction of each clip's tokens to drop, 0 <= rate < 1.
         processor: The model's processor, or its video processor. From now on it hands on what clips looked like before
             it resized them (the field ``evs_cells``), which every selection but "paper" judges by, and which goes to
-            the model with the rest of what the processor returns. It also says how pixels are normalised.
+            the model with the rest of what the processor returns. It also says how pixels are normalised. By default
+            that of an earlier call.
         served_positions: Also give prompts from which nothing is dropped (rate 0) the position IDs that vLLM gives.
             transformers resumes text after a long clip at other IDs; without this, rate 0 is the stock model bit for
             bit. For training.
@@ -66,7 +67,8 @@ def enable(
 
     Raises:
         ConfigError: A value is not allowed.
-        UnsupportedError: The model is of another class, its processor does not normalise, or transformers is too old.
+        UnsupportedError: The model is of another class, something has wrapped its methods, its processor does not
+            normalise, or transformers is too old.
     """
     base = base_of(model)
     name = type(base).__name__
@@ -85,13 +87,23 @@ def enable(
     own = selection if isinstance(selection, Selection) else None
     if selection is not None and own is None:
         options["selection"] = selection
+    for method_name, method in _methods(base).items():
+        if method_name in vars(base) and getattr(vars(base)[method_name], "__func__", None) is not method:
+            raise UnsupportedError(
+                f"{method_name} of this model is wrapped already, for example by accelerate. Call enable() before that."
+            )
     config = EVSConfig.from_mapping({"rate": rate, **options, "request_overrides": "any"})
     stats, source = CLASSES[name].stats, None
+    before: State | None = getattr(base, STATE, None)
+    if processor is None and before is not None:
+        processor = before.video_processor
     if processor is not None:
         source = getattr(processor, "video_processor", None) or processor
         if not (source.do_rescale and source.do_normalize):
             raise UnsupportedError("The processor must rescale and normalise pixels (do_rescale, do_normalize).")
         stats = PixelStats(tuple(source.image_mean), tuple(source.image_std))
+        if before is not None and before.video_processor not in (None, source):
+            unwatch_processor(before.video_processor)
         watch_processor(source, with_cells=True)
     adapter = family.bind(base.config, stats=stats)
     setattr(base, STATE, State(resolved(config), adapter, own, encode, served_positions, source))

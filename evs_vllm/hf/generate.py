@@ -21,6 +21,9 @@ from evs_vllm.requests import admit, split_request_kwargs
 PLANS = "evs_plans"
 """The argument of a call that brings plans of its own."""
 
+_DROPPED = "evs_dropped"
+"""On a cache: how many tokens of the prompt that its caller knows it does not hold."""
+
 
 @cache
 def pruning_forward(cls: Any) -> Callable[..., Any]:
@@ -34,11 +37,16 @@ def pruning_forward(cls: Any) -> Callable[..., Any]:
         given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
         given |= bound.get("kwargs", {})
         cells = given.pop(CELLS, None)
+        dropped = 0
         if given.get(PIXELS) is None:
             _check_cache(given)
         elif config.active or plans is not None or state_of(self).served_positions:
+            before = given.get("input_ids")
             given, _ = prune_arguments(self, config, given, plans, cells)
-        return stock(self, **given)
+            dropped = before.shape[1] - given["input_ids"].shape[1]  # type: ignore[union-attr]
+        else:
+            state_of(self).forget()
+        return _marked(stock(self, **given), dropped)
 
     return forward
 
@@ -54,11 +62,22 @@ def pruning_generate(cls: Any) -> Callable[..., Any]:
         if inputs is not None:
             kwargs["input_ids"] = inputs
         cells = kwargs.pop(CELLS, None)
-        if kwargs.get(PIXELS) is None or not (config.active or plans is not None or state_of(self).served_positions):
+        if hasattr(kwargs.get("past_key_values"), _DROPPED):
+            # It would take the tail of the caller's prompt for what follows what the cache holds.
+            raise UnsupportedError(
+                "This cache holds a pruned prompt, which generate() cannot go on from. Pass the whole conversation, "
+                "with its pixels and without past_key_values."
+            )
+        if kwargs.get(PIXELS) is None:
+            return stock(self, *args, **kwargs)
+        if not (config.active or plans is not None or state_of(self).served_positions):
+            state_of(self).forget()
             return stock(self, *args, **kwargs)
         if kwargs.get("assistant_model") is not None:
             raise UnsupportedError("EVS and assisted generation do not go together; leave assistant_model out.")
         prompt = kwargs.get("input_ids")
+        if prompt is not None and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = _inferred_mask(self, args, kwargs)
         pruned, batch = prune_arguments(self, config, kwargs, plans, cells)
         if not (batch.mask[:, -1] == 1).all():
             raise RequestError("generate() needs prompts that are padded on the left (padding_side='left').")
@@ -70,7 +89,7 @@ def pruning_generate(cls: Any) -> Callable[..., Any]:
         pruned["position_ids"] = torch.cat([text, pruned["position_ids"]])
         shorter = prompt.shape[1] - pruned["input_ids"].shape[1]  # type: ignore[union-attr]
         _shorten_limits(self, args, pruned, shorter)
-        out = stock(self, *args, **pruned)
+        out = _marked(stock(self, *args, **pruned), shorter)
         sequences = out if isinstance(out, torch.Tensor) else out.sequences
         repeats = sequences.shape[0] // prompt.shape[0]  # type: ignore[union-attr]
         new = sequences[:, pruned["input_ids"].shape[1] :]
@@ -100,13 +119,36 @@ def _settings(
     return config, plans, rest
 
 
+def _marked(out: Any, dropped: int) -> Any:
+    """The output of a call, its cache marked if it holds a pruned prompt."""
+    cached = getattr(out, "past_key_values", None)
+    if dropped and cached is not None:
+        setattr(cached, _DROPPED, dropped)
+    return out
+
+
+def _generation_setting(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Any:
+    """What generate() goes by: an argument, the call's ``generation_config``, or the model's."""
+    given = args[0] if args else kwargs.get("generation_config")
+    asked = (kwargs.get(name), getattr(given, name, None), getattr(model.generation_config, name, None))
+    return next((value for value in asked if value is not None), None)
+
+
+def _inferred_mask(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The mask that generate() takes for prompts without one: padding is no text, if it is not the end of text, too."""
+    padding, ends = (_generation_setting(model, args, kwargs, f"{name}_token_id") for name in ("pad", "eos"))
+    ends = set(ends) if isinstance(ends, list | tuple) else {ends}
+    prompt: torch.Tensor = kwargs["input_ids"]
+    if padding is None or padding in ends or not (prompt == padding).any():
+        return None
+    return (prompt != padding).long()
+
+
 def _shorten_limits(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shorter: int) -> None:
     """``max_length`` and ``min_length`` count the prompt that the caller knows, the stock method the pruned one."""
-    config = args[0] if args else kwargs.get("generation_config") or model.generation_config
     for name in ("max_length", "min_length"):
-        limit = kwargs.get(name, getattr(config, name, None))
-        counted = kwargs.get(
-            name.replace("length", "new_tokens"), getattr(config, name.replace("length", "new_tokens"))
+        limit, counted = (
+            _generation_setting(model, args, kwargs, each) for each in (name, name.replace("length", "new_tokens"))
         )
         if limit and counted is None:
             kwargs[name] = max(limit - shorter, 0)
@@ -115,7 +157,9 @@ def _shorten_limits(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
 def _check_cache(given: Mapping[str, Any]) -> None:
     """A decoding step after a pruned prompt: its mask has to be that of the pruned prompt."""
     cache, mask, ids = (given.get(name) for name in ("past_key_values", "attention_mask", "input_ids"))
-    if cache is None or ids is None or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+    if cache is None or not hasattr(cache, _DROPPED) or ids is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return
     seen = cache.get_seq_length()
     if seen and mask.shape[1] != seen + ids.shape[1]:

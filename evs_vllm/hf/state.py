@@ -44,6 +44,10 @@ class State:
     plans: list[RetentionPlan] = field(default_factory=list)
     batch: Batch | None = None
 
+    def forget(self) -> None:
+        """Of a call with clips of which nothing was asked, nothing is to be told."""
+        self.plans, self.batch = [], None
+
 
 def state_of(model: Any) -> State:
     """What `evs_vllm.hf.enable` left on the model.

@@ -36,7 +36,7 @@ class Turn:
 
     Attributes:
         chunks: At least one chunk, in order.
-        skipped: Frames that are in none of them, because they were too few for a chunk.
+        skipped: Frames that are in none of them, nor in an earlier turn's, because they were too few for a chunk.
     """
 
     chunks: tuple[Chunk, ...]
@@ -71,6 +71,7 @@ class Chunker:
             count = min(math.ceil(self.turn_frames / (longest // 2 * 2)), pairs)
         self.bounds = [*(2 * -(-i * pairs // count) for i in range(count)), self.turn_frames]
         """Where the chunks of a turn begin and end, in frames."""
+        self._skipped = 0
 
     def turns(self, frames: Iterable[Frame]) -> Iterator[Turn]:
         """Yields each turn as soon as its last frame is there; at the end what is left."""
@@ -100,8 +101,9 @@ class Chunker:
 
     def _turn(self, pieces: list[list[Frame]]) -> Iterator[Turn]:
         whole = [piece for piece in pieces if len(piece) >= MIN_FRAMES]
+        self._skipped += sum(map(len, pieces)) - sum(map(len, whole))
         if whole:
-            skipped = sum(map(len, pieces)) - sum(map(len, whole))
+            skipped, self._skipped = self._skipped, 0
             yield Turn(tuple(map(self._chunk, whole)), skipped)
 
     def _chunk(self, frames: list[Frame]) -> Chunk:

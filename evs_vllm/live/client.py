@@ -13,6 +13,8 @@ from evs_vllm.serving import Answer, chat, healthy, read_url
 
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.5, 10.0
 MOST_FAILURES = 3
+BUSY = (429, 502, 503, 504)
+"""What a server, or a router before it, answers that will take requests again later."""
 """How often a server that is healthy may fail at one request."""
 
 MOST_FRAMES = 32
@@ -122,7 +124,8 @@ class Client:
                     continue
                 if error.status is not None and error.status < 500 and error.status != 429:
                     raise
-                failures += healthy(self._asking.url)
+                if error.status not in BUSY:
+                    failures += healthy(self._asking.url)
                 if failures >= MOST_FAILURES:
                     raise
                 if gone is None:

@@ -146,21 +146,32 @@ def chat(
                     text += piece
                     if heard is not None:
                         heard(piece)
-                usage = chunk.get("usage") or usage
+                if chunk.get("usage"):
+                    usage = _usage(chunk["usage"])
     except urllib.error.HTTPError as error:
         words = _message(error)
         raise ServerError(f"the server refused the request: HTTP {error.code}: {words}", words, error.code) from None
-    except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+    except (OSError, http.client.HTTPException, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ServerError(f"the server did not answer: {error}", str(error)) from None
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ServerError(f"the server's answer is none of vLLM's: {error!r}", repr(error)) from None
     if usage is None:  # a server that is killed may close the connection as if it had said all
         raise ServerError("the server's answer broke off", "the answer broke off")
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    return Answer(text, usage["prompt_tokens"], usage["completion_tokens"], first, cached)
+    return Answer(text, *usage[:2], first, usage[2])
+
+
+def _usage(counted: Mapping[str, Any]) -> tuple[int, int, int | None]:
+    """Tokens of the prompt and of the answer, and how many of the prompt's were cached, if the server says so."""
+    cached = (counted.get("prompt_tokens_details") or {}).get("cached_tokens")
+    return counted["prompt_tokens"], counted["completion_tokens"], cached
 
 
 def _message(error: urllib.error.HTTPError) -> str:
     """The server's own words in the answer to a request that it refused."""
-    text = error.read().decode(errors="replace")
+    try:
+        text = error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):  # it broke off, or hangs
+        return str(error.reason)
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -47,7 +47,7 @@ def healthy(url: str) -> bool:
     try:
         read_url(f"{url}/health", timeout_s=5)
         return True
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return False
 
 

@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from evs_vllm import hf
 from evs_vllm.errors import ConfigError, UnsupportedError
+from evs_vllm.families.qwen2_vl import PIXELS
 from evs_vllm.train.data import IGNORED
 from evs_vllm.train.rates import RateSampler, RateSettings
 
@@ -35,7 +36,10 @@ def answers(model: Any, batch: Mapping[str, Any], rate: float, **options: Any) -
         (B,) bool, whether row by row the answer is right, and the loss.
     """
     out = model(**batch, evs_rate=rate, **options)
-    labels = hf.last_batch(model).take(batch["labels"], IGNORED)[:, 1:]
+    labels = batch["labels"]
+    if batch.get(PIXELS) is not None:
+        labels = hf.last_batch(model).take(labels, IGNORED)
+    labels = labels[:, 1:]
     right = (out.logits[:, :-1].argmax(-1) == labels) | (labels == IGNORED)
     return right.all(dim=1), out.loss
 

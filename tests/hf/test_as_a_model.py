@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import evs_vllm.hf as hf
 from evs_vllm.errors import ConfigError, EVSError, RequestError, UnsupportedError
@@ -98,6 +99,15 @@ def test_beams_and_length_limits(model, ref):
     config = copy.deepcopy(model.generation_config)
     config.max_length = length + 2
     assert model.generate(**both, generation_config=config).shape[1] == length + 2
+    assert (
+        model.generate(both.input_ids, None, **{**both, "input_ids": None}, max_length=length + 3).shape[1]
+        == length + 3
+    )
+    # What the call's settings leave open is as the model's say.
+    model.generation_config.max_length = length + 4
+    greedy = transformers.GenerationConfig(do_sample=False)
+    assert model.generate(**both, generation_config=greedy).shape[1] == length + 4
+    model.generation_config.max_length = None
     assert model.generate(inputs=both.pop("input_ids"), **both, max_new_tokens=5).shape[1] == length + 5
 
 
@@ -180,3 +190,93 @@ def test_refusals(model, ref):
         model.generate(**inputs(ref, ["<|video_pad|>"], [[synthetic_clip(6)]]))
     with pytest.raises(UnsupportedError, match="assistant_model"):
         model.generate(**batch, assistant_model=ref.model)
+
+
+@families(most_engine_tests)
+@torch.inference_mode()
+def test_a_batch_without_a_mask_is_padded_where_generate_takes_it_for_padded(model, ref):
+    """Its clips drop other numbers of tokens, so a mask goes to the stock method, which would else infer one."""
+    enable(model, 0.75)
+    both = inputs(ref, [ASK, ASK], [[synthetic_clip(16, seed=1)], [synthetic_clip(8, seed=2)]])
+    padding = int(both["input_ids"][1, 0])
+    assert both["attention_mask"][1, 0] == 0
+    told = {"max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": padding}
+    expected = model.generate(**both, **told, eos_token_id=None).logits
+    mask = both.pop("attention_mask")
+    alike = model.generate(**both, **told, eos_token_id=None).logits
+    assert all(torch.equal(one, other) for one, other in zip(expected, alike, strict=True))
+    # Where padding ends texts, too, it may be text.
+    ends = model.generate(**both, **told, eos_token_id=[padding]).logits[0]
+    assert not torch.equal(ends[1], expected[0][1]) and mask.min() == 0
+
+
+@families(most_engine_tests)
+@torch.inference_mode()
+def test_what_a_cache_of_a_pruned_prompt_is_good_for(model, ref):
+    """It does not hold the prompt that its caller knows."""
+    enable(model, 0.75)
+    batch = inputs(ref, [ASK], [[synthetic_clip(16, seed=1)]])
+    first = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
+    for cached in (first.past_key_values, model(**batch).past_key_values):
+        with pytest.raises(UnsupportedError, match="holds a pruned prompt"):
+            model.generate(first.sequences, past_key_values=cached, max_new_tokens=2)
+
+
+@families(most_engine_tests)
+@torch.inference_mode()
+def test_a_cache_of_a_text_is_as_without_evs(model, ref):
+    """Also one of a fixed size, whose mask is longer than what it holds."""
+    text = torch.tensor([[5, 6, 7, 8]])
+
+    def step_after_text():
+        static = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=20)
+        mask = (torch.arange(20) < 4).long()[None]
+        model(input_ids=text, past_key_values=static, attention_mask=mask, use_cache=True)
+        mask[0, 4] = 1
+        return model(input_ids=text[:, :1], past_key_values=static, attention_mask=mask, use_cache=True).logits
+
+    enable(model, 0.75)
+    ours = step_after_text()
+    hf.disable(model)
+    assert torch.equal(ours, step_after_text())
+
+
+def test_nothing_is_told_of_a_call_of_which_nothing_was_asked(model, ref):
+    hf.enable(model, 0.75, selection="paper")
+    batch = inputs(ref, [ASK], [[synthetic_clip(16, seed=1)]])
+    for call in (model, lambda **more: model.generate(max_new_tokens=1, **more)):
+        call(**batch)
+        assert hf.last_plans(model) and hf.last_batch(model)
+        call(**batch, evs_rate=0)
+        assert hf.last_plans(model) == []
+        with pytest.raises(UnsupportedError, match="nothing was asked"):
+            hf.last_batch(model)
+
+
+def test_what_wrapped_the_model_is_not_taken_off(model, ref):
+    stock = model.forward
+    model.forward = lambda *args, **kwargs: stock(*args, **kwargs)
+    with pytest.raises(UnsupportedError, match="forward of this model is wrapped already"):
+        enable(model, 0.75)
+    del model.forward
+    enable(model, 0.75)
+    enable(model, 0.5)  # its own methods are no wrap
+    hf.disable(model)
+
+
+def test_a_processor_is_told_by_one_call_and_left_by_the_last(model, ref):
+    """It is watched as long as some call named it, and says what it says without EVS afterwards."""
+    one, other = (copy.deepcopy(ref.processor) for _ in range(2))
+    clip = synthetic_clip(8, seed=1)
+
+    def cells(processor):
+        made = processor(text=[ASK], videos=[[clip]], return_tensors="pt", do_sample_frames=False)
+        return "evs_cells" in made
+
+    hf.enable(model, 0.75, processor=one)
+    hf.enable(model, 0.5)
+    assert cells(one)
+    hf.enable(model, 0.5, processor=other)
+    assert not cells(one) and cells(other)
+    hf.disable(model)
+    assert not cells(other)

@@ -61,6 +61,9 @@ def test_gaps_and_other_sizes_begin_a_chunk_and_single_frames_are_skipped():
     (only,) = Chunker(2, 4).turns(mixed)
     assert [ticks_of(c) for c in only.chunks] == [[0, 1, 2], [3, 4], [5, 6, 7]]
     assert not list(Chunker(2, 4).turns(frames([3])))
+    # Of turns with no chunk at all, the next one says it.
+    alone = list(Chunker(2, 4).turns(frames([0, 8, 16, 24, 25, 26])))
+    assert [(turn.frames, turn.skipped) for turn in alone] == [(3, 3)]
 
 
 def test_a_turn_is_there_with_its_last_frame():

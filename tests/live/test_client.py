@@ -138,6 +138,15 @@ def test_a_server_that_is_healthy_and_fails_is_asked_three_times():
         assert server.seen == 3
 
 
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_busy_server_is_waited_for_though_its_router_is_healthy(status):
+    waits = []
+    with FakeVLLM(script=lambda number: web.Response(status=status, text="later") if number < 8 else None) as server:
+        client, said = client_of(server, waits.append)
+        assert client.ask(asked()).text == "a man."
+    assert len(waits) == 8 and len(said) == 2
+
+
 def test_a_server_that_stays_away_is_an_error(monkeypatch):
     server = FakeVLLM()
     with server:

