@@ -18,7 +18,7 @@ env: ## create or update .venv (EVS_BACKEND=cpu|gpu overrides the detected one)
 test: lint types ## lint, types and the test suite (ARGS="-k name" goes to pytest, JOBS=2 processes)
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-deploy: env ## start every deployment of docs/deployment.md on the CPU and write what came of it (an hour)
+test-deploy: env ## start every deployment of docs/deployment.md on the CPU and write what came of it (20 minutes)
 	@$(BIN)/python -m pytest tests/deploy -m "deploy or vllm" --deploy-report bench/results/deploy/topologies.md $(ARGS)
 
 lint: env ## check style and formatting
