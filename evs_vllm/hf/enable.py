@@ -102,7 +102,7 @@ def enable(
         if not (source.do_rescale and source.do_normalize):
             raise UnsupportedError("The processor must rescale and normalise pixels (do_rescale, do_normalize).")
         stats = PixelStats(tuple(source.image_mean), tuple(source.image_std))
-        if before is not None and before.video_processor not in (None, source):
+        if before is not None and before.video_processor is not source:
             unwatch_processor(before.video_processor)
         watch_processor(source, with_cells=True)
     adapter = family.bind(base.config, stats=stats)

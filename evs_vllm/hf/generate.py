@@ -15,14 +15,15 @@ from evs_vllm.families.front_end import CELLS
 from evs_vllm.families.qwen2_vl import PIXELS
 from evs_vllm.hf.classes import CLASSES
 from evs_vllm.hf.inputs import prune_arguments
+from evs_vllm.hf.prompt import Batch
 from evs_vllm.hf.state import resolved, state_of
 from evs_vllm.requests import admit, split_request_kwargs
 
 PLANS = "evs_plans"
 """The argument of a call that brings plans of its own."""
 
-_DROPPED = "evs_dropped"
-"""On a cache: how many tokens of the prompt that its caller knows it does not hold."""
+_MASK = "evs_mask"
+"""On a cache that holds pruned prompts: their mask, (rows, length). Not that of the prompts that its caller knows."""
 
 
 @cache
@@ -37,16 +38,14 @@ def pruning_forward(cls: Any) -> Callable[..., Any]:
         given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
         given |= bound.get("kwargs", {})
         cells = given.pop(CELLS, None)
-        dropped = 0
+        batch = None
         if given.get(PIXELS) is None:
             _check_cache(given)
         elif config.active or plans is not None or state_of(self).served_positions:
-            before = given.get("input_ids")
-            given, _ = prune_arguments(self, config, given, plans, cells)
-            dropped = before.shape[1] - given["input_ids"].shape[1]  # type: ignore[union-attr]
+            given, batch = prune_arguments(self, config, given, plans, cells)
         else:
             state_of(self).forget()
-        return _marked(stock(self, **given), dropped)
+        return _marked(stock(self, **given), batch)
 
     return forward
 
@@ -62,7 +61,7 @@ def pruning_generate(cls: Any) -> Callable[..., Any]:
         if inputs is not None:
             kwargs["input_ids"] = inputs
         cells = kwargs.pop(CELLS, None)
-        if hasattr(kwargs.get("past_key_values"), _DROPPED):
+        if hasattr(kwargs.get("past_key_values"), _MASK):
             # It would take the tail of the caller's prompt for what follows what the cache holds.
             raise UnsupportedError(
                 "This cache holds a pruned prompt, which generate() cannot go on from. Pass the whole conversation, "
@@ -89,7 +88,7 @@ def pruning_generate(cls: Any) -> Callable[..., Any]:
         pruned["position_ids"] = torch.cat([text, pruned["position_ids"]])
         shorter = prompt.shape[1] - pruned["input_ids"].shape[1]  # type: ignore[union-attr]
         _shorten_limits(self, args, pruned, shorter)
-        out = _marked(stock(self, *args, **pruned), shorter)
+        out = _marked(stock(self, *args, **pruned), batch)
         sequences = out if isinstance(out, torch.Tensor) else out.sequences
         repeats = sequences.shape[0] // prompt.shape[0]  # type: ignore[union-attr]
         new = sequences[:, pruned["input_ids"].shape[1] :]
@@ -119,11 +118,11 @@ def _settings(
     return config, plans, rest
 
 
-def _marked(out: Any, dropped: int) -> Any:
-    """The output of a call, its cache marked if it holds a pruned prompt."""
+def _marked(out: Any, batch: Batch | None) -> Any:
+    """The output of a call, its cache marked if it holds pruned prompts."""
     cached = getattr(out, "past_key_values", None)
-    if dropped and cached is not None:
-        setattr(cached, _DROPPED, dropped)
+    if cached is not None and batch is not None and any(plan.num_kept < plan.num_tokens for plan in batch.plans):
+        setattr(cached, _MASK, batch.mask)
     return out
 
 
@@ -155,15 +154,20 @@ def _shorten_limits(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
 
 
 def _check_cache(given: Mapping[str, Any]) -> None:
-    """A decoding step after a pruned prompt: its mask has to be that of the pruned prompt."""
+    """A decoding step after a pruned prompt: its mask has to go on from that of the pruned prompt."""
     cache, mask, ids = (given.get(name) for name in ("past_key_values", "attention_mask", "input_ids"))
-    if cache is None or not hasattr(cache, _DROPPED) or ids is None:
+    pruned: torch.Tensor | None = getattr(cache, _MASK, None)
+    if pruned is None or ids is None or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        return
-    seen = cache.get_seq_length()
-    if seen and mask.shape[1] != seen + ids.shape[1]:
+    seen = cache.get_seq_length()  # type: ignore[union-attr]
+    if mask.shape[1] != seen + ids.shape[1]:
         raise RequestError(
             f"attention_mask covers {mask.shape[1]} tokens, but the cache holds {seen} (the pruned prompt) and "
             f"{ids.shape[1]} follow. Use generate(), or a mask of that length."
+        )
+    first_step = seen == pruned.shape[1] and len(mask) == len(pruned)
+    if first_step and not torch.equal(mask[:, :seen].cpu() != 0, pruned.cpu() != 0):
+        raise RequestError(
+            "attention_mask is not that of the pruned prompts, which are padded otherwise than those that were given. "
+            "Use generate(), or go on from evs_vllm.hf.last_batch(model).mask."
         )

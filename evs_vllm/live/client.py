@@ -13,9 +13,10 @@ from evs_vllm.serving import Answer, chat, healthy, read_url
 
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.5, 10.0
 MOST_FAILURES = 3
+"""How often a server that is healthy may fail at one request."""
+
 BUSY = (429, 502, 503, 504)
 """What a server, or a router before it, answers that will take requests again later."""
-"""How often a server that is healthy may fail at one request."""
 
 MOST_FRAMES = 32
 """Frames of a chunk that a server takes unless it is told otherwise."""

@@ -26,8 +26,9 @@ def njit(fastmath: bool | set[str] = False) -> Callable[[Callable[..., Any]], Ca
                 "No folder for numba's cache, so every process compiles anew; set NUMBA_CACHE_DIR (%s)", error
             )
             return numba.njit(nogil=True, fastmath=fastmath)(function)
-        for name in ("load_overload", "save_overload"):
-            _forgive(kernel._cache, name)
+        if (cache := getattr(kernel, "_cache", None)) is not None:  # not with NUMBA_DISABLE_JIT
+            for name in ("load_overload", "save_overload"):
+                _forgive(cache, name)
         return kernel
 
     return wrap

@@ -224,6 +224,34 @@ def test_what_a_cache_of_a_pruned_prompt_is_good_for(model, ref):
 
 @families(most_engine_tests)
 @torch.inference_mode()
+def test_a_batch_that_is_no_shorter_for_being_pruned(model, ref):
+    """Its longest row has no clip, so only the padding of the other changes."""
+    enable(model, 0.75)
+    clip = synthetic_clip(6, (56, 84), seed=1)
+    batch = inputs(ref, [ASK, chat("Why? " * 60)], [[clip], []])
+    out = model(**batch)
+    mask = hf.last_batch(model).mask
+    assert mask.shape == batch["attention_mask"].shape and not torch.equal(mask, batch["attention_mask"])
+    token, one = out.logits[:, -1:].argmax(-1), torch.ones(2, 1, dtype=torch.long)
+    with pytest.raises(UnsupportedError, match="holds a pruned prompt"):
+        model.generate(batch["input_ids"], past_key_values=out.past_key_values)
+    with pytest.raises(RequestError, match="padded otherwise"):
+        given = torch.cat([batch["attention_mask"], one], dim=1)
+        model(input_ids=token, attention_mask=given, past_key_values=out.past_key_values)
+    # With a mask, transformers wants to be told where a step stands.
+    step = model(
+        input_ids=token,
+        attention_mask=torch.cat([mask, one], dim=1),
+        position_ids=hf.last_batch(model).positions[:, :, -1:] + 1,
+        past_key_values=out.past_key_values,
+    ).logits
+    alone = model(**inputs(ref, [ASK], [[clip]]))
+    expected = model(input_ids=token[:1], past_key_values=alone.past_key_values).logits
+    assert (step[0] - expected[0]).abs().max() < TOLERANCE
+
+
+@families(most_engine_tests)
+@torch.inference_mode()
 def test_a_cache_of_a_text_is_as_without_evs(model, ref):
     """Also one of a fixed size, whose mask is longer than what it holds."""
     text = torch.tensor([[5, 6, 7, 8]])

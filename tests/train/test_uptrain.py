@@ -204,6 +204,12 @@ def test_it_learns(learned, model_dir):
         place = (wrong["labels"][3] >= 0).nonzero()[0]
         wrong["labels"][3, place] = wrong["labels"][3, place] + 1
         assert answers(model, wrong, 0.75)[0].tolist() == [True] * 3 + [False] + [True] * 4
+        # A batch without a clip, first and after one with clips, is answered as at any rate.
+        talk = [{"role": role, "content": [{"type": "text", "text": "red"}]} for role in ("user", "assistant")]
+        texts = ChatCollator(reference.processor)([{"messages": talk, "videos": [], "images": []}] * 2)
+        right, loss = answers(model, texts, 0.75)
+        fresh = hf.enable(Reference(learned).model, 0, served_positions=True)
+        assert right.shape == (2,) and loss == answers(fresh, texts, 0)[1]
 
 
 @pytest.mark.vllm
