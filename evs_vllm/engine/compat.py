@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of vLLM that are wrapped or replaced, vLLM options that are checked, and every version difference.
+"""Functions of vLLM that are wrapped or replaced, and every difference between its versions.
 
 Each has its reason, and when it can go, in the ledger of all that we build on in vLLM: `evs_vllm.engine.touchpoints`.
 
@@ -16,15 +16,10 @@ from typing import Any
 import vllm
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
 
-from evs_vllm.errors import UnsupportedError
+from evs_vllm.engine.attached import settings_of
 from evs_vllm.families.rotary import MROPE_CACHE_FACTOR
-from evs_vllm.options import REQUEST_PREFIX
 
-_SETTINGS = "_evs_config"
-_FINGERPRINT = "_evs_fingerprint"
-_WHY_NOT_KEEP = "_evs_why_not_keep"
 _WRAPPED = "__evs_wrapped__"
 
 _REQUEST_CHECK = "validate_request_mm_kwargs"
@@ -36,7 +31,6 @@ _ENGINE_CORE_HOME = "vllm.v1.engine.core"
 _SESSION_HOME = "vllm.v1.engine.async_llm"
 # They import it by name: those already loaded need the wrapped function, those loaded later get it from its home.
 _REQUEST_CHECK_USERS = ("vllm.renderers.online_renderer", "vllm.entrypoints.pooling.base.serving")
-
 
 _ROTARY_FACTOR = "mrope_positions_factor"
 _ROTARY_FACTOR_HOME = "vllm.model_executor.models.qwen3_vl"
@@ -275,44 +269,6 @@ def guard_llvmlite_getattr() -> None:
     wrapper.__getattr__ = get
 
 
-def attach_settings(model_config: Any, config: object, fingerprint: dict[str, str]) -> None:
-    """Attaches our settings to a ``ModelConfig``, and the fingerprint of the process that checked them.
-
-    Both survive copying and pickling, and are part of no vLLM hash.
-    """
-    for target in (model_config, model_config.multimodal_config):
-        object.__setattr__(target, _SETTINGS, config)
-        object.__setattr__(target, _FINGERPRINT, fingerprint)
-
-
-def settings_of(model_config: Any) -> Any | None:
-    """The settings that `attach_settings` attached, if any."""
-    return _attached(model_config, _SETTINGS)
-
-
-def fingerprint_of(model_config: Any) -> dict[str, str] | None:
-    """The fingerprint that `attach_settings` attached, if any."""
-    return _attached(model_config, _FINGERPRINT)
-
-
-def _attached(model_config: Any, name: str) -> Any | None:
-    for target in (model_config, getattr(model_config, "multimodal_config", None)):
-        if (value := getattr(target, name, None)) is not None:
-            return value
-    return None
-
-
-def forbid_keep(model_config: Any, why: str) -> None:
-    """Notes on a ``ModelConfig`` why no request may ask for kept positions; `why_keep_is_forbidden` finds it."""
-    object.__setattr__(model_config, _WHY_NOT_KEEP, why)
-
-
-def why_keep_is_forbidden(model_config: Any) -> str:
-    """What `forbid_keep` noted, or ""."""
-    why: str = getattr(model_config, _WHY_NOT_KEEP, "")
-    return why
-
-
 _stock: dict[str, tuple[str, str]] = {}
 
 
@@ -340,74 +296,3 @@ def replace_model_class(architecture: str, module: str) -> bool:
     _stock[architecture] = (entry.module_name, entry.class_name)
     ModelRegistry.register_model(architecture, f"{module}:{architecture}@{vllm.__version__}")
     return True
-
-
-def refuse_conflicts(engine_args: Any, model_config: Any) -> None:
-    """Refuses vLLM options that EVS cannot work beside.
-
-    Raises:
-        UnsupportedError: Stock pruning, the Rust frontend, LoRA in the vision tower, or evs keys among the server's
-            ``mm_processor_kwargs``.
-    """
-    mm_config = model_config.multimodal_config
-    if mm_config.video_pruning_rate:
-        raise UnsupportedError(
-            f"--video-pruning-rate {mm_config.video_pruning_rate} and the --evs-* options both prune video. "
-            "Drop one of them."
-        )
-    if vllm.envs.VLLM_USE_RUST_FRONTEND:
-        raise UnsupportedError(
-            "The Rust frontend (VLLM_USE_RUST_FRONTEND=1) does not run the Python processor that EVS works in, so "
-            "clips would be served unpruned. Unset it, or drop the --evs-* options."
-        )
-    if engine_args.enable_tower_connector_lora:
-        # GPUModelRunner._execute_mm_encoder maps rows to adapters once for all items of a step, while EVS encodes clips
-        # of different settings in calls of their own: the second would get the adapters of the first.
-        raise UnsupportedError(
-            "With --enable-tower-connector-lora and EVS, clips could be encoded with another request's adapter. Drop "
-            "one of them; LoRA adapters of the language model work."
-        )
-    ours = sorted(key for key in mm_config.mm_processor_kwargs or {} if str(key).startswith(REQUEST_PREFIX))
-    if ours:
-        raise UnsupportedError(
-            f"--mm-processor-kwargs holds {', '.join(ours)}, which are keys for requests. "
-            "Set the server's own values with the --evs-* options."
-        )
-
-
-def why_not_reuse(engine_args: Any, model_config: Any) -> str:
-    """Why the vision tower cannot reuse keys and values under these vLLM options, or ""."""
-    mm_config = model_config.multimodal_config
-    if mm_config.mm_encoder_tp_mode == "data":
-        return "--mm-encoder-tp-mode data shards whole clips over ranks."
-    if mm_config.mm_encoder_attn_dtype is not None:
-        return f"--mm-encoder-attn-dtype {mm_config.mm_encoder_attn_dtype} has no reuse path."
-    if getattr(engine_args.compilation_config, "compile_mm_encoder", False):
-        return "compile_mm_encoder compiles the tower's stock attention."
-    return ""
-
-
-def why_not_keep(vllm_config: Any) -> str:
-    """Why this engine cannot work with kept positions, or ""."""
-    speculative = vllm_config.speculative_config
-    if speculative is None or not speculative.uses_draft_kv_cache() or vllm_config.use_v2_model_runner:
-        return ""
-    return (
-        f"with speculative method {speculative.method!r}, vLLM's first model runner, which this engine uses, takes "
-        "position IDs for places in the draft model's KV cache, and kept positions run ahead of them, possibly past "
-        "the end of the draft's rotary table."
-    )
-
-
-def clips_arrive_on_gpu(engine_args: Any, model_config: Any) -> bool:
-    """Whether frames of clips may be on the GPU in an API server when they are judged."""
-    mm_config = model_config.multimodal_config
-    if current_platform.device_type != "cuda":
-        return False
-    asked = mm_config.get_mm_processor_device_type()
-    if asked is not None:  # the processor moves them there, wherever they were decoded
-        return asked == "cuda"
-    decoded_on = str((mm_config.media_io_kwargs or {}).get("video", {}).get("device", ""))
-    # Of an encode-only engine vLLM decides later, by the transport.
-    encode_only = engine_args.ec_transfer_config is not None and engine_args.ec_transfer_config.is_encode_only
-    return decoded_on.startswith("cuda") or (encode_only and mm_config.mm_tensor_ipc == "torch_shm")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from evs_vllm.engine.compat import settings_of
+from evs_vllm.engine.attached import settings_of
 from evs_vllm.engine.processor import EVSProcessorMixin
 from evs_vllm.families import Family
 from evs_vllm.requests import refuse_keys

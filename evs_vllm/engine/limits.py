@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from evs_vllm.core.plan import RetentionPlan
-from evs_vllm.engine.compat import why_keep_is_forbidden
+from evs_vllm.engine.attached import why_keep_is_forbidden
 from evs_vllm.engine.plan_field import plan_of
 from evs_vllm.errors import RequestError
 from evs_vllm.families import family_of

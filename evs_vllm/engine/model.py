@@ -19,8 +19,9 @@ from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.positions import PositionRequest, pruned_positions
 from evs_vllm.core.prompt import ClipSpan
 from evs_vllm.core.rows import encoder_batches, keep_rows
+from evs_vllm.engine.attached import fingerprint_of, settings_of
 from evs_vllm.engine.attention import wrap_tower
-from evs_vllm.engine.compat import fingerprint_of, settings_of, stock_model_class, widen_rotary_caches
+from evs_vllm.engine.compat import stock_model_class, widen_rotary_caches
 from evs_vllm.engine.factory import ProcessorFactory
 from evs_vllm.engine.plan_field import MODALITY, PLAN_FIELD, plan_of
 from evs_vllm.errors import PlanError, UnsupportedError

@@ -67,7 +67,7 @@ def _read_cli_options(args: argparse.Namespace) -> None:
 def _start(engine_args: Any, model_config: Any) -> None:
     """Checks that EVS can do what was asked for, and hands the settings on."""
     global _server_config
-    from evs_vllm.engine import compat
+    from evs_vllm.engine import allowed, attached, compat
 
     compat.wrap_request_check(_check_request)
     extra = engine_args.additional_config
@@ -91,16 +91,16 @@ def _start(engine_args: Any, model_config: Any) -> None:
         )
     if config.budget == "causal" and not family.grows:
         raise UnsupportedError(f"--evs-budget causal is not possible here: {WHY_NOT_CAUSAL} Leave it out.")
-    compat.refuse_conflicts(engine_args, model_config)
+    allowed.refuse_conflicts(engine_args, model_config)
     adapter = family.bind(model_config.hf_config)
     if why := adapter.unsupported_kwargs(model_config.multimodal_config.mm_processor_kwargs or {}):
         raise UnsupportedError(
             f"EVS cannot prune video with these --mm-processor-kwargs: {why}. Leave that out, or drop the "
             "--evs-* options."
         )
-    config = config.resolve_encoder(adapter.why_not_reuse() or compat.why_not_reuse(engine_args, model_config))
+    config = config.resolve_encoder(adapter.why_not_reuse() or allowed.why_not_reuse(engine_args, model_config))
     parts = fingerprint(config)
-    compat.attach_settings(model_config, config, parts)
+    attached.attach_settings(model_config, config, parts)
     compat.force_position_ids(model_config)
     compat.wrap_add_request(_cap_answer_length)
     compat.wrap_preprocess_add_request(_check_plans)
@@ -108,7 +108,7 @@ def _start(engine_args: Any, model_config: Any) -> None:
     compat.wrap_block_keys(_block_key)
     _server_config = config
     _show_fingerprint(parts)
-    _compile_kernels(on_gpu=compat.clips_arrive_on_gpu(engine_args, model_config))
+    _compile_kernels(on_gpu=allowed.clips_arrive_on_gpu(engine_args, model_config))
     logger.info(
         "EVS (evs-vllm) for %s: drops %s; request overrides: %s; fingerprint %s.",
         family.name,
@@ -120,19 +120,19 @@ def _start(engine_args: Any, model_config: Any) -> None:
 
 def _check_engine(vllm_config: Any) -> None:
     """Checks what is known only of the whole engine."""
-    from evs_vllm.engine import compat
+    from evs_vllm.engine import allowed, attached
 
     model_config = vllm_config.model_config
-    config: EVSConfig | None = compat.settings_of(model_config)
+    config: EVSConfig | None = attached.settings_of(model_config)
     if config is None:
         return
-    if why := compat.why_not_keep(vllm_config):
+    if why := allowed.why_not_keep(vllm_config):
         if config.positions == "keep":
             raise UnsupportedError(
                 f"--evs-positions keep is not possible here: {why} Set --evs-positions sequential, drop speculation or "
                 "use a method without a draft model, such as ngram."
             )
-        compat.forbid_keep(model_config, why)
+        attached.forbid_keep(model_config, why)
 
 
 def _show_fingerprint(parts: dict[str, str]) -> None:

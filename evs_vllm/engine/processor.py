@@ -19,8 +19,8 @@ from evs_vllm.core.clip import Clip
 from evs_vllm.core.plan import RetentionPlan
 from evs_vllm.core.scorers import named_selection
 from evs_vllm.core.selection import make_plan
+from evs_vllm.engine.attached import settings_of
 from evs_vllm.engine.beginnings import name_beginnings
-from evs_vllm.engine.compat import settings_of
 from evs_vllm.engine.current import OFF, Request, current_request, profiling, setting
 from evs_vllm.engine.frames_as_images import FRAMES_IN_A_ROW, look_like_frames
 from evs_vllm.engine.handover import brings_plans, carry_plans, check_identifiers, given_plan

@@ -107,7 +107,7 @@ from vllm.plugins import load_general_plugins
 load_general_plugins()
 config = pickle.load(open(sys.argv[1], "rb")).model_config
 from vllm import ModelRegistry
-from evs_vllm.engine.compat import settings_of
+from evs_vllm.engine.attached import settings_of
 from evs_vllm.engine.model import EVSModelMixin
 cls, _ = ModelRegistry.resolve_model_cls(config.architectures, config)
 print("found:", settings_of(config).rate, issubclass(cls, EVSModelMixin))

@@ -48,7 +48,7 @@ class FakeStock:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
     from evs_vllm.engine import model
-    from evs_vllm.engine.compat import attach_settings
+    from evs_vllm.engine.attached import attach_settings
     from evs_vllm.engine.factory import ProcessorFactory
 
     @dataclass

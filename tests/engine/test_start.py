@@ -54,7 +54,7 @@ def test_refused_families_are_named_with_the_reason(row: Refused) -> None:
 def test_start_is_refused_where_evs_cannot_work(
     tmp_path: Path, qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evs_vllm.engine import compat
+    from evs_vllm.engine import attached, compat
 
     with pytest.raises(UnsupportedError, match=r"does not support Qwen2ForCausalLM.*Qwen2_5_VL.*Drop the --evs"):
         model_config(text_model(tmp_path), {"rate": 0.5})
@@ -75,7 +75,7 @@ def test_start_is_refused_where_evs_cannot_work(
         with pytest.raises(UnsupportedError, match=r"0\.99\.1.*EVS_ALLOW_UNTESTED_VLLM=1"):
             model_config(qwen2_5_vl, {"rate": 0.5})
         patch.setenv("EVS_ALLOW_UNTESTED_VLLM", "1")
-        assert compat.settings_of(model_config(qwen2_5_vl, {"rate": 0.5})).rate == 0.5
+        assert attached.settings_of(model_config(qwen2_5_vl, {"rate": 0.5})).rate == 0.5
     with monkeypatch.context() as patch:
         patch.setattr(compat.vllm.envs, "VLLM_USE_RUST_FRONTEND", True, raising=False)
         with pytest.raises(UnsupportedError, match="Rust frontend"):
@@ -86,7 +86,7 @@ def test_stamp_survives_what_vllm_does_to_configs(qwen2_5_vl: Path) -> None:
     import copy
     import pickle
 
-    from evs_vllm.engine.compat import settings_of
+    from evs_vllm.engine.attached import settings_of
 
     config = model_config(qwen2_5_vl, {"rate": 0.5})
     for other in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
@@ -143,7 +143,7 @@ def test_a_worker_of_another_installation_does_not_start(qwen2_5_vl: Path, monke
 
     from evs_vllm import fingerprint
     from evs_vllm.engine import model
-    from evs_vllm.engine.compat import fingerprint_of
+    from evs_vllm.engine.attached import fingerprint_of
 
     config = pickle.loads(pickle.dumps(model_config(qwen2_5_vl, {"rate": 0.5, "stream_cache_gb": 1})))
     assert fingerprint_of(config)["rate"] == "1/2"
@@ -163,7 +163,7 @@ def test_the_fingerprint_is_a_metric(qwen2_5_vl: Path) -> None:
     from prometheus_client import REGISTRY, generate_latest
     from vllm.engine.arg_utils import EngineArgs
 
-    from evs_vllm.engine.compat import fingerprint_of
+    from evs_vllm.engine.attached import fingerprint_of
     from evs_vllm.fingerprint import METRIC
     from evs_vllm.serving import parse_info
 
@@ -174,7 +174,7 @@ def test_the_fingerprint_is_a_metric(qwen2_5_vl: Path) -> None:
 
 
 def test_reuse_needs_the_stock_attention_path(qwen2_5_vl: Path) -> None:
-    from evs_vllm.engine.compat import settings_of
+    from evs_vllm.engine.attached import settings_of
 
     assert settings_of(model_config(qwen2_5_vl, {"rate": 0.5})).encoder == "reuse"
     for obstacle in ({"mm_encoder_tp_mode": "data"}, {"compilation_config": {"compile_mm_encoder": True}}):
@@ -202,7 +202,7 @@ def test_parts_of_a_disaggregated_deployment_start(qwen2_5_vl: Path, kind: str, 
 def test_drafts_of_the_first_runner_get_no_kept_positions(tmp_path: Path, qwen2_5_vl: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from evs_vllm.engine.compat import why_keep_is_forbidden
+    from evs_vllm.engine.attached import why_keep_is_forbidden
     from evs_vllm.engine.limits import check_positions
 
     size = EngineArgs(model=str(qwen2_5_vl)).create_model_config().get_vocab_size()
@@ -225,7 +225,7 @@ def test_drafts_of_the_first_runner_get_no_kept_positions(tmp_path: Path, qwen2_
 def test_kernels_are_compiled_where_clips_arrive(qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config import ECTransferConfig
 
-    from evs_vllm.engine import compat, plugin
+    from evs_vllm.engine import allowed, plugin
 
     def on_gpu(**kwargs: Any) -> bool:
         asked: list[bool] = []
@@ -242,7 +242,7 @@ def test_kernels_are_compiled_where_clips_arrive(qwen2_5_vl: Path, monkeypatch: 
     everything = (producer, cuda, decoded)
     for options in everything:
         assert not on_gpu(**shared, **options)
-    monkeypatch.setattr(compat, "current_platform", SimpleNamespace(device_type="cuda"))
+    monkeypatch.setattr(allowed, "current_platform", SimpleNamespace(device_type="cuda"))
     assert not on_gpu() and not on_gpu(**shared) and not on_gpu(**producer)
     assert on_gpu(**shared, **producer) and on_gpu(**cuda) and on_gpu(**decoded)
     assert not any(on_gpu(**shared, **options, **host) for options in (producer, decoded))
